@@ -1,0 +1,231 @@
+"""Evaluation: COCO metrics in total and per class, pictures, result files.
+
+    python eval.py RUN [--data DIR] [--split val] [--limit_val N] [--export FILE]
+
+RUN is a run folder of train.py (its best.pt, else last.pt) or a checkpoint file.
+"""
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import detr
+import isaid
+
+METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
+
+
+# ---------------------------------------------------------------- predictions and metrics
+
+@torch.no_grad()
+def predict(model, data, batch_size, workers=0, device="cpu", top=100):
+    """What the model finds in every image of a dataset, as COCO results.
+
+    Returns [{"image_id", "category_id", "bbox": [x, y, w, h] pixels of the file, "score"}], ids as in the dataset.
+    """
+    model.eval()
+    loader = DataLoader(data, batch_size, collate_fn=isaid.collate, num_workers=workers)
+    results = []
+    for images, padding, targets in tqdm(loader, "evaluating", leave=False, disable=None):
+        outputs = model(images.to(device), padding.to(device))
+        found = detr.detections(outputs, [target["size"] for target in targets], model.focal, top)
+        for target, detection in zip(targets, found):
+            boxes = detection["boxes"].cpu()
+            boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
+            for label, box, score in zip(detection["labels"].tolist(), boxes, detection["scores"].tolist()):
+                results.append({"image_id": target["image_id"], "category_id": data.categories[label]["id"],
+                                "bbox": [round(v, 3) for v in box], "score": round(score, 6)})
+    return results
+
+
+def default_evaluator():
+    return "faster-coco-eval" if importlib.util.find_spec("faster_coco_eval") else "pycocotools"
+
+
+def coco_metrics(data, results, evaluator=None):
+    """Box metrics of COCO results on a dataset; None stands where there is no ground truth.
+
+    Returns {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar" (100 detections an image), "per_class":
+    [{"id", "name", "boxes", "ap", "ap50"}], "images", "evaluator"}. Raises isaid.DataError if results and dataset do
+    not belong together.
+    """
+    evaluator = evaluator or default_evaluator()
+    if evaluator == "faster-coco-eval":
+        from faster_coco_eval import COCO
+        from faster_coco_eval import COCOeval_faster as COCOeval
+    else:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    for key, known in (("image_id", {image["id"] for image in data.images}),
+                       ("category_id", {category["id"] for category in data.categories})):
+        unknown = {result[key] for result in results} - known
+        if unknown:
+            raise isaid.DataError(f"{data.name}: the results have {key} {min(unknown)}, which the dataset has not; "
+                                  "they were made from another one")
+    found = [{**r, "id": i + 1, "area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0} for i, r in enumerate(results)]
+    with contextlib.redirect_stdout(io.StringIO()):  # both print what they do
+        truth, predicted = COCO(), COCO()
+        for coco, annotations in ((truth, [dict(a) for a in data.annotations]), (predicted, found)):
+            coco.dataset = {"images": data.images, "categories": data.categories, "annotations": annotations}
+            coco.createIndex()
+        run = COCOeval(truth, predicted, "bbox")
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    precision = run.eval["precision"][..., 0, -1]  # (IoU thresholds, recalls, classes), all sizes, 100 detections
+    boxes = dict.fromkeys((category["id"] for category in data.categories), 0)
+    for annotation in data.annotations:
+        boxes[annotation["category_id"]] += not annotation["iscrowd"]
+    metrics = {name: _or_none(run.stats[i]) for name, i in zip(METRICS, (0, 1, 2, 3, 4, 5, 8))}
+    metrics["per_class"] = [{**category, "boxes": boxes[category["id"]], "ap": _or_none(precision[..., k].mean()),
+                             "ap50": _or_none(precision[0, :, k].mean())} for k, category in enumerate(data.categories)]
+    return {**metrics, "images": len(data), "evaluator": evaluator}
+
+
+def _or_none(value):
+    return None if value < 0 else float(value)
+
+
+def show(value):
+    return "n/a" if value is None else f"{value:.3f}"
+
+
+def table(metrics):
+    """The metrics as text: one line of totals, then a line for each class."""
+    names = ("AP", "AP50", "AP75", "small", "medium", "large", "AR")
+    lines = ["  ".join(f"{name} {show(metrics[key])}" for name, key in zip(names, METRICS)),
+             f"{metrics['images']} images, {metrics['evaluator']}; n/a: no ground truth", "",
+             f"{'id':>4}  {'class':20} {'boxes':>7} {'AP':>6} {'AP50':>6}"]
+    lines += [f"{row['id']:>4}  {row['name']:20} {row['boxes']:7,} {show(row['ap']):>6} {show(row['ap50']):>6}"
+              for row in metrics["per_class"]]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- pictures
+
+def colour(label, n):
+    """A colour of its own for each of n classes."""
+    return tuple(Image.new("HSV", (1, 1), (label * 255 // n, 200 if label % 2 else 255, 255)).convert("RGB").getpixel((0, 0)))
+
+
+def draw_boxes(image, boxes, labels, names, scores=None, scale=1.0):
+    """A copy of a PIL image, enlarged, with boxes xyxy in pixels of the original and their class names."""
+    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(11)
+    for i, (box, label) in enumerate(zip(boxes, labels)):
+        ink = colour(label, len(names))
+        x0, y0, x1, y1 = (v * scale for v in box)
+        pen.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=ink, width=2)
+        text = names[label] + (f" {scores[i]:.2f}" if scores is not None else "")
+        left, top, right, bottom = pen.textbbox((x0 + 1, max(y0 - 13, 0)), text, font=font)
+        pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=ink)
+        pen.text((x0 + 1, max(y0 - 13, 0)), text, fill=(0, 0, 0), font=font)
+    return image
+
+
+def draw_detections(path, data, results, n=6, score=0.3, side=320):
+    """A picture of the first n images that hold objects: the truth above, what was found with at least `score` below."""
+    index, names = {c["id"]: i for i, c in enumerate(data.categories)}, [c["name"] for c in data.categories]
+    chosen = ([i for i, labels in enumerate(data.labels) if len(labels)] or range(len(data)))[:n]
+    sheet, head = Image.new("RGB", (len(chosen) * (side + 4), 2 * (side + 20)), "white"), ImageFont.load_default(14)
+    pen = ImageDraw.Draw(sheet)
+    for row, text in enumerate(("ground truth", f"found, score at least {score}")):
+        pen.text((4, row * (side + 20) + 1), text, fill="black", font=head)
+    for column, i in enumerate(chosen):
+        image = data.read(i)
+        scale = side / max(image.size)
+        x, y, w, h = data.boxes[i].unbind(1)
+        truth = draw_boxes(image, torch.stack([x, y, x + w, y + h], 1).tolist(), data.labels[i].tolist(), names, scale=scale)
+        mine = [r for r in results if r["image_id"] == data.images[i]["id"] and r["score"] >= score]
+        found = draw_boxes(image, [(r["bbox"][0], r["bbox"][1], r["bbox"][0] + r["bbox"][2], r["bbox"][1] + r["bbox"][3])
+                                   for r in mine], [index[r["category_id"]] for r in mine], names,
+                           [r["score"] for r in mine], scale)
+        for row, picture in enumerate((truth, found)):
+            sheet.paste(picture, (column * (side + 4), row * (side + 20) + 18))
+    sheet.save(path)
+
+
+def draw_curves(path, log):
+    """Loss and AP by epoch, from the lines of log.jsonl as dicts."""
+    from matplotlib.figure import Figure  # takes a second to import; no window is opened
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [line["epoch"] for line in log]
+    for name in sorted({key for line in log for key in line if key.startswith("train_")}):
+        left.plot(epochs, [line[name] for line in log], marker=".", label=name.removeprefix("train_"))
+    left.set(xlabel="epoch", ylabel="training loss, unweighted, last layer", yscale="log")
+    for name, text in zip(METRICS[:3], ("AP", "AP50", "AP75")):
+        points = [(line["epoch"], line[name]) for line in log if line.get(name) is not None]
+        if points:
+            right.plot(*zip(*points), marker=".", label=text)
+    right.set(xlabel="epoch", ylabel="on held-out images", ylim=(0, 1))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+# ---------------------------------------------------------------- the command
+
+def load_run(run, device):
+    """A trained detector: (model, its flags, its categories, the checkpoint's path). Raises ValueError."""
+    path = Path(run)
+    if path.is_dir():
+        files = [path / name for name in ("best.pt", "last.pt") if (path / name).is_file()]
+        if not files:
+            raise ValueError(f"{run}: has no best.pt and no last.pt; is it a run folder of train.py?")
+        path = files[0]
+    checkpoint = detr.load_checkpoint(path)
+    if not {"model", "detector", "categories", "args"} <= checkpoint.keys():
+        raise ValueError(f"{path}: is not a checkpoint of train.py; start from it with train.py --init {path}")
+    model = detr.build_detector(**checkpoint["detector"])
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device), argparse.Namespace(**checkpoint["args"]), checkpoint["categories"], path
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", help="run folder of train.py, or a checkpoint file")
+    parser.add_argument("--data", metavar="DIR", help="another dataset than the run's, in the patches layout")
+    parser.add_argument("--split", choices=("train", "val"), default="val", help="(default %(default)s)")
+    parser.add_argument("--limit_val", type=int, metavar="N", help="only the first N images")
+    parser.add_argument("--batch_size", type=int, metavar="N", help="images at a time (default: the run's)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes (default %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
+    parser.add_argument("--export", metavar="FILE", help="write what was found as COCO results (xywh, the dataset's ids)")
+    args = parser.parse_args(argv)
+    try:
+        model, flags, categories, path = load_run(args.run, args.device)
+        if args.data:
+            flags.data = args.data
+        if args.limit_val:
+            setattr(flags, f"limit_{args.split}", args.limit_val)
+        data = isaid.open_split(args.split, flags, train=False)
+        if data.categories != categories:
+            raise isaid.DataError(f"{data.name}: its classes {isaid.class_names(data.categories)} are not the model's "
+                                  f"{isaid.class_names(categories)}")
+        print(f"{path} on {data.name}")
+        results = predict(model, data, args.batch_size or flags.batch_size, args.workers, args.device)
+        metrics = coco_metrics(data, results)
+        print(table(metrics))
+        folder = path.parent
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        print(f"\nwritten: {folder / 'metrics.json'}")
+        if args.export:
+            Path(args.export).write_text(json.dumps(results))
+            print(f"written: {args.export}, {len(results):,} detections")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

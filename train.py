@@ -1,0 +1,368 @@
+"""Train DETR or Deformable DETR.
+
+    python train.py                                  a demonstration: synthetic aerial scenes, small model, CPU
+    python train.py @recipes/deformable_detr.txt --data DIR    the official recipe on a dataset in iSAID's patches layout
+
+A run is a folder: config.json (flags, versions, revision), log.jsonl (a line an epoch), last.pt, best.pt (by AP),
+curves.png, detections.png. Without flags everything has the demonstration's small sizes; recipes hold the large ones.
+"""
+import argparse
+import collections
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torchvision
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import deformable_attn
+import detr
+import eval as evaluation
+import isaid
+
+BOTH = ("backbone", "dilation", "frozen_bn", "hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "dropout",
+        "num_queries")
+DEFORMABLE = {"num_feature_levels": 3, "enc_n_points": 4, "dec_n_points": 4, "with_box_refine": True, "two_stage": False}
+
+
+# ---------------------------------------------------------------- flags
+
+class Parser(argparse.ArgumentParser):
+    def convert_arg_line_to_args(self, line):
+        return line.split("#")[0].split()  # recipes: several flags a line, comments
+
+
+def positive(kind):
+    def parse(text):
+        value = kind(text)
+        if value <= 0:
+            raise argparse.ArgumentTypeError(f"{text} is not greater than 0")
+        return value
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+def build_parser():
+    """Every flag, in groups; the defaults are the demonstration's. The names are the official ones where there are any."""
+    count, rate, switch = positive(int), positive(float), argparse.BooleanOptionalAction
+    parser = Parser(description=__doc__, fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    run = parser.add_argument_group("run").add_argument
+    run("--setting", choices=("detect",), default="detect", help="what is trained (default %(default)s)")
+    run("--model", choices=tuple(detr.DETECTORS), default="deformable_detr", help="(default %(default)s)")
+    run("--epochs", type=count, default=14, metavar="N", help="passes over the training images (default %(default)s)")
+    run("--seed", type=int, default=0, metavar="N", help="of weights, order, augmentation and scenes (default %(default)s)")
+    run("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
+    run("--out", metavar="DIR", help="run folder, must not exist (default: a new one in runs/)")
+    run("--init", metavar="FILE", help="start from the weights of a run or of an official checkpoint, file or URL; class heads of "
+        "another number of classes are dropped, anything else must fit")
+
+    data = parser.add_argument_group("data; without --data or --train_json, synthetic scenes").add_argument
+    data("--data", metavar="DIR", help="dataset with {train,val}/images and {split}/instancesonly_filtered_{split}.json")
+    for split in ("train", "val"):
+        data(f"--{split}_images", metavar="DIR", help=f"instead of --data: the folder of {split} images …")
+        data(f"--{split}_json", metavar="FILE", help="… and their COCO annotations")
+    data("--image_size", type=count, metavar="N", help="resize every image to N x N (the paper: 512); default: 128 for scenes, "
+         "else the official multi-scale recipe, shorter side 480 to 800")
+    data("--limit_train", type=count, metavar="N", help="the first N training images (default: all; 1000 scenes)")
+    data("--limit_val", type=count, metavar="N", help="the first N held-out images (default: all; 200 scenes)")
+    data("--workers", type=int, metavar="N", help="loader processes (default: 0 on the CPU, else up to 8)")
+    data("--hflip", action=switch, default=True, help="random horizontal flips (default on)")
+    data("--vflip", action=switch, default=False, help="random vertical flips")
+    data("--quarter_turns", action=switch, default=False, help="random turns by 90, 180 and 270 degrees")
+
+    model = parser.add_argument_group("model").add_argument
+    model("--backbone", choices=detr.BACKBONES, default="resnet18", help="(default %(default)s)")
+    model("--backbone_weights", choices=("none", "imagenet"), default="none",
+          help="imagenet downloads torchvision's (default %(default)s)")
+    model("--frozen_bn", action=switch, default=False,
+          help="keep batch norm and the first stage as they are, as the official code does with pretrained backbones")
+    model("--dilation", action=switch, default=False, help="DC5: the last stage at stride 16 (resnet50, resnet101)")
+    model("--hidden_dim", type=count, default=128, metavar="N", help="(default %(default)s)")
+    model("--nheads", type=count, default=8, metavar="N", help="(default %(default)s)")
+    model("--enc_layers", type=int, default=2, metavar="N", help="(default %(default)s)")
+    model("--dec_layers", type=count, default=3, metavar="N", help="(default %(default)s)")
+    model("--dim_feedforward", type=count, default=256, metavar="N", help="(default %(default)s)")
+    model("--dropout", type=float, default=0.0, metavar="P", help="in the transformer (default %(default)s)")
+    model("--num_queries", type=count, default=30, metavar="N", help="(default %(default)s)")
+    deformable = parser.add_argument_group("deformable_detr only").add_argument
+    deformable("--num_feature_levels", type=count, metavar="N", help="strides 8, 16, 32 … (default 3); 1: stride 32 only")
+    deformable("--enc_n_points", type=count, metavar="N", help="points a head and level in the encoder (default 4)")
+    deformable("--dec_n_points", type=count, metavar="N", help="… in the decoder (default 4)")
+    deformable("--with_box_refine", action=switch, help="each layer corrects the boxes of the one before (default on)")
+    deformable("--two_stage", action=switch, help="the encoder proposes the queries (default off)")
+
+    optim = parser.add_argument_group("optimisation").add_argument
+    optim("--batch_size", type=count, default=8, metavar="N", help="images a step (default %(default)s)")
+    optim("--lr", type=rate, default=5e-4, metavar="R", help="learning rate (default %(default)s)")
+    optim("--lr_backbone", type=rate, default=5e-4, metavar="R", help="of the CNN (default %(default)s)")
+    optim("--lr_linear_proj_mult", type=rate, default=0.1, metavar="F",
+          help="factor for sampling offsets and reference points (default %(default)s)")
+    optim("--weight_decay", type=float, default=1e-4, metavar="F", help="(default %(default)s)")
+    optim("--clip_max_norm", type=rate, default=0.1, metavar="F", help="largest norm of the gradient (default %(default)s)")
+    optim("--lr_schedule", choices=("onecycle", "step"), default="onecycle",
+          help="up and down again, or one drop to a tenth (default %(default)s)")
+    optim("--lr_drop", type=count, default=40, metavar="EPOCH", help="epochs before the drop of `step` (default %(default)s)")
+    optim("--eval_every", type=count, default=1, metavar="N", help="epochs between evaluations (default %(default)s)")
+    return parser
+
+
+def parse(argv):
+    """The flags, checked against each other; mistakes end the program with one line."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    given = [name for name in DEFORMABLE if getattr(args, name) is not None]
+    if args.model == "detr" and given:
+        parser.error(f"--{given[0]} belongs to --model deformable_detr; leave it out")
+    if args.model == "deformable_detr":
+        for name, default in DEFORMABLE.items():
+            setattr(args, name, default if name not in given else getattr(args, name))
+    files = [name for name in ("train_images", "train_json", "val_images", "val_json") if getattr(args, name)]
+    if args.data and files:
+        parser.error(f"--data and --{files[0]} name two datasets; give one of them")
+    if 0 < len(files) < 4:
+        parser.error("--train_images, --train_json, --val_images and --val_json go together")
+    if args.frozen_bn and args.backbone_weights == "none" and not args.init:
+        parser.error("--frozen_bn keeps random layers frozen here; add --backbone_weights imagenet or --init")
+    if not 0 <= args.dropout < 1:
+        parser.error(f"--dropout {args.dropout} is not in 0..1")
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed} is negative; take 0 or more")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]})")
+    if args.workers is None:
+        args.workers = 0 if args.device == "cpu" else min(8, os.cpu_count() or 1)
+    return args
+
+
+# ---------------------------------------------------------------- what a run is made of
+
+def detector_config(args, num_classes):
+    """The arguments of detr.build_detector, as plain values; saved in the checkpoint."""
+    names = BOTH + (tuple(DEFORMABLE) if args.model == "deformable_detr" else ())
+    return {"name": args.model, "num_classes": num_classes, **{name: getattr(args, name) for name in names}}
+
+
+def build_model(config, backbone_weights):
+    weights = {"none": None, "imagenet": "IMAGENET1K_V1"}[backbone_weights]
+    try:
+        return detr.build_detector(**config, backbone_weights=weights)
+    except URLError as error:
+        raise ValueError(f"the ImageNet weights of {config['backbone']} cannot be downloaded ({error.reason}); "
+                         f"put them into {torch.hub.get_dir()}/checkpoints or leave --backbone_weights out") from None
+
+
+def parameter_groups(model, args):
+    """As in the official recipes: a rate of its own for the CNN, a tenth for sampling offsets and reference points."""
+    groups = collections.defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("backbone"):
+            groups[args.lr_backbone].append(parameter)
+        elif "sampling_offsets" in name or "reference_points" in name:
+            groups[args.lr * args.lr_linear_proj_mult].append(parameter)
+        else:
+            groups[args.lr].append(parameter)
+    return [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
+
+
+def build_schedule(optimizer, args, steps_per_epoch):
+    """The learning rate after each step."""
+    if args.lr_schedule == "step":
+        return torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop * steps_per_epoch)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=args.epochs * steps_per_epoch, pct_start=0.1,
+                                               cycle_momentum=False)
+
+
+def epoch_loader(data, args, epoch):
+    """The shuffled batches of an epoch; the order depends on (seed, epoch) alone. An incomplete last batch is left out."""
+    data.epoch = epoch
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed * 100_003 + epoch)).tolist()
+    size = min(args.batch_size, len(data))
+    batches = [order[i:i + size] for i in range(0, len(order) - size + 1, size)]
+    return DataLoader(data, batch_sampler=batches, num_workers=args.workers, collate_fn=isaid.collate,
+                      pin_memory=args.device != "cpu")
+
+
+def save(path, **content):
+    """Write a checkpoint whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def git_revision():
+    try:
+        where = {"cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True, "check": True}
+        revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **where).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **where).stdout.strip()
+        return revision + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def make_run_folder(args):
+    """A new folder for the run; an existing one is never written into."""
+    if args.out is None:
+        taken = lambda n: Path(f"runs/{args.model}-{args.setting}-{n}")  # noqa: E731
+        args.out = str(next(taken(n) for n in range(1, 10 ** 6) if not taken(n).exists()))
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True)
+    except FileExistsError:
+        raise ValueError(f"--out {out} exists already; name a new folder or remove it") from None
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be made ({error.strerror})") from None
+    return out
+
+
+def introduce(args, model, train_set, val_set, config):
+    """What a user should know before the first step."""
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{args.device}, {torch.get_num_threads()} threads"
+    print(f"revision    {git_revision()}, torch {torch.__version__}, torchvision {torchvision.__version__}")
+    print(f"run         {args.out}, seed {args.seed}")
+    print(f"device      {device}")
+    print(f"model       {args.model}, {args.backbone}, {parameters / 1e6:.1f} M parameters"
+          + (f" and {frozen / 1e6:.1f} M frozen" if frozen else ""))
+    if args.model == "deformable_detr":
+        print("attention   {}: {}".format(*deformable_attn.backend(args.device)))
+    else:
+        print("attention   scaled_dot_product_attention")
+    steps = len(train_set) // min(args.batch_size, len(train_set))
+    print(f"batch       {min(args.batch_size, len(train_set))} images a step, {steps} steps an epoch, "
+          f"{args.epochs} epochs: {steps * args.epochs * min(args.batch_size, len(train_set)):,} images in all")
+    for name, data in (("train", train_set), ("val", val_set)):
+        print(f"{name:11} {data.name}: {len(data):,} images, {sum(data.counts()):,} boxes"
+              + (f", {data.clipped:,} clipped to their image" if data.clipped else "")
+              + (f", {data.removed:,} without area removed" if data.removed else ""))
+        crowded = sum(len(labels) > config["num_queries"] for labels in data.labels)
+        if crowded:
+            print(f"            {crowded:,} of them ({crowded / len(data):.1%}) hold more objects than the model has queries "
+                  f"({config['num_queries']}): some are never learnt or found")
+    cells = [f"{c['id']:>4} {c['name']:20} {n:>7,}" for c, n in zip(train_set.categories, train_set.counts())]
+    print("classes     id, name, training boxes")
+    for i in range(0, len(cells), 3):
+        print("      " + "  ".join(cells[i:i + 3]))
+
+
+# ---------------------------------------------------------------- training
+
+def train_epoch(model, loader, optimizer, schedule, args, bar):
+    """One pass; returns the mean of every loss of the last layer and of the weighted total, and the seconds waited."""
+    model.train()
+    sums, waited, ready = collections.Counter(), 0.0, time.perf_counter()
+    for images, padding, targets in loader:
+        waited += time.perf_counter() - ready
+        outputs = model(images.to(args.device, non_blocking=True), padding.to(args.device, non_blocking=True))
+        losses = detr.detection_losses(outputs, targets, model.focal)
+        total = detr.total_loss(losses, model.focal)
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_max_norm)
+        optimizer.step()
+        schedule.step()
+        for name, loss in losses.items():
+            sums[name] += loss[-1].detach()  # stays on the device: no waiting for it here
+        sums["loss"] += total.detach()
+        bar.update()
+        ready = time.perf_counter()
+    return {f"train_{name}": float(value) / len(loader) for name, value in sums.items()}, waited
+
+
+def main(argv=None):
+    args = parse(argv)
+    torch.manual_seed(args.seed)
+    try:  # everything that can be wrong with the input is found before the first step
+        train_set, val_set = isaid.open_split("train", args, train=True), isaid.open_split("val", args, train=False)
+        if train_set.categories != val_set.categories:
+            raise isaid.DataError(f"the classes of {train_set.name} ({isaid.class_names(train_set.categories)}) are not those of "
+                                  f"{val_set.name} ({isaid.class_names(val_set.categories)})")
+        config = detector_config(args, len(train_set.categories))
+        model = build_model(config, args.backbone_weights)
+        dropped = detr.load_weights(model, args.init) if args.init else []
+        out = make_run_folder(args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    model.to(args.device)
+    introduce(args, model, train_set, val_set, config)
+    if args.init:
+        print(f"init        {args.init}; " + (f"of another number of classes and dropped: {', '.join(dropped)}" if dropped
+                                              else "everything taken"))
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    (out / "config.json").write_text(json.dumps({"args": vars(args), "versions": versions, "revision": git_revision(),
+                                                 "started": datetime.datetime.now().isoformat(timespec="seconds")}, indent=1))
+    try:
+        fit(args, out, model, config, train_set, val_set)
+    except (isaid.DataError, FloatingPointError) as error:
+        # from a loader process the message comes with a traceback in front of it
+        sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('isaid.DataError: ')}")
+
+
+def fit(args, out, model, config, train_set, val_set):
+    """The training loop: epochs, evaluation, log, checkpoints, pictures."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), weight_decay=args.weight_decay, fused=True)
+    steps = len(epoch_loader(train_set, args, 0))
+    schedule = build_schedule(optimizer, args, steps)
+    content = {"detector": config, "categories": train_set.categories, "args": vars(args)}
+    log, best = [], -1.0
+    bar = tqdm(total=args.epochs * steps, desc="training", unit="step", disable=None, smoothing=0.02)
+    try:
+        for epoch in range(1, args.epochs + 1):
+            start = time.perf_counter()
+            losses, waited = train_epoch(model, epoch_loader(train_set, args, epoch), optimizer, schedule, args, bar)
+            seconds = time.perf_counter() - start
+            line = {"epoch": epoch, **losses, "seconds": round(seconds, 2), "data_wait": round(waited / seconds, 4),
+                    "images_per_second": round(steps * min(args.batch_size, len(train_set)) / seconds, 2)}
+            save(out / "last.pt", model=model.state_dict(), epoch=epoch, **content)
+            if epoch % args.eval_every == 0 or epoch == args.epochs:
+                start = time.perf_counter()
+                results = evaluation.predict(model, val_set, args.batch_size, args.workers, args.device)
+                metrics = evaluation.coco_metrics(val_set, results)
+                line.update({name: metrics[name] for name in evaluation.METRICS})
+                line["eval_seconds"] = round(time.perf_counter() - start, 2)
+                evaluation.draw_detections(out / "detections.png", val_set, results)
+                if (metrics["ap"] or 0.0) > best:
+                    best = metrics["ap"] or 0.0
+                    save(out / "best.pt", model=model.state_dict(), epoch=epoch, **content)
+            log.append(line)
+            with open(out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            evaluation.draw_curves(out / "curves.png", log)
+            bar.write(epoch_text(line, args.epochs))
+    except KeyboardInterrupt:
+        bar.close()
+        save(out / "last.pt", model=model.state_dict(), epoch=len(log), **content)
+        print(f"\nstopped in epoch {len(log) + 1}; the weights are in {out / 'last.pt'}: python eval.py {out / 'last.pt'}")
+        sys.exit(130)
+    bar.close()
+    print(f"\n{evaluation.table(metrics)}\n\nlook at   {out / 'detections.png'} and {out / 'curves.png'}")
+    print(f"evaluate  python eval.py {out}")
+    if not isaid.has_files(args):
+        print(f"next      python train.py --model {'detr' if args.model == 'deformable_detr' else 'deformable_detr'}, "
+              "or your own data: python train.py --data DIR --image_size 512")
+
+
+def epoch_text(line, epochs):
+    """An epoch in one line of text."""
+    text = f"epoch {line['epoch']:>3}/{epochs}  loss {line['train_loss']:.3f}"
+    if "ap" in line:
+        text += "".join(f"  {name} {evaluation.show(line[key])}" for name, key in (("AP", "ap"), ("AP50", "ap50"), ("AP75", "ap75")))
+    return text + f"  {line['seconds']:.0f} s, {line['images_per_second']:.1f} images/s, {line['data_wait']:.0%} waiting for data"
+
+
+if __name__ == "__main__":
+    main()
