@@ -13,16 +13,15 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-CLASSES = ("ship", "storage_tank", "baseball_diamond", "tennis_court", "basketball_court", "Ground_Track_Field", "Bridge",
-           "Large_Vehicle", "Small_Vehicle", "Helicopter", "Swimming_pool", "Roundabout", "Soccer_ball_field", "plane", "Harbor")
+from scenes import CLASSES, draw_scene, scene_objects
+
 SCENE_SIZE, SCENES = 128, {"train": 1000, "val": 200}  # of the synthetic dataset
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the backbones expect
 
@@ -128,7 +127,8 @@ def load_json(path):
     for annotation in coco["annotations"]:
         box = annotation["bbox"]
         if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)):
-            raise DataError(f"{path}: annotation {annotation.get('id')} has bbox {box!r}; it must be 4 numbers x, y, width, height")
+            raise DataError(f"{path}: annotation {annotation.get('id')} has bbox {box!r}; it must be 4 numbers, "
+                            "x, y, width, height")
     return coco
 
 
@@ -282,260 +282,6 @@ def _read_scene(seed, start, size, i):
     return _cached_scene(seed, start + i, size)
 
 
-CIRCLE = np.exp(2j * np.pi * np.arange(-24, 25) / 24)  # two turns in steps of 15 degrees: any arc is a slice of it
-
-
-def rect(x, y, w, h):
-    """Rectangle of w x h centred on (x, y), closed so that it can be stroked as well as filled."""
-    return x + 1j * y + np.array([-w - 1j * h, w - 1j * h, w + 1j * h, -w + 1j * h, -w - 1j * h]) / 2
-
-
-def arc(x, y, r, start=-180, stop=180):
-    """Arc about (x, y) between two angles, multiples of 15 degrees; the whole circle by default."""
-    return CIRCLE[start // 15 + 24:stop // 15 + 25] * r + x + 1j * y
-
-
-def capsule(x, r):
-    """Two half circles of radius r about (x, 0) and (-x, 0), joined by straight sides."""
-    return np.concatenate([arc(x, 0, r, -90, 90), -arc(x, 0, r, -90, 90), arc(x, 0, r, -90, -90)])
-
-
-def mirror(*half):
-    """Polygon symmetric about the x axis, from its points with y >= 0, front to back."""
-    return np.append(half, np.conj(half[::-1]))
-
-
-def both(*polygons):
-    """The polygons, and the same again at the other end of the object."""
-    return (*polygons, *(-np.asarray(p) for p in polygons))
-
-
-BLADES = [.15 + .36 * CIRCLE[24 + k] * (1 + s) for k in (3, 9) for s in (-.06j, .06j)]  # rotor, at 45 and 135 degrees
-HELICOPTER = mirror(.42, .38 + .06j, .28 + .08j, *BLADES[:2], .15 + .09j, *BLADES[2:], .02 + .08j, -.08 + .04j,
-                    -.4 + .03j, -.41 + .1j, -.5 + .1j, -.48 + .02j)
-PLANE = mirror(.5, .47 + .03j, .4 + .05j, .14 + .05j, -.1 + .46j, -.19 + .46j, -.07 + .05j, -.32 + .04j, -.44 + .18j,
-               -.5 + .18j, -.45 + .02j)
-SHIP = mirror(.5, .36 + .1j, .18 + .17j, -.42 + .17j, -.5 + .13j)
-TRUCK = mirror(.5 + .1j, .47 + .14j, .3 + .14j, .28 + .07j, .22 + .07j, .22 + .16j, -.5 + .16j)
-CAR = mirror(.5 + .12j, .44 + .22j, .2 + .25j, -.38 + .25j, -.48 + .2j, -.5 + .1j)
-PIER = mirror(*(x + p for x in (.42, .19, -.04, -.27, -.5) for p in (.08 + .08j, .08 + .31j, .31j, .08j)))
-KIDNEY = (np.abs(CIRCLE[:24] - .25j) ** 1.5 * .3 + .12) * CIRCLE[:24]
-QUARTERS = (1, 1j, -1, -1j)  # the four directions
-CROSSING = np.concatenate([q * np.append([.5 - .09j, .5 + .09j], arc(0, 0, .37, 15, 75)) for q in QUARTERS])
-BASES = (-.28, -.04 + .24j, .2, -.04 - .24j)
-
-FIXED = {"W": (238, 238, 232), "K": (44, 48, 54), "B": (58, 98, 116)}  # white, nearly black, water
-PAINT = ((238, 238, 232), (170, 176, 182), (70, 76, 86), (168, 48, 42), (48, 84, 142), (206, 172, 66))
-PALE = ((238, 238, 232), (216, 214, 204), (186, 192, 194), (206, 184, 158))
-CLAY = ((176, 128, 84), (190, 146, 104), (166, 104, 72), (172, 84, 64))
-COURT = ((58, 98, 150), (64, 122, 88), (172, 92, 66), (104, 116, 128))
-STONE = ((136, 136, 134), (166, 162, 154), (116, 116, 120))
-LAWN = ((88, 140, 68), (102, 150, 82), (76, 124, 62))
-AQUA = ((70, 190, 214), (92, 206, 222), (58, 164, 206))
-
-
-class Shape(NamedTuple):
-    lengths: tuple  # shortest and longest, in pixels
-    slim: float     # smallest width, as a share of the drawn one
-    height: float   # of the shadow, in pixels
-    a: tuple        # colours to choose from, for the parts named "a" ("a+" a little lighter, "a-" darker) ...
-    b: tuple        # ... and for those named "b"
-    parts: tuple    # (colour, line width or 0 for filled, polygons ...), bottom first; the first holds all the others
-
-
-SHAPES = {
-    "ship": Shape((20, 44), .85, 2, PAINT, CLAY + PALE, (
-        ("a", 0, SHIP), ("b", 0, SHIP * .84), ("b-", .03, *(rect(x, 0, .13, .17) for x in (.2, .02, -.16))),
-        ("W", 0, rect(-.35, 0, .1, .24)), ("K", 0, rect(-.38, 0, .03, .1)))),
-    "storage_tank": Shape((12, 30), 1, 3, PALE, PALE, (
-        ("a-", 0, arc(0, 0, .5)), ("a", 0, arc(0, 0, .45)), ("a+", 0, np.append(arc(0, 0, .42, 0, 90), 0)),
-        ("a-", 0, np.append(arc(0, 0, .42, -180, -90), 0)), ("a-", .02, arc(0, 0, .28)), ("K", 0, arc(0, 0, .05)))),
-    "baseball_diamond": Shape((24, 42), 1, 0, CLAY, LAWN, (
-        ("a", 0, np.append(arc(-.36, 0, .72, -45, 45), -.36)), ("b", 0, BASES), ("a", 0, arc(-.04, 0, .06)),
-        ("W", .025, CIRCLE[[21, 24, 27]] * [.68, 0, .68] - .34), ("W", 0, *(arc(b, 0, .04) for b in BASES)))),
-    "tennis_court": Shape((22, 36), 1, 0, COURT, COURT, (
-        ("b", 0, rect(0, 0, 1, .54)), ("a+", 0, rect(0, 0, .76, .36)), ("K", .035, (-.23j, .23j)),
-        ("W", .02, rect(0, 0, .76, .36), *both((-.38 + .12j, .38 + .12j), (.2 - .12j, .2 + .12j)), (-.2, .2)))),
-    "basketball_court": Shape((20, 34), 1, 0, CLAY + COURT, COURT, (
-        ("a-", 0, rect(0, 0, 1, .6)), ("a", 0, rect(0, 0, .92, .52)),
-        ("b", 0, *both(rect(.37, 0, .18, .18)), arc(0, 0, .1)),
-        ("W", .02, *both(rect(.37, 0, .18, .18), arc(.42, 0, .22, 90, 270), arc(.28, 0, .09, 90, 270)),
-         arc(0, 0, .1), (-.26j, .26j), rect(0, 0, .92, .52)))),
-    "Ground_Track_Field": Shape((36, 48), 1, 0, CLAY[2:], LAWN, (
-        ("a", 0, capsule(.22, .28)), ("a+", .012, capsule(.22, .25), capsule(.22, .215)), ("b", 0, capsule(.22, .185)),
-        ("b+", 0, rect(0, 0, .46, .26)), ("W", .012, rect(0, 0, .46, .26), (-.13j, .13j), arc(0, 0, .06)))),
-    "Bridge": Shape((32, 48), .9, 3, STONE, STONE, (
-        ("a-", 0, rect(0, 0, 1, .22)), ("a", 0, rect(0, 0, 1, .17)), ("a+", .03, *both((-.5 + .095j, .5 + .095j))),
-        ("W", .025, *((x, x + .06) for x in np.arange(-.47, .45, .125))))),
-    "Large_Vehicle": Shape((20, 34), .9, 2, PAINT, PAINT, (
-        ("K", 0, TRUCK), ("a", 0, rect(-.14, 0, .7, .3)), ("b", 0, rect(.38, 0, .17, .27)),
-        ("a-", .02, *(rect(x, 0, 0, .3) for x in (-.36, -.22, -.08, .08))), ("K", 0, rect(.455, 0, .05, .22)))),
-    "Small_Vehicle": Shape((12, 16), 1, 1.5, PAINT, PAINT, (
-        ("a", 0, CAR), ("K", 0, rect(-.06, 0, .56, .4)), ("a+", 0, rect(-.08, 0, .28, .38)))),
-    "Helicopter": Shape((22, 34), 1, 4, PAINT, PAINT, (
-        ("a", 0, HELICOPTER), ("K", 0, rect(.32, 0, .1, .11)), ("a+", 0, arc(.15, 0, .045)),
-        ("K", .05, *((.15 - .35 * q, .15 + .35 * q) for q in CIRCLE[[27, 33]])))),
-    "Swimming_pool": Shape((14, 28), .8, 0, AQUA, PALE, (
-        ("b", 0, KIDNEY), ("a-", 0, KIDNEY * .84), ("a", 0, KIDNEY * .74),
-        ("a+", .03, *((x - .2j, x + .06 - .02j) for x in (-.2, 0, .18))))),
-    "Roundabout": Shape((26, 44), 1, 0, STONE, LAWN, (
-        ("a", 0, CROSSING), ("W", .012, arc(0, 0, .29)), ("W", .02, *((.4 * q, .48 * q) for q in QUARTERS)),
-        ("W", 0, arc(0, 0, .2)), ("b", 0, arc(0, 0, .17)), ("b-", 0, arc(-.05, .05, .06), arc(.06, -.04, .07)))),
-    "Soccer_ball_field": Shape((32, 44), .9, 0, LAWN, LAWN, (
-        ("a", 0, rect(0, 0, 1, .66)), ("a+", 0, *both(rect(.345, 0, .115, .58), rect(.115, 0, .115, .58))),
-        ("W", .016, rect(0, 0, .92, .58), (-.29j, .29j), arc(0, 0, .1)),
-        ("W", .016, *both(rect(.39, 0, .14, .32), rect(.435, 0, .05, .15))))),
-    "plane": Shape((22, 46), .9, 3, PALE, PAINT[3:], (
-        ("a-", 0, PLANE), ("K", 0, *(rect(.07, y, .13, .05) for y in (-.2, .2))), ("a+", .09, (-.42, .43)),
-        ("b", .045, (-.48, -.3)), ("K", 0, rect(.445, 0, .03, .05)))),
-    "Harbor": Shape((32, 46), .9, 2, STONE, CLAY, (
-        ("a", 0, PIER), ("a+", .08, (-.48, .48)), ("a-", .02, *both(*((x + .1j, x + .29j) for x in PIER.real[1:20:4] - .04))))),
-    # from here on: things without a label
-    "tree": Shape((6, 12), 1, 2, LAWN, LAWN, (("a-", 0, arc(0, 0, .5)), ("a", 0, arc(-.1, -.1, .25)))),
-    "roof": Shape((12, 20), .8, 2.5, CLAY + STONE, PALE, (("a-", 0, rect(0, 0, 1, .7)), ("a", 0, rect(0, -.175, 1, .35)))),
-    "pond": Shape((60, 80), .8, 0, LAWN, LAWN, (("b-", 0, KIDNEY * 1.4j), ("B", 0, KIDNEY * 1.32j))),
-}
-
-# --- layout ----------------------------------------------------------------------------------------------------------
-GROUNDS = {  # dark, light, patch colour; waves or furrows: spacing in pixels, strength, bend; loose things, per 128 x 128
-    "water": ((34, 66, 88), (66, 108, 124), (84, 134, 138), 6, 4, 3, ()),
-    "grass": ((74, 100, 54), (122, 146, 84), (150, 146, 98), 9, 4, .3, ("tree",) * 12),
-    "soil": ((128, 104, 76), (178, 154, 118), (120, 122, 78), 7, 5, .6, ("tree",) * 4),
-    "paved": ((118, 118, 116), (152, 150, 146), (98, 98, 100), 24, 3, 0, ()),
-    "town": ((104, 108, 84), (142, 138, 116), (92, 112, 68), 3, 1, 0, ("roof",) * 8 + ("tree",) * 10)}
-LAND = ("grass", "soil", "paved", "town")
-# Bridges come both at sea and on land, half as often each: with 0.17 of scenes at sea, all classes are about as common.
-AT_SEA = ("ship", "ship", "Harbor", "Harbor", "Bridge")
-ON_LAND = tuple(name for name in CLASSES if name not in ("ship", "Harbor"))
-
-
-class Thing(NamedTuple):
-    name: str
-    turn: complex    # length in pixels, times the direction of the drawing's x axis
-    width: float     # as a share of the drawn one
-    centre: complex  # in pixels
-    box: tuple       # x0, y0, x1, y1 of the outline in pixels, before clipping to the image
-
-
-def moved(points, turn, width, centre=0):
-    """Points of a drawing, moved to their place in the image."""
-    points = np.asarray(points)
-    return (points.real + 1j * width * points.imag) * turn + centre
-
-
-def visible(box, size):
-    """Share of a box that lies in the image."""
-    w, h = min(box[2], size) - max(box[0], 0), min(box[3], size) - max(box[1], 0)
-    return max(w, 0) * max(h, 0) / ((box[2] - box[0]) * (box[3] - box[1]))
-
-
-def place(rng, name, things, size, last=None):
-    """One more Thing where there is room, next to the last one if that is given; None if there is no room."""
-    (low, high), slim = SHAPES[name][:2]
-    turn = last.turn if last else complex((low + (high - low) * rng.random()) * np.exp(2j * np.pi * rng.random()))
-    width = last.width if last else slim + (1 - slim) * rng.random()
-    outline = moved(SHAPES[name].parts[0][2], turn, width)
-    x0, y0, x1, y1 = (float(v) for c in (outline.real, outline.imag) for v in (c.min(), c.max()))
-    x0, y0, x1, y1 = x0, x1, y0, y1
-    spots = (rng.random((10, 2)) * size).tolist()
-    if last:  # one step to the left or right, as wide as keeps the two boxes apart
-        side = 1j * turn / abs(turn)
-        step = side * (3 + min((x1 - x0) / (abs(side.real) + 1e-9), (y1 - y0) / (abs(side.imag) + 1e-9)))
-        spots = [[c.real, c.imag] for c in (last.centre + step, last.centre - step)] + spots
-    for x, y in spots:
-        if visible((x + x0, y + y0, x + x1, y + y1), size) < .6:  # too little would be seen: move it inside
-            x, y = min(max(x, -x0), size - x1), min(max(y, -y0), size - y1)
-        box = (x + x0, y + y0, x + x1, y + y1)
-        if all(box[0] > b[2] + 2 or box[2] < b[0] - 2 or box[1] > b[3] + 2 or box[3] < b[1] - 2
-               for *_, b in things):
-            return Thing(name, turn, width, complex(x, y), box)
-    return None
-
-
-def layout(rng, size):
-    """Kind of ground, and the labelled Things on it: none in a tenth of scenes, else 1 to 7 per 128 x 128 pixels."""
-    kind = "water" if rng.random() < .17 else LAND[int(rng.random() * len(LAND))]
-    classes, things = AT_SEA if kind == "water" else ON_LAND, []
-    for _ in range(0 if rng.random() < .1 else rng.integers(1, 8 * (size / 128) ** 2)):
-        last = things[-1] if things and rng.random() < .35 else None  # alike things often stand side by side
-        name = last.name if last else classes[int(rng.random() * len(classes))]
-        thing = place(rng, name, things, size, last)
-        things += [thing] if thing else []
-    return kind, things
-
-
-def scene_objects(seed, n, size):
-    """labels (k,) int64, boxes (k, 4) float32 x0 y0 x1 y1 in pixels, areas (k,) in square pixels; draws nothing."""
-    _, things = layout(np.random.default_rng([seed, n]), size)
-    labels = np.array([CLASSES.index(t.name) for t in things], np.int64)
-    boxes = np.array([t.box for t in things], np.float32).reshape(-1, 4)
-    outlines = [moved(SHAPES[t.name].parts[0][2], t.turn, t.width) for t in things]
-    areas = [abs(np.vdot(p, np.roll(p, -1)).imag) / 2 * visible(t.box, size) for p, t in zip(outlines, things)]
-    return labels, boxes.clip(0, size), np.array(areas)
-
-
-# --- drawing ---------------------------------------------------------------------------------------------------------
-def noise(rng, size, cells):
-    """(size, size) float32 smooth random field: one octave per cell size in pixels, each half as strong as the last."""
-    total = np.zeros((size, size), np.float32)
-    for octave, cell in enumerate(cells):
-        coarse = Image.fromarray(rng.random((size // cell + 2,) * 2, np.float32) - .5)
-        total += np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)) / 2 ** octave
-    return total
-
-
-def bare_ground(rng, kind, size):
-    """PIL image of the ground alone."""
-    *colours, spacing, strength, bend, _ = GROUNDS[kind]
-    dark, light, patch = np.float32(colours)
-    fine, broad = noise(rng, size, (32, 16, 8, 4, 2)), noise(rng, size, (64, 32, 16))
-    image = dark + (light - dark) * (.5 + .8 * fine[..., None])
-    image += (patch - image) * np.clip(4 * broad - .6, 0, .8)[..., None]
-    direction = np.exp(2j * np.pi * rng.random())
-    ramp = np.float32(direction.real) * np.arange(size, dtype=np.float32)[:, None]
-    ramp = ramp + np.float32(direction.imag) * np.arange(size, dtype=np.float32)
-    if kind == "town":
-        image[ramp % 64 < 10] = 112, 112, 114  # streets
-    image += strength * np.sin(2 * np.pi * (ramp / spacing + bend * broad))[..., None]
-    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
-
-
-def draw_thing(rng, pen, thing, sun, fine):
-    """Draw a Thing and its shadow, which falls along `sun`; `fine` is the number of canvas pixels per image pixel."""
-    shape, tint = SHAPES[thing.name], .88 + .2 * rng.random() + .06 * rng.random(3)
-    colours = FIXED | {"a": shape.a[int(rng.random() * len(shape.a))], "b": shape.b[int(rng.random() * len(shape.b))]}
-
-    def pixels(points, shift=0):
-        place = moved(points, thing.turn, thing.width, thing.centre + shift) * fine - .5 - .5j
-        return place.view(float).tolist()
-
-    for k in (.5, 1, 1.3) if shape.height else ():  # several faint copies make a soft edge
-        pen.polygon(pixels(shape.parts[0][2], k * shape.height * sun), (0, 0, 0, 45))
-    for name, width, *polygons in shape.parts:
-        gain = tint * {"+": 1.16, "-": .76}.get(name[-1], 1)
-        colour = tuple((np.array(colours[name[0]]) * gain).clip(0, 255).astype(int).tolist())
-        for points in polygons:
-            if width:
-                pen.line(pixels(points), colour, max(1, round(width * abs(thing.turn) * fine)))
-            else:
-                pen.polygon(pixels(points), colour)
-
-
-def draw_scene(seed, n, size, fine=2):
-    """PIL RGB image of size x size pixels, drawn `fine` times as large and then reduced, for smooth edges."""
-    rng = np.random.default_rng([seed, n])
-    kind, things = layout(rng, size)
-    loose = [place(rng, name, things, size) for name in GROUNDS[kind][-1] * max(1, size * size // 128 ** 2)]
-    ponds = [t._replace(name="pond") for t in things if t.name == "Bridge" and kind != "water"]
-    image = bare_ground(rng, kind, size).resize((size * fine,) * 2, Image.Resampling.NEAREST)
-    pen, sun = ImageDraw.Draw(image, "RGBA"), np.exp(2j * np.pi * rng.random())
-    for thing in ponds + [t for t in loose if t] + things:
-        draw_thing(rng, pen, thing, sun, fine)
-    light = (.85 + .3 * rng.random()) * np.asarray(image.reduce(fine), np.float32)
-    light += 5 * rng.standard_normal((size, size, 1), np.float32)  # grain of the camera
-    return Image.fromarray(light.clip(0, 255).astype(np.uint8))
-
-
 # ---------------------------------------------------------------- commands
 
 QUERIES = {"DETR": 100, "Deformable DETR": 300}
@@ -579,7 +325,8 @@ def write_scenes(out, counts, size, seed):
         images_dir.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(data.images):
             data.read(i).save(images_dir / image["file_name"])
-        json_path.write_text(json.dumps({"images": data.images, "categories": data.categories, "annotations": data.annotations}))
+        coco = {"images": data.images, "categories": data.categories, "annotations": data.annotations}
+        json_path.write_text(json.dumps(coco))
 
 
 def main(argv=None):

@@ -62,8 +62,8 @@ def build_parser():
     run("--seed", type=int, default=0, metavar="N", help="of weights, order, augmentation and scenes (default %(default)s)")
     run("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
     run("--out", metavar="DIR", help="run folder, must not exist (default: a new one in runs/)")
-    run("--init", metavar="FILE", help="start from the weights of a run or of an official checkpoint, file or URL; class heads of "
-        "another number of classes are dropped, anything else must fit")
+    run("--init", metavar="FILE", help="start from the weights of a run or of an official checkpoint, file or URL; class heads "
+        "of another number of classes are dropped, anything else must fit")
 
     data = parser.add_argument_group("data; without --data or --train_json, synthetic scenes").add_argument
     data("--data", metavar="DIR", help="dataset with {train,val}/images and {split}/instancesonly_filtered_{split}.json")
@@ -232,7 +232,8 @@ def introduce(args, model, train_set, val_set, config):
     """What a user should know before the first step."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{args.device}, {torch.get_num_threads()} threads"
+    cuda = args.device.startswith("cuda")
+    device = torch.cuda.get_device_name() if cuda else f"{args.device}, {torch.get_num_threads()} threads"
     print(f"revision    {git_revision()}, torch {torch.__version__}, torchvision {torchvision.__version__}")
     print(f"run         {args.out}, seed {args.seed}")
     print(f"device      {device}")
@@ -289,8 +290,8 @@ def main(argv=None):
     try:  # everything that can be wrong with the input is found before the first step
         train_set, val_set = isaid.open_split("train", args, train=True), isaid.open_split("val", args, train=False)
         if train_set.categories != val_set.categories:
-            raise isaid.DataError(f"the classes of {train_set.name} ({isaid.class_names(train_set.categories)}) are not those of "
-                                  f"{val_set.name} ({isaid.class_names(val_set.categories)})")
+            raise isaid.DataError(f"the classes of {train_set.name} ({isaid.class_names(train_set.categories)}) are not those "
+                                  f"of {val_set.name} ({isaid.class_names(val_set.categories)})")
         config = detector_config(args, len(train_set.categories))
         model = build_model(config, args.backbone_weights)
         dropped = detr.load_weights(model, args.init) if args.init else []
@@ -360,8 +361,8 @@ def epoch_text(line, epochs):
     """An epoch in one line of text."""
     text = f"epoch {line['epoch']:>3}/{epochs}  loss {line['train_loss']:.3f}"
     if "ap" in line:
-        text += "".join(f"  {name} {evaluation.show(line[key])}" for name, key in (("AP", "ap"), ("AP50", "ap50"), ("AP75", "ap75")))
-    return text + f"  {line['seconds']:.0f} s, {line['images_per_second']:.1f} images/s, {line['data_wait']:.0%} waiting for data"
+        text += "".join(f"  {key.upper()} {evaluation.show(line[key])}" for key in ("ap", "ap50", "ap75"))
+    return text + f"  {line['seconds']:.0f} s, {line['images_per_second']:.1f} images/s, {line['data_wait']:.0%} waiting"
 
 
 if __name__ == "__main__":

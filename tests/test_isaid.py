@@ -1,0 +1,245 @@
+"""Scenes, COCO files good and broken, and boxes that follow their objects through every augmentation."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import isaid
+import scenes
+
+# ---------------------------------------------------------------- synthetic scenes
+
+def test_scenes_depend_on_seed_and_number_alone():
+    first = scenes.draw_scene(3, 7, 96)
+    scenes.draw_scene(3, 8, 96)
+    assert np.array_equal(scenes.draw_scene(3, 7, 96), first)
+    for other in ((4, 7, 96), (3, 8, 96)):
+        assert not np.array_equal(scenes.draw_scene(*other), first)
+    small = isaid.synthetic("train", 3, 64, isaid.transforms(False, 64), seed=1)
+    large = isaid.synthetic("train", 9, 64, isaid.transforms(False, 64), seed=1)
+    held_out = isaid.synthetic("val", 3, 64, isaid.transforms(False, 64), seed=1)
+    assert all(torch.equal(small[i][0], large[i][0]) for i in range(3))
+    assert not any(torch.equal(small[i][0], held_out[i][0]) for i in range(3))
+
+
+def test_scenes_hold_all_classes_and_some_are_empty():
+    data = isaid.synthetic("train", 600, 128, None)
+    counts = np.array(data.counts())
+    assert [c["name"] for c in data.categories] == list(scenes.CLASSES) and len(counts) == 15
+    assert counts.min() > 0.5 * counts.mean() and counts.max() < 2 * counts.mean()
+    assert 0.05 < np.mean([len(labels) == 0 for labels in data.labels]) < 0.2
+    boxes = torch.cat(data.boxes)
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= 128).all() and boxes[:, 2:].min() > 5
+
+
+def test_scene_boxes_are_tight(monkeypatch):
+    """The box is where the picture changes when the object is not drawn."""
+    draw = scenes.draw_thing
+    for n in range(12):
+        labels, boxes, _ = scenes.scene_objects(0, n, 128)
+        whole = np.asarray(scenes.draw_scene(0, n, 128), float)
+        for i, box in enumerate(boxes):
+            seen = []
+
+            def skip(rng, pen, thing, sun, fine, i=i, seen=seen):
+                labelled = thing.name in scenes.CLASSES
+                seen.append(labelled)
+                state = rng.bit_generator.state
+                if labelled and sum(seen) == i + 1:
+                    from PIL import ImageDraw
+                    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+                    draw(rng, pen, thing, sun, fine)  # the same random numbers, drawn elsewhere
+                else:
+                    draw(rng, pen, thing._replace(), 0 * sun, fine)  # no shadows
+                assert rng.bit_generator.state != state
+
+            def bare(rng, pen, thing, sun, fine):
+                draw(rng, pen, thing, 0 * sun, fine)
+
+            monkeypatch.setattr(scenes, "draw_thing", bare)
+            whole = np.asarray(scenes.draw_scene(0, n, 128), float)
+            monkeypatch.setattr(scenes, "draw_thing", skip)
+            without = np.asarray(scenes.draw_scene(0, n, 128), float)
+            y, x = np.nonzero(np.abs(whole - without).max(-1) > 12)
+            changed = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1])
+            assert np.abs(changed - box).max() <= 2.0, (n, scenes.CLASSES[labels[i]], changed, box)
+
+
+# ---------------------------------------------------------------- files
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small dataset on disk."""
+    isaid.main(["scenes", str(tmp_path / "data"), "--train", "6", "--val", "3", "--image_size", "64"])
+    return tmp_path / "data"
+
+
+def edit(folder, change, split="train"):
+    path = isaid.split_files(folder, split)[1]
+    coco = json.loads(path.read_text())
+    change(coco)
+    path.write_text(json.dumps(coco))
+
+
+def load(folder, **options):
+    return isaid.load_coco(*isaid.split_files(folder, "train"), isaid.transforms(False, 64), **options)
+
+
+def test_scenes_on_disk_are_the_same_dataset(folder):
+    disk, memory = load(folder), isaid.synthetic("train", 6, 64, isaid.transforms(False, 64))
+    assert len(disk) == 6 and disk.categories == memory.categories
+    for i in range(6):
+        (image, target), (other, expected) = disk[i], memory[i]
+        assert torch.equal(image, other) and torch.equal(target["labels"], expected["labels"])
+        torch.testing.assert_close(target["boxes"], expected["boxes"])
+    assert len(load(folder, limit=2)) == 2
+
+
+def test_labels_follow_category_ids(folder):
+    """Ids with gaps and in any order become 0..K-1, in the order of the ids."""
+    def change(coco):
+        coco["categories"] = [{"id": 70, "name": "late"}, {"id": 5, "name": "early"}]
+        coco["annotations"] = [{"id": 9, "image_id": 0, "category_id": c, "bbox": [4, 4, 8, 8]} for c in (70, 5, 70)]
+    edit(folder, change)
+    data = load(folder)
+    assert [c["name"] for c in data.categories] == ["early", "late"]
+    assert data[0][1]["labels"].tolist() == [1, 0, 1] and data.counts() == [1, 2]
+    assert data[1][1]["boxes"].shape == (0, 4)
+
+
+def test_boxes_are_clipped_and_counted(folder):
+    def change(coco):
+        box = {"image_id": 0, "category_id": 1}
+        coco["annotations"] = [{**box, "id": i, "bbox": b} for i, b in enumerate((
+            [-10, 10, 20, 20], [50, 50, 30, 30], [10, 10, 0, 5], [80, 80, 5, 5], [5, 5, -3, 4], [0, 0, float("nan"), 3],
+            [10, 10, 20, 20]))] + [{**box, "id": 8, "bbox": [1, 1, 60, 60], "iscrowd": 1}]
+    edit(folder, change)
+    data = load(folder)
+    assert (data.clipped, data.removed) == (2, 4)
+    assert data.boxes[0].tolist() == [[0, 10, 10, 20], [50, 50, 14, 14], [10, 10, 20, 20]]
+    assert [a["iscrowd"] for a in data.annotations] == [0, 0, 0, 1]  # the crowd region is left to the evaluation
+    text = isaid.check(*isaid.split_files(folder, "train"))
+    assert "degenerate boxes (removed)   4" in text and "(clipped)  2" in text
+
+
+def test_sizes_missing_in_the_file_come_from_the_images(folder):
+    edit(folder, lambda coco: [image.pop("width") for image in coco["images"]])
+    assert load(folder).images[0]["width"] == 64
+
+
+BROKEN = {
+    "not valid JSON": lambda f: isaid.split_files(f, "train")[1].write_text('{"images": ['),
+    "no list 'annotations'": lambda f: edit(f, lambda c: c.pop("annotations")),
+    "has no 'file_name'": lambda f: edit(f, lambda c: c["images"][1].pop("file_name")),
+    "has no 'bbox'": lambda f: edit(f, lambda c: c["annotations"][0].pop("bbox")),
+    "it must be 4 numbers": lambda f: edit(f, lambda c: c["annotations"][0].update(bbox=[1, 2, 3])),
+    "category_id 99": lambda f: edit(f, lambda c: c["annotations"][0].update(category_id=99)),
+    "image_id 77": lambda f: edit(f, lambda c: c["annotations"][0].update(image_id=77)),
+    "id 1 occurs twice": lambda f: edit(f, lambda c: c["images"][0].update(id=1)),
+    "has no images": lambda f: edit(f, lambda c: c.update(images=[], annotations=[])),
+    "has no categories": lambda f: edit(f, lambda c: c.update(categories=[], annotations=[])),
+    "1 of 6 images are missing": lambda f: (f / "train/images/scene_000002.png").unlink(),
+    "no such folder": lambda f: shutil.rmtree(f / "train/images"),
+    "cannot be read": lambda f: isaid.split_files(f, "train")[1].unlink(),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_broken_files_are_named(folder, message):
+    BROKEN[message](folder)
+    with pytest.raises(isaid.DataError, match=message) as error:
+        load(folder)
+    assert "train" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", None])
+def test_unreadable_images_are_named(folder, content):
+    path = folder / "train/images/scene_000000.png"
+    path.write_bytes(path.read_bytes()[:2000] if content is None else content)  # None: truncated
+    with pytest.raises(isaid.DataError, match="scene_000000.png"):
+        load(folder)[0]
+
+
+def test_check_command(folder, capsys):
+    edit(folder, lambda c: c["annotations"].extend(
+        {"id": 1000 + i, "image_id": 3, "category_id": 2, "bbox": [1, 1, 4, 4]} for i in range(101)))
+    Image.new("RGB", (30, 20)).save(folder / "train/images/scene_000001.png")
+    isaid.main(["check", str(folder)])
+    out = capsys.readouterr().out
+    assert "images   6," in out and "images   3," in out and "64 x 64 (5), 30 x 20 (1)" in out
+    assert "another size than listed  1, the first scene_000001.png" in out
+    assert "DETR's 100 queries  1 (16.7%)" in out and "300 queries  0 (0.0%)" in out
+    isaid.main(["check", "--images", str(folder / "val/images"), "--json", str(isaid.split_files(folder, "val")[1])])
+    assert "images   3," in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="has no folder train or val"):
+        isaid.main(["check", str(folder / "train")])
+
+
+# ---------------------------------------------------------------- augmentation
+
+def white_box(size, box):
+    """A black picture with one white rectangle, as a dataset of one image."""
+    (w, h), (x, y, bw, bh) = size, box
+    image = Image.new("RGB", size)
+    image.paste("white", (x, y, x + bw, y + bh))
+    return {"images": [{"id": 0, "file_name": "", "width": w, "height": h}], "categories": [{"id": 1, "name": "box"}],
+            "annotations": [{"id": 1, "image_id": 0, "category_id": 1, "bbox": [x, y, bw, bh]}]}, image
+
+
+@pytest.mark.parametrize("size", [(90, 60), (64, 64), (700, 500)])
+@pytest.mark.parametrize("options", [
+    {"image_size": 64, "hflip": False}, {"image_size": 64, "vflip": True}, {"image_size": 96, "quarter_turns": True},
+    {"vflip": True, "quarter_turns": True}, {}], ids=lambda o: "-".join(o) or "official")
+def test_boxes_follow_their_object(size, options):
+    coco, image = white_box(size, (12, 30, 40, 20))
+    data = isaid.Detection("white box", coco, lambda i: image, isaid.transforms(True, **options))
+    whites, places = torch.tensor([(1 - m) / s for m, s in zip(isaid.MEAN, isaid.STD)]), set()
+    for data.epoch in range(12):
+        picture, target = data[0]
+        bright = (picture - whites[:, None, None]).abs().amax(0) < 1.5
+        if len(target["boxes"]) == 0:  # cropped away
+            assert bright.float().mean() < 0.01
+            continue
+        H, W = bright.shape
+        if options.get("image_size"):
+            assert H == W == options["image_size"]
+        else:
+            assert max(H, W) <= 1333 and min(H, W) <= 800
+        y, x = (v.float() for v in bright.nonzero(as_tuple=True))
+        found = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1])
+        cx, cy, w, h = (target["boxes"][0] * torch.tensor([W, H, W, H])).tolist()
+        expected = torch.tensor([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2])
+        assert (found - expected).abs().max() <= max(W / size[0], H / size[1], 1) + 1.5
+        places.add(tuple(target["boxes"][0].mul(100).round().tolist()))
+    moves = 1 if options.get("hflip") is False else 2
+    assert len(places) >= moves and (moves > 1 or len(places) == 1)
+
+
+def test_evaluation_is_not_augmented():
+    data = isaid.synthetic("val", 2, 64, isaid.transforms(False, 64, vflip=True, quarter_turns=True))
+    first = data[1][0]
+    data.epoch = 5
+    assert torch.equal(data[1][0], first)
+
+
+def test_augmentation_depends_on_seed_epoch_and_index():
+    def item(seed, epoch, i):
+        data = isaid.synthetic("train", 3, 64, isaid.transforms(True, 64, vflip=True, quarter_turns=True))
+        data.seed, data.epoch = seed, epoch
+        state = torch.get_rng_state()
+        image = data[i][0]
+        assert torch.equal(torch.get_rng_state(), state)  # the model's randomness is left alone
+        return image
+    assert torch.equal(item(0, 1, 2), item(0, 1, 2))
+    variants = [item(0, epoch, 2) for epoch in range(8)]
+    assert any(not torch.equal(variants[0], other) for other in variants[1:])
+
+
+def test_collate_pads_right_and_below():
+    images, padding, targets = isaid.collate([(torch.ones(3, 4, 6), {"n": 0}), (torch.ones(3, 5, 2), {"n": 1})])
+    assert images.shape == (2, 3, 5, 6) and targets == [{"n": 0}, {"n": 1}]
+    assert torch.equal(images[:, 0] == 0, padding)
+    assert (~padding).sum((1, 2)).tolist() == [24, 10] and not padding[0, :4].any() and not padding[1, :, :2].any()
