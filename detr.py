@@ -14,6 +14,7 @@ Given the same weights, outputs, matches and losses equal the official code's to
 """
 import argparse
 import copy
+import hashlib
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -302,17 +303,24 @@ class DeformableDETR(nn.Module):
             transformer.pos_trans_norm = nn.LayerNorm(hidden_dim * 2)
         else:
             transformer.reference_points = nn.Linear(hidden_dim, 2)
+            nn.init.zeros_(transformer.reference_points.bias)
+        xavier_(transformer)
+        for module in transformer.modules():
+            if isinstance(module, MSDeformAttn):
+                module.reset_parameters()
+        nn.init.normal_(transformer.level_embed)
         self._make_heads(nn.Linear(hidden_dim, num_classes), MLP(hidden_dim, 4), dec_layers)
         if not two_stage:
             self.query_embed = nn.Embedding(num_queries, hidden_dim * 2)  # position and content
         cnn = Backbone(backbone, min(num_feature_levels, 3), dilation, frozen_bn, backbone_weights)
-        kernels = [(c, 1, 1, 0) for c in cnn.channels] + \
-                  [(cnn.channels[-1] if i == 0 else hidden_dim, 3, 2, 1) for i in range(num_feature_levels - len(cnn.channels))]
-        self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c, hidden_dim, kernel, stride, pad), nn.GroupNorm(32, hidden_dim))
-            for c, kernel, stride, pad in kernels)
+        channels = [*cnn.channels, cnn.channels[-1], *[hidden_dim] * num_feature_levels][:num_feature_levels]
+        self.input_proj = nn.ModuleList()
+        for i, c in enumerate(channels):  # levels beyond the CNN's: its last one, halved again and again
+            conv = nn.Conv2d(c, hidden_dim, 1) if i < len(cnn.channels) else nn.Conv2d(c, hidden_dim, 3, 2, 1)
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.zeros_(conv.bias)
+            self.input_proj.append(nn.Sequential(conv, nn.GroupNorm(32, hidden_dim)))
         self.backbone = nn.Sequential(cnn)
-        self._reset_parameters()
 
     def _make_heads(self, class_head, box_head, dec_layers):
         """One pair of heads for all layers, or with refinement one for each (and one for the proposals)."""
@@ -331,28 +339,13 @@ class DeformableDETR(nn.Module):
         else:
             nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)  # first boxes of about a tenth of the image
 
-    def _reset_parameters(self):
-        heads = {id(p) for p in (*self.class_embed.parameters(), *self.bbox_embed.parameters())}
-        for parameter in self.transformer.parameters():
-            if parameter.dim() > 1 and id(parameter) not in heads:
-                nn.init.xavier_uniform_(parameter)
-        for module in self.transformer.modules():
-            if isinstance(module, MSDeformAttn):
-                module.reset_parameters()
-        nn.init.normal_(self.transformer.level_embed)
-        if not self.two_stage:
-            nn.init.zeros_(self.transformer.reference_points.bias)
-        for conv, _ in self.input_proj:
-            nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)
-
     def forward(self, images, padding):
         return self.decode(self.encode(self.features(images, padding)))
 
     def features(self, images, padding):
         """images (B, 3, H, W) normalised, padding (B, H, W) -> [Level], finest first."""
         maps, levels = self.backbone(images.masked_fill(padding[:, None], 0)), []
-        for i, project in enumerate(self.input_proj):  # levels beyond the CNN's: the last one, halved again and again
+        for i, project in enumerate(self.input_proj):
             source = maps[i] if i < len(maps) else maps[-1] if i == len(maps) else levels[-1].features
             x = project(source)
             mask = resize_padding(padding, x)
@@ -580,7 +573,8 @@ def load_checkpoint(path):
     Raises ValueError naming the file if there is none or it is not a checkpoint.
     """
     if "://" in str(path):
-        target = Path(torch.hub.get_dir()) / "checkpoints" / Path(str(path)).name
+        key = hashlib.sha256(str(path).encode()).hexdigest()[:8]  # many files are called checkpoint.pth
+        target = Path(torch.hub.get_dir()) / "checkpoints" / f"{key}-{Path(str(path)).name}"
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             try:

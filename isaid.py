@@ -177,10 +177,10 @@ def open_split(split, args, train):
 
     args also holds image_size, limit_{split}, seed, hflip, vflip, quarter_turns. Raises DataError.
     """
-    limit, size = getattr(args, f"limit_{split}"), args.image_size or (None if has_files(args) else SCENE_SIZE)
-    augmentation = transforms(train, size, args.hflip, args.vflip, args.quarter_turns)
+    limit = getattr(args, f"limit_{split}")
+    augmentation = transforms(train, args.image_size, args.hflip, args.vflip, args.quarter_turns)
     if not has_files(args):
-        return synthetic(split, limit or SCENES[split], size, augmentation, args.seed)
+        return synthetic(split, limit or SCENES[split], args.image_size, augmentation, args.seed)
     files = split_files(args.data, split) if args.data else (getattr(args, f"{split}_images"), getattr(args, f"{split}_json"))
     return load_coco(*files, augmentation, limit, args.seed)
 

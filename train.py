@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 import torchvision
@@ -40,26 +39,28 @@ class Parser(argparse.ArgumentParser):
         return line.split("#")[0].split()  # recipes: several flags a line, comments
 
 
-def positive(kind):
+def number(kind, positive):
+    """An argparse type: greater than 0, or else 0 too."""
     def parse(text):
         value = kind(text)
-        if value <= 0:
-            raise argparse.ArgumentTypeError(f"{text} is not greater than 0")
+        if not (value > 0 or value == 0 and not positive):
+            raise argparse.ArgumentTypeError(f"{text} is not {'greater than' if positive else 'at least'} 0")
         return value
-    parse.__name__ = f"positive {kind.__name__}"
+    parse.__name__ = "number" if kind is float else "whole number"  # argparse: "invalid … value"
     return parse
 
 
 def build_parser():
     """Every flag, in groups; the defaults are the demonstration's. The names are the official ones where there are any."""
-    count, rate, switch = positive(int), positive(float), argparse.BooleanOptionalAction
+    count, rate, switch = number(int, True), number(float, True), argparse.BooleanOptionalAction
+    natural = number(int, False)
     parser = Parser(description=__doc__, fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter)
 
     run = parser.add_argument_group("run").add_argument
     run("--setting", choices=("detect",), default="detect", help="what is trained (default %(default)s)")
     run("--model", choices=tuple(detr.DETECTORS), default="deformable_detr", help="(default %(default)s)")
     run("--epochs", type=count, default=14, metavar="N", help="passes over the training images (default %(default)s)")
-    run("--seed", type=int, default=0, metavar="N", help="of weights, order, augmentation and scenes (default %(default)s)")
+    run("--seed", type=natural, default=0, metavar="N", help="of weights, order, augmentation and scenes (default %(default)s)")
     run("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
     run("--out", metavar="DIR", help="run folder, must not exist (default: a new one in runs/)")
     run("--init", metavar="FILE", help="start from the weights of a run or of an official checkpoint, file or URL; class heads "
@@ -74,7 +75,7 @@ def build_parser():
          "else the official multi-scale recipe, shorter side 480 to 800")
     data("--limit_train", type=count, metavar="N", help="the first N training images (default: all; 1000 scenes)")
     data("--limit_val", type=count, metavar="N", help="the first N held-out images (default: all; 200 scenes)")
-    data("--workers", type=int, metavar="N", help="loader processes (default: 0 on the CPU, else up to 8)")
+    data("--workers", type=natural, metavar="N", help="loader processes (default: 0 on the CPU, else up to 8)")
     data("--hflip", action=switch, default=True, help="random horizontal flips (default on)")
     data("--vflip", action=switch, default=False, help="random vertical flips")
     data("--quarter_turns", action=switch, default=False, help="random turns by 90, 180 and 270 degrees")
@@ -88,7 +89,7 @@ def build_parser():
     model("--dilation", action=switch, default=False, help="DC5: the last stage at stride 16 (resnet50, resnet101)")
     model("--hidden_dim", type=count, default=128, metavar="N", help="(default %(default)s)")
     model("--nheads", type=count, default=8, metavar="N", help="(default %(default)s)")
-    model("--enc_layers", type=int, default=2, metavar="N", help="(default %(default)s)")
+    model("--enc_layers", type=natural, default=2, metavar="N", help="(default %(default)s)")
     model("--dec_layers", type=count, default=3, metavar="N", help="(default %(default)s)")
     model("--dim_feedforward", type=count, default=256, metavar="N", help="(default %(default)s)")
     model("--dropout", type=float, default=0.0, metavar="P", help="in the transformer (default %(default)s)")
@@ -106,7 +107,7 @@ def build_parser():
     optim("--lr_backbone", type=rate, default=5e-4, metavar="R", help="of the CNN (default %(default)s)")
     optim("--lr_linear_proj_mult", type=rate, default=0.1, metavar="F",
           help="factor for sampling offsets and reference points (default %(default)s)")
-    optim("--weight_decay", type=float, default=1e-4, metavar="F", help="(default %(default)s)")
+    optim("--weight_decay", type=number(float, False), default=1e-4, metavar="F", help="(default %(default)s)")
     optim("--clip_max_norm", type=rate, default=0.1, metavar="F", help="largest norm of the gradient (default %(default)s)")
     optim("--lr_schedule", choices=("onecycle", "step"), default="onecycle",
           help="up and down again, or one drop to a tenth (default %(default)s)")
@@ -130,12 +131,12 @@ def parse(argv):
         parser.error(f"--data and --{files[0]} name two datasets; give one of them")
     if 0 < len(files) < 4:
         parser.error("--train_images, --train_json, --val_images and --val_json go together")
+    if not isaid.has_files(args):
+        args.image_size = args.image_size or isaid.SCENE_SIZE
     if args.frozen_bn and args.backbone_weights == "none" and not args.init:
         parser.error("--frozen_bn keeps random layers frozen here; add --backbone_weights imagenet or --init")
     if not 0 <= args.dropout < 1:
         parser.error(f"--dropout {args.dropout} is not in 0..1")
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed} is negative; take 0 or more")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -157,8 +158,8 @@ def build_model(config, backbone_weights):
     weights = {"none": None, "imagenet": "IMAGENET1K_V1"}[backbone_weights]
     try:
         return detr.build_detector(**config, backbone_weights=weights)
-    except URLError as error:
-        raise ValueError(f"the ImageNet weights of {config['backbone']} cannot be downloaded ({error.reason}); "
+    except OSError as error:  # URLError is one
+        raise ValueError(f"the ImageNet weights of {config['backbone']} cannot be downloaded ({error}); "
                          f"put them into {torch.hub.get_dir()}/checkpoints or leave --backbone_weights out") from None
 
 
@@ -245,7 +246,8 @@ def introduce(args, model, train_set, val_set, config):
         print("attention   scaled_dot_product_attention")
     steps = len(train_set) // min(args.batch_size, len(train_set))
     print(f"batch       {min(args.batch_size, len(train_set))} images a step, {steps} steps an epoch, "
-          f"{args.epochs} epochs: {steps * args.epochs * min(args.batch_size, len(train_set)):,} images in all")
+          f"{args.epochs} epochs: {steps * args.epochs * min(args.batch_size, len(train_set)):,} images in all "
+          "(the paper's recipe: 50 epochs of iSAID, 1,400,000)")
     for name, data in (("train", train_set), ("val", val_set)):
         print(f"{name:11} {data.name}: {len(data):,} images, {sum(data.counts()):,} boxes"
               + (f", {data.clipped:,} clipped to their image" if data.clipped else "")
@@ -342,7 +344,8 @@ def fit(args, out, model, config, train_set, val_set):
             log.append(line)
             with open(out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-            evaluation.draw_curves(out / "curves.png", log)
+            if "ap" in line:
+                evaluation.draw_curves(out / "curves.png", log)
             bar.write(epoch_text(line, args.epochs))
     except KeyboardInterrupt:
         bar.close()

@@ -173,6 +173,24 @@ def test_encode_works_on_several_batches_at_once():
             torch.testing.assert_close(two.features, torch.cat([one.features, one.features.flip(0)]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name, options", [("detr", {}), ("deformable_detr", TWO_STAGE)])
+def test_forward_never_waits_for_the_device(name, options):
+    """On the meta device, where tensors have no values, anything that looks at a value fails."""
+    model = detr.build_detector(name, 5, **{**SMALL, **options}).to("meta")
+    images, padding = batch()
+    outputs = model(images.to("meta"), padding.to("meta"))
+    assert outputs["boxes"].shape == (2, 3, 11, 4)
+
+
+def test_matching_copies_to_the_host_once(monkeypatch):
+    copies, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.shape) or cpu(self))
+    for forbidden in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, forbidden, None)
+    detr.set_losses(torch.randn(3, 2, 4, 5), torch.rand(3, 2, 4, 4), some_targets((2, 3)), focal=True)
+    assert copies == [(3, 2, 4, 3)]
+
+
 @pytest.mark.parametrize("name, options", [("detr", {}), ("deformable_detr", {}),
                                            ("deformable_detr", TWO_STAGE)])
 def test_padding_never_matters(name, options):
@@ -279,7 +297,8 @@ def official(tmp_path_factory):
     return path
 
 
-def test_init_drops_class_heads_and_nothing_else(official):
+def test_init_drops_class_heads_and_nothing_else(official, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     model = detr.build_detector("deformable_detr", 15, **SMALL, with_box_refine=True)
     own = model.class_embed[0].weight.clone()
     dropped = detr.load_weights(model, official)

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import isaid
 import scenes
@@ -35,35 +35,27 @@ def test_scenes_hold_all_classes_and_some_are_empty():
     assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= 128).all() and boxes[:, 2:].min() > 5
 
 
+def draw_without(n, hidden, monkeypatch):
+    """Scene n without shadows and without its labelled object number `hidden`, as an array."""
+    draw, seen, nowhere = scenes.draw_thing, [], ImageDraw.Draw(Image.new("RGB", (1, 1)), "RGBA")
+
+    def draw_or_not(rng, pen, thing, sun, fine):
+        seen.extend([thing] * (thing.name in scenes.CLASSES))
+        skip = thing.name in scenes.CLASSES and len(seen) - 1 == hidden
+        draw(rng, nowhere if skip else pen, thing, 0 * sun, fine)  # the random numbers are used up either way
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scenes, "draw_thing", draw_or_not)
+        return np.asarray(scenes.draw_scene(0, n, 128), float)
+
+
 def test_scene_boxes_are_tight(monkeypatch):
     """The box is where the picture changes when the object is not drawn."""
-    draw = scenes.draw_thing
     for n in range(12):
         labels, boxes, _ = scenes.scene_objects(0, n, 128)
-        whole = np.asarray(scenes.draw_scene(0, n, 128), float)
+        whole = draw_without(n, None, monkeypatch)
         for i, box in enumerate(boxes):
-            seen = []
-
-            def skip(rng, pen, thing, sun, fine, i=i, seen=seen):
-                labelled = thing.name in scenes.CLASSES
-                seen.append(labelled)
-                state = rng.bit_generator.state
-                if labelled and sum(seen) == i + 1:
-                    from PIL import ImageDraw
-                    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-                    draw(rng, pen, thing, sun, fine)  # the same random numbers, drawn elsewhere
-                else:
-                    draw(rng, pen, thing._replace(), 0 * sun, fine)  # no shadows
-                assert rng.bit_generator.state != state
-
-            def bare(rng, pen, thing, sun, fine):
-                draw(rng, pen, thing, 0 * sun, fine)
-
-            monkeypatch.setattr(scenes, "draw_thing", bare)
-            whole = np.asarray(scenes.draw_scene(0, n, 128), float)
-            monkeypatch.setattr(scenes, "draw_thing", skip)
-            without = np.asarray(scenes.draw_scene(0, n, 128), float)
-            y, x = np.nonzero(np.abs(whole - without).max(-1) > 12)
+            y, x = np.nonzero(np.abs(whole - draw_without(n, i, monkeypatch)).max(-1) > 12)
             changed = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1])
             assert np.abs(changed - box).max() <= 2.0, (n, scenes.CLASSES[labels[i]], changed, box)
 
