@@ -177,6 +177,30 @@ def draw_curves(path, log):
 
 # ---------------------------------------------------------------- the command
 
+def number(kind, zero=False):
+    """An argparse type: a number greater than 0, or 0 too."""
+    def parse(text):
+        value = kind(text)
+        if not (value > 0 or zero and value == 0):
+            raise argparse.ArgumentTypeError(f"{text} is not {'at least' if zero else 'greater than'} 0")
+        return value
+    parse.__name__ = "number" if kind is float else "whole number"  # argparse: "invalid … value"
+    return parse
+
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usable_device(name):
+    """An argparse type: a device that exists here."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{name} cannot be used here ({str(error).splitlines()[0]})") from None
+    return name
+
+
 def load_run(run, device):
     """A trained detector: (model, its flags, its categories, the checkpoint's path). Raises ValueError."""
     path = Path(run)
@@ -199,12 +223,15 @@ def main(argv=None):
     parser.add_argument("run", help="run folder of train.py, or a checkpoint file")
     parser.add_argument("--data", metavar="DIR", help="another dataset than the run's, in the patches layout")
     parser.add_argument("--split", choices=("train", "val"), default="val", help="(default %(default)s)")
-    parser.add_argument("--limit_val", type=int, metavar="N", help="only the first N images")
-    parser.add_argument("--batch_size", type=int, metavar="N", help="images at a time (default: the run's)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes (default %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
+    parser.add_argument("--limit_val", type=number(int), metavar="N", help="only the first N images")
+    parser.add_argument("--batch_size", type=number(int), metavar="N", help="images at a time (default: the run's)")
+    parser.add_argument("--workers", type=number(int, zero=True), default=0, metavar="N",
+                        help="loader processes (default %(default)s)")
+    parser.add_argument("--device", type=usable_device, default=default_device(), help="(default here: %(default)s)")
     parser.add_argument("--export", metavar="FILE", help="write what was found as COCO results (xywh, the dataset's ids)")
     args = parser.parse_args(argv)
+    if args.export and not Path(args.export).resolve().parent.is_dir():
+        parser.error(f"--export {args.export}: there is no folder {Path(args.export).resolve().parent}")
     try:
         model, flags, categories, path = load_run(args.run, args.device)
         if args.data:
@@ -226,7 +253,7 @@ def main(argv=None):
             Path(args.export).write_text(json.dumps(results))
             print(f"written: {args.export}, {len(results):,} detections")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {isaid.one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ class DataError(ValueError):
     """Something is wrong with the data; the message names the file, the value and what to do."""
 
 
+def one_line(error):
+    """The message of an error, without the traceback that a loader process puts in front of it."""
+    return str(error).strip().splitlines()[-1].removeprefix("isaid.DataError: ")
+
+
 # ---------------------------------------------------------------- COCO format
 
 class Detection(torch.utils.data.Dataset):

@@ -39,21 +39,10 @@ class Parser(argparse.ArgumentParser):
         return line.split("#")[0].split()  # recipes: several flags a line, comments
 
 
-def number(kind, positive):
-    """An argparse type: greater than 0, or else 0 too."""
-    def parse(text):
-        value = kind(text)
-        if not (value > 0 or value == 0 and not positive):
-            raise argparse.ArgumentTypeError(f"{text} is not {'greater than' if positive else 'at least'} 0")
-        return value
-    parse.__name__ = "number" if kind is float else "whole number"  # argparse: "invalid … value"
-    return parse
-
-
 def build_parser():
     """Every flag, in groups; the defaults are the demonstration's. The names are the official ones where there are any."""
-    count, rate, switch = number(int, True), number(float, True), argparse.BooleanOptionalAction
-    natural = number(int, False)
+    count, natural = evaluation.number(int), evaluation.number(int, zero=True)
+    rate, switch = evaluation.number(float), argparse.BooleanOptionalAction
     parser = Parser(description=__doc__, fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter)
 
     run = parser.add_argument_group("run").add_argument
@@ -61,7 +50,7 @@ def build_parser():
     run("--model", choices=tuple(detr.DETECTORS), default="deformable_detr", help="(default %(default)s)")
     run("--epochs", type=count, default=9, metavar="N", help="passes over the training images (default %(default)s)")
     run("--seed", type=natural, default=0, metavar="N", help="of weights, order, augmentation and scenes (default %(default)s)")
-    run("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
+    run("--device", type=evaluation.usable_device, default=evaluation.default_device(), help="(default here: %(default)s)")
     run("--out", metavar="DIR", help="run folder, must not exist (default: a new one in runs/)")
     run("--init", metavar="FILE", help="start from the weights of a run or of an official checkpoint, file or URL; class heads "
         "of another number of classes are dropped, anything else must fit")
@@ -107,7 +96,7 @@ def build_parser():
     optim("--lr_backbone", type=rate, default=5e-4, metavar="R", help="of the CNN (default %(default)s)")
     optim("--lr_linear_proj_mult", type=rate, default=0.1, metavar="F",
           help="factor for sampling offsets and reference points (default %(default)s)")
-    optim("--weight_decay", type=number(float, False), default=1e-4, metavar="F", help="(default %(default)s)")
+    optim("--weight_decay", type=evaluation.number(float, zero=True), default=1e-4, metavar="F", help="(default %(default)s)")
     optim("--clip_max_norm", type=rate, default=0.1, metavar="F", help="largest norm of the gradient (default %(default)s)")
     optim("--lr_schedule", choices=("onecycle", "step"), default="onecycle",
           help="up and down again, or one drop to a tenth (default %(default)s)")
@@ -137,10 +126,6 @@ def parse(argv):
         parser.error("--frozen_bn keeps random layers frozen here; add --backbone_weights imagenet or --init")
     if not 0 <= args.dropout < 1:
         parser.error(f"--dropout {args.dropout} is not in 0..1")
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]})")
     if args.workers is None:
         args.workers = 0 if args.device == "cpu" else min(8, os.cpu_count() or 1)
     return args
@@ -191,10 +176,10 @@ def epoch_loader(data, args, epoch):
     """The shuffled batches of an epoch; the order depends on (seed, epoch) alone. An incomplete last batch is left out."""
     data.epoch = epoch
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed * 100_003 + epoch)).tolist()
-    size = min(args.batch_size, len(data))
+    size = args.batch_size
     batches = [order[i:i + size] for i in range(0, len(order) - size + 1, size)]
     return DataLoader(data, batch_sampler=batches, num_workers=args.workers, collate_fn=isaid.collate,
-                      pin_memory=args.device != "cpu")
+                      pin_memory=args.device.startswith("cuda"))
 
 
 def save(path, **content):
@@ -244,9 +229,9 @@ def introduce(args, model, train_set, val_set, config):
         print("attention   {}: {}".format(*deformable_attn.backend(args.device)))
     else:
         print("attention   scaled_dot_product_attention")
-    steps = len(train_set) // min(args.batch_size, len(train_set))
-    print(f"batch       {min(args.batch_size, len(train_set))} images a step, {steps} steps an epoch, "
-          f"{args.epochs} epochs: {steps * args.epochs * min(args.batch_size, len(train_set)):,} images in all "
+    steps = len(train_set) // args.batch_size
+    print(f"batch       {args.batch_size} images a step, {steps} steps an epoch, "
+          f"{args.epochs} epochs: {steps * args.epochs * args.batch_size:,} images in all "
           "(the paper's recipe: 50 epochs of iSAID, 1,400,000)")
     for name, data in (("train", train_set), ("val", val_set)):
         print(f"{name:11} {data.name}: {len(data):,} images, {sum(data.counts()):,} boxes"
@@ -294,6 +279,7 @@ def main(argv=None):
         if train_set.categories != val_set.categories:
             raise isaid.DataError(f"the classes of {train_set.name} ({isaid.class_names(train_set.categories)}) are not those "
                                   f"of {val_set.name} ({isaid.class_names(val_set.categories)})")
+        args.batch_size = min(args.batch_size, len(train_set))
         config = detector_config(args, len(train_set.categories))
         model = build_model(config, args.backbone_weights)
         dropped = detr.load_weights(model, args.init) if args.init else []
@@ -310,9 +296,10 @@ def main(argv=None):
                                                  "started": datetime.datetime.now().isoformat(timespec="seconds")}, indent=1))
     try:
         fit(args, out, model, config, train_set, val_set)
-    except (isaid.DataError, FloatingPointError) as error:
-        # from a loader process the message comes with a traceback in front of it
-        sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('isaid.DataError: ')}")
+    except isaid.DataError as error:
+        sys.exit(f"error: {isaid.one_line(error)}")
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}; the weights of the last whole epoch are in {out}, try a lower --lr")
 
 
 def fit(args, out, model, config, train_set, val_set):
@@ -329,7 +316,7 @@ def fit(args, out, model, config, train_set, val_set):
             losses, waited = train_epoch(model, epoch_loader(train_set, args, epoch), optimizer, schedule, args, bar)
             seconds = time.perf_counter() - start
             line = {"epoch": epoch, **losses, "seconds": round(seconds, 2), "data_wait": round(waited / seconds, 4),
-                    "images_per_second": round(steps * min(args.batch_size, len(train_set)) / seconds, 2)}
+                    "images_per_second": round(steps * args.batch_size / seconds, 2)}
             save(out / "last.pt", model=model.state_dict(), epoch=epoch, **content)
             if epoch % args.eval_every == 0 or epoch == args.epochs:
                 start = time.perf_counter()
@@ -369,4 +356,7 @@ def epoch_text(line, epochs):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # before the first epoch; later ones are met in fit
+        sys.exit(130)

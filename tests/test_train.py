@@ -1,6 +1,7 @@
 """The real command lines, small: what a run leaves behind, that it learns, and what it says of every mistake."""
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,8 +176,8 @@ MISTAKES = [
     (["--two_stage", "--no-with_box_refine"], "two_stage needs with_box_refine"),
     (["--dilation"], "dilation (DC5) needs"),
     (["--frozen_bn"], "add --backbone_weights imagenet or --init"),
-    (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
-    (["--device", "toaster"], "--device toaster cannot be used here"),
+    (["--device", "cuda:99"], "--device: cuda:99 cannot be used here"),
+    (["--device", "toaster"], "--device: toaster cannot be used here"),
     (["--seed", "-1"], "--seed: -1 is not at least 0"),
     (["--lr", "fast"], "--lr: invalid number value: 'fast'"),
     (["--dropout", "1.5"], "--dropout 1.5"),
@@ -199,20 +200,20 @@ def test_mistakes_get_one_line(flags, message, folder, tmp_path, capsys, monkeyp
     assert not (tmp_path / "runs").exists()  # found before anything was made
 
 
-def test_mistakes_in_data_get_one_line(folder, tmp_path):
-    """Through the real command, also from a loader process."""
-    import shutil
+def test_mistakes_in_data_get_one_line(folder, run, tmp_path):
+    """Through the real commands, also from a loader process."""
     broken = tmp_path / "data"
     shutil.copytree(folder, broken)
     (broken / "train/images/scene_000003.png").write_bytes(b"nonsense")
-    for workers in (0, 1):
-        done = command("train.py", *TINY, "--data", broken, "--out", tmp_path / str(workers), "--workers", workers)
+    for args in (["train.py", *TINY, "--data", broken, "--out", tmp_path / "run"],
+                 ["train.py", *TINY, "--data", broken, "--out", tmp_path / "run-1", "--workers", 1],
+                 ["eval.py", run[0], "--data", broken, "--split", "train", "--workers", 1]):
+        done = command(*args)
         assert done.returncode == 1 and "scene_000003.png: is not an image" in done.stderr
-        assert "Traceback" not in done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
 
 
 def test_other_classes_are_refused(folder, run, tmp_path, capsys):
-    import shutil
     other = tmp_path / "data"
     shutil.copytree(folder, other)
     path = isaid.split_files(other, "val")[1]
@@ -226,3 +227,15 @@ def test_other_classes_are_refused(folder, run, tmp_path, capsys):
     for wrong, message in ((tmp_path, "is it a run folder"), (tmp_path / "none.pt", "no such checkpoint")):
         with pytest.raises(SystemExit, match=message):
             evaluation.main([str(wrong)])
+    for flag, value, message in (("--export", tmp_path / "none/x.json", "there is no folder"), ("--limit_val", "0", "greater"),
+                                 ("--device", "toaster", "cannot be used")):
+        with pytest.raises(SystemExit):
+            evaluation.main([str(run[0]), flag, str(value)])
+        assert message in capsys.readouterr().err
+
+
+def test_nan_stops_before_the_step(tmp_path):
+    """An absurd learning rate: one line says what happened; the last whole epoch's weights are finite."""
+    with pytest.raises(SystemExit, match="NaN or infinite; the weights of the last whole epoch"):
+        train.main([*TINY, "--out", str(tmp_path / "run"), "--epochs", "50", "--eval_every", "50", "--lr", "1e30",
+                    "--lr_schedule", "step"])
