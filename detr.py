@@ -57,10 +57,10 @@ class Backbone(nn.Module):
         super().__init__()
         if name not in BACKBONES:
             raise ValueError(f"backbone {name!r} is not one of {', '.join(BACKBONES)}")
-        if dilation and name in ("resnet18", "resnet34"):
-            raise ValueError(f"dilation (DC5) needs a backbone with bottleneck blocks, resnet50 or resnet101, not {name}")
-        resnet = torchvision.models.get_model(name, weights=weights, replace_stride_with_dilation=[False, False, dilation],
+        resnet = torchvision.models.get_model(name, weights=weights,
                                               norm_layer=FrozenBatchNorm2d if frozen_bn else nn.BatchNorm2d)
+        if dilation:
+            dilate(resnet.layer4)
         names = ["layer1", "layer2", "layer3", "layer4"][-stages:]
         self.channels = [64 * 2 ** i * resnet.layer1[0].expansion for i in range(4)][-stages:]
         self.body = IntermediateLayerGetter(resnet, {name: name for name in names})
@@ -70,6 +70,15 @@ class Backbone(nn.Module):
 
     def forward(self, images):
         return list(self.body(images).values())
+
+
+def dilate(stage):
+    """DC5: the stage keeps its resolution; its convolutions after the first block reach twice as far instead."""
+    for i, block in enumerate(stage):
+        for conv in (module for module in block.modules() if isinstance(module, nn.Conv2d)):
+            conv.stride = 1, 1
+            if i > 0 and conv.kernel_size == (3, 3):
+                conv.dilation = conv.padding = 2, 2
 
 
 def resize_padding(padding, features):

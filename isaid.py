@@ -66,9 +66,13 @@ class Detection(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, i):
-        image, size = self.images[i], (self.images[i]["height"], self.images[i]["width"])
+        image, picture = self.images[i], self.read(i)
+        size = image["height"], image["width"]
+        if picture.size != size[::-1]:  # the boxes would be in other places
+            raise DataError(f"{self.name}: {image['file_name']} should have {size[1]} x {size[0]} pixels, "
+                            f"the file has {picture.size[0]} x {picture.size[1]}")
         boxes = tv_tensors.BoundingBoxes(self.boxes[i], format="XYWH", canvas_size=size)
-        sample = {"image": self.read(i), "boxes": boxes, "labels": self.labels[i]}
+        sample = {"image": picture, "boxes": boxes, "labels": self.labels[i]}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, i]).generate_state(1)[0]))
             sample = self.transform(sample)
@@ -102,9 +106,10 @@ def clean_boxes(name, images, annotations, categories):
         inside = [x0, y0, x1 - x0, y1 - y0]
         outside = max(abs(a - b) for a, b in zip(box, inside)) > 1e-3  # more than rounding
         clipped += outside
-        area = annotation.get("area", bw * bh)
-        kept.append({**annotation, "bbox": inside if outside else box, "area": area,
-                     "iscrowd": int(annotation.get("iscrowd", 0)), "id": len(kept) + 1})  # pycocotools takes id 0 for "none"
+        kept.append({"id": len(kept) + 1,  # pycocotools takes id 0 for "none"
+                     "image_id": annotation["image_id"], "category_id": annotation["category_id"],
+                     "bbox": inside if outside else box, "area": annotation.get("area", bw * bh),
+                     "iscrowd": int(annotation.get("iscrowd", 0))})
     return kept, clipped, removed
 
 

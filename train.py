@@ -75,7 +75,7 @@ def build_parser():
           help="imagenet downloads torchvision's (default %(default)s)")
     model("--frozen_bn", action=switch, default=False,
           help="keep batch norm and the first stage as they are, as the official code does with pretrained backbones")
-    model("--dilation", action=switch, default=False, help="DC5: the last stage at stride 16 (resnet50, resnet101)")
+    model("--dilation", action=switch, default=False, help="DC5: the CNN's last stage at stride 16 instead of 32")
     model("--hidden_dim", type=count, default=128, metavar="N", help="(default %(default)s)")
     model("--nheads", type=count, default=8, metavar="N", help="(default %(default)s)")
     model("--enc_layers", type=natural, default=2, metavar="N", help="(default %(default)s)")

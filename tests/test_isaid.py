@@ -155,6 +155,12 @@ def test_unreadable_images_are_named(folder, content):
         load(folder)[0]
 
 
+def test_images_of_another_size_are_refused(folder):
+    Image.new("RGB", (30, 20)).save(folder / "train/images/scene_000001.png")
+    with pytest.raises(isaid.DataError, match="scene_000001.png should have 64 x 64 pixels, the file has 30 x 20"):
+        load(folder)[1]
+
+
 def test_check_command(folder, capsys):
     edit(folder, lambda c: c["annotations"].extend(
         {"id": 1000 + i, "image_id": 3, "category_id": 2, "bbox": [1, 1, 4, 4]} for i in range(101)))

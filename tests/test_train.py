@@ -174,7 +174,6 @@ MISTAKES = [
     (["--model", "detr", "--two_stage"], "--two_stage belongs to --model deformable_detr"),
     (["--hidden_dim", "100"], "hidden_dim 100 must be a multiple"),
     (["--two_stage", "--no-with_box_refine"], "two_stage needs with_box_refine"),
-    (["--dilation"], "dilation (DC5) needs"),
     (["--frozen_bn"], "add --backbone_weights imagenet or --init"),
     (["--device", "cuda:99"], "--device: cuda:99 cannot be used here"),
     (["--device", "toaster"], "--device: toaster cannot be used here"),
