@@ -36,9 +36,10 @@ def predict(model, data, batch_size, workers=0, device="cpu", top=100):
     results = []
     for images, padding, targets in tqdm(loader, "evaluating", leave=False, disable=None):
         outputs = model(images.to(device), padding.to(device))
+        outputs = {name: outputs[name][-1:].cpu() for name in ("logits", "boxes")}
         found = detr.detections(outputs, [target["size"] for target in targets], model.focal, top)
         for target, detection in zip(targets, found):
-            boxes = detection["boxes"].cpu()
+            boxes = detection["boxes"]
             boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
             for label, box, score in zip(detection["labels"].tolist(), boxes, detection["scores"].tolist()):
                 results.append({"image_id": target["image_id"], "category_id": data.categories[label]["id"],
@@ -235,7 +236,7 @@ def main(argv=None):
     try:
         model, flags, categories, path = load_run(args.run, args.device)
         if args.data:
-            flags.data = args.data
+            flags.data, flags.limit_train, flags.limit_val = args.data, None, None
         if args.limit_val:
             setattr(flags, f"limit_{args.split}", args.limit_val)
         data = isaid.open_split(args.split, flags, train=False)
