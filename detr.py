@@ -597,8 +597,8 @@ def load_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):  # the official files keep their arguments in one
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a checkpoint that can be loaded, or damaged ({reason[:200]})") from None
+        raise ValueError(f"{path}: not a checkpoint of tensors and plain values, or damaged "
+                         f"({type(error).__name__})") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
@@ -612,6 +612,8 @@ def load_weights(model, path):
     """
     checkpoint = load_checkpoint(path)
     state, own = checkpoint.get("model", checkpoint), model.state_dict()
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: holds no weights under \"model\"")
     dropped = [name for name, tensor in state.items() if "class_embed" in name and name in own
                and tensor.shape != own[name].shape and tensor.shape[1:] == own[name].shape[1:]]
     state = {name: tensor for name, tensor in state.items() if name not in dropped}

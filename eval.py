@@ -1,4 +1,4 @@
-"""Evaluation: COCO metrics in total and per class, pictures, result files.
+"""Evaluation: COCO metrics in total and per class, result files; the pictures of train.py.
 
     python eval.py RUN [--data DIR] [--split val] [--limit_val N] [--export FILE]
 
@@ -178,17 +178,6 @@ def draw_curves(path, log):
 
 # ---------------------------------------------------------------- the command
 
-def number(kind, zero=False):
-    """An argparse type: a number greater than 0, or 0 too."""
-    def parse(text):
-        value = kind(text)
-        if not (value > 0 or zero and value == 0):
-            raise argparse.ArgumentTypeError(f"{text} is not {'at least' if zero else 'greater than'} 0")
-        return value
-    parse.__name__ = "number" if kind is float else "whole number"  # argparse: "invalid … value"
-    return parse
-
-
 def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -196,25 +185,34 @@ def default_device():
 def usable_device(name):
     """An argparse type: a device that exists here."""
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).tolist()
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{name} cannot be used here ({str(error).splitlines()[0]})") from None
     return name
 
 
+def checkpoint_file(run):
+    """The checkpoint that stands for a run folder, its best; a file stands for itself. Raises ValueError."""
+    if not Path(run).is_dir():
+        return run
+    files = [Path(run) / name for name in ("best.pt", "last.pt") if (Path(run) / name).is_file()]
+    if not files:
+        raise ValueError(f"{run}: has no best.pt and no last.pt; is it a run folder of train.py?")
+    return files[0]
+
+
 def load_run(run, device):
     """A trained detector: (model, its flags, its categories, the checkpoint's path). Raises ValueError."""
-    path = Path(run)
-    if path.is_dir():
-        files = [path / name for name in ("best.pt", "last.pt") if (path / name).is_file()]
-        if not files:
-            raise ValueError(f"{run}: has no best.pt and no last.pt; is it a run folder of train.py?")
-        path = files[0]
+    path = Path(checkpoint_file(run))
     checkpoint = detr.load_checkpoint(path)
     if not {"model", "detector", "categories", "args"} <= checkpoint.keys():
         raise ValueError(f"{path}: is not a checkpoint of train.py; start from it with train.py --init {path}")
-    model = detr.build_detector(**checkpoint["detector"])
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model = detr.build_detector(**checkpoint["detector"])
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: its weights do not fit its flags; was it written by another version? "
+                         f"({str(error).splitlines()[0]})") from None
     model.to(device, memory_format=torch.channels_last)  # convolutions are faster so
     return model, argparse.Namespace(**checkpoint["args"]), checkpoint["categories"], path
 
@@ -224,9 +222,9 @@ def main(argv=None):
     parser.add_argument("run", help="run folder of train.py, or a checkpoint file")
     parser.add_argument("--data", metavar="DIR", help="another dataset than the run's, in the patches layout")
     parser.add_argument("--split", choices=("train", "val"), default="val", help="(default %(default)s)")
-    parser.add_argument("--limit_val", type=number(int), metavar="N", help="only the first N images")
-    parser.add_argument("--batch_size", type=number(int), metavar="N", help="images at a time (default: the run's)")
-    parser.add_argument("--workers", type=number(int, zero=True), default=0, metavar="N",
+    parser.add_argument("--limit_val", type=isaid.number(int), metavar="N", help="only the first N images")
+    parser.add_argument("--batch_size", type=isaid.number(int), metavar="N", help="images at a time (default: the run's)")
+    parser.add_argument("--workers", type=isaid.number(int, zero=True), default=0, metavar="N",
                         help="loader processes (default %(default)s)")
     parser.add_argument("--device", type=usable_device, default=default_device(), help="(default here: %(default)s)")
     parser.add_argument("--export", metavar="FILE", help="write what was found as COCO results (xywh, the dataset's ids)")
@@ -248,7 +246,8 @@ def main(argv=None):
         metrics = coco_metrics(data, results)
         print(table(metrics))
         folder = path.parent
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        about = {"checkpoint": str(path), "data": data.name}
+        (folder / "metrics.json").write_text(json.dumps({**about, **metrics}, indent=1))
         print(f"\nwritten: {folder / 'metrics.json'}")
         if args.export:
             Path(args.export).write_text(json.dumps(results))
@@ -258,4 +257,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

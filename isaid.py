@@ -11,6 +11,7 @@ import collections
 import functools
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 from scenes import CLASSES, draw_scene, scene_objects
 
@@ -108,36 +110,52 @@ def clean_boxes(name, images, annotations, categories):
         clipped += outside
         kept.append({"id": len(kept) + 1,  # pycocotools takes id 0 for "none"
                      "image_id": annotation["image_id"], "category_id": annotation["category_id"],
-                     "bbox": inside if outside else box, "area": annotation.get("area", bw * bh),
-                     "iscrowd": int(annotation.get("iscrowd", 0))})
+                     "bbox": inside if outside else box, "area": annotation.get("area") or bw * bh,
+                     "iscrowd": int(annotation.get("iscrowd") or 0)})
     return kept, clipped, removed
+
+
+FIELDS = {"images": {"id": int, "file_name": str}, "categories": {"id": int, "name": str},
+          "annotations": {"image_id": int, "category_id": int, "bbox": list}}
+OPTIONAL = {"width", "height", "area", "iscrowd"}
+WORDS = {int: "a whole number", str: "text", list: "a list"}
+
+
+def _sensible(value, low=-10 ** 9):
+    return isinstance(value, (int, float)) and low <= value <= 10 ** 9
 
 
 def load_json(path):
     """A COCO file as a dict with images, annotations, categories; DataError if it is anything else."""
     try:
-        coco = json.loads(Path(path).read_text(encoding="utf-8"))
+        coco = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); the annotations are expected there") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not valid JSON ({error}); was it copied completely?") from None
-    for key, fields in (("images", ("id", "file_name")), ("categories", ("id", "name")),
-                        ("annotations", ("image_id", "category_id", "bbox"))):
+    for key, fields in FIELDS.items():
         entries = coco.get(key) if isinstance(coco, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise DataError(f"{path}: has no list {key!r}; a COCO file has images, annotations and categories")
         for i, entry in enumerate(entries):
-            missing = [field for field in fields if field not in entry]
-            if missing:
-                raise DataError(f"{path}: entry {i} of {key!r} has no {missing[0]!r}")
+            for field, kind in fields.items():
+                if field not in entry:
+                    raise DataError(f"{path}: entry {i} of {key!r} has no {field!r}")
+                if not isinstance(entry[field], kind):
+                    raise DataError(f"{path}: entry {i} of {key!r} has {field} {entry[field]!r:.60}, "
+                                    f"which is not {WORDS[kind]}")
+            for field in OPTIONAL & entry.keys():
+                if entry[field] is not None and not _sensible(entry[field], 0):
+                    raise DataError(f"{path}: entry {i} of {key!r} has {field} {entry[field]!r:.60}, which is not a number "
+                                    "of at least 0")
         if key != "annotations":
             twice = [k for k, n in collections.Counter(entry["id"] for entry in entries).items() if n > 1]
             if twice:
                 raise DataError(f"{path}: id {twice[0]} occurs twice among the {key}")
     for annotation in coco["annotations"]:
         box = annotation["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)):
-            raise DataError(f"{path}: annotation {annotation.get('id')} has bbox {box!r}; it must be 4 numbers, "
+        if not (len(box) == 4 and all(isinstance(v, float) or _sensible(v) for v in box)):  # NaN is removed with a count
+            raise DataError(f"{path}: annotation {annotation.get('id')} has bbox {box!r:.60}; it must be 4 numbers, "
                             "x, y, width, height")
     return coco
 
@@ -204,6 +222,8 @@ def open_image(path):
 
 def _read(paths, i):
     with open_image(paths[i]) as image:
+        if image.mode.startswith(("I", "F")):  # converting would turn nearly all of it white
+            raise DataError(f"{paths[i]}: has more than 8 bits a channel (mode {image.mode}); convert it to 8 first")
         try:
             return image.convert("RGB")
         except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNG chunks
@@ -294,18 +314,36 @@ def _read_scene(seed, start, size, i):
 
 # ---------------------------------------------------------------- commands
 
+def number(kind, zero=False):
+    """An argparse type: a number greater than 0, or 0 too."""
+    def parse(text):
+        value = kind(text)
+        if not (0 < value < 2 ** 32 or zero and value == 0):
+            raise argparse.ArgumentTypeError(f"{text} is not {'at least' if zero else 'greater than'} 0 (and finite)")
+        return value
+    parse.__name__ = "number" if kind is float else "whole number"  # argparse: "invalid … value"
+    return parse
+
+
 QUERIES = {"DETR": 100, "Deformable DETR": 300}
 
 
 def check(images_dir, json_path):
-    """What is in a dataset and what is wrong with it, as text. Raises DataError if it cannot be opened at all."""
+    """What is in a dataset and what is wrong with it: (text, whether training on it would stop).
+
+    Reads every image. Raises DataError if the dataset cannot be opened at all.
+    """
     data = load_coco(images_dir, json_path, transform=None)
-    sizes, unlike = collections.Counter(), []
-    for image in data.images:
-        with open_image(Path(images_dir) / image["file_name"]) as opened:
-            sizes[opened.size] += 1
-            if opened.size != (image["width"], image["height"]):
-                unlike.append(image["file_name"])
+    sizes, unlike, broken = collections.Counter(), [], []
+    for i, image in enumerate(tqdm(data.images, "reading images", leave=False, disable=None)):
+        try:
+            size = data.read(i).size
+        except DataError as error:
+            broken.append(error)
+            continue
+        sizes[size] += 1
+        if size != (image["width"], image["height"]):
+            unlike.append(image["file_name"])
     objects = np.array([len(labels) for labels in data.labels])
     lines = [f"{json_path}", f"  images   {len(data):,}, {np.sum(objects == 0):,} of them without objects",
              "  sizes    " + ", ".join(f"{w} x {h} ({n:,})" for (w, h), n in sizes.most_common(5))
@@ -320,23 +358,36 @@ def check(images_dir, json_path):
         mine = labels == label
         side = "{:9.0f} {:7.0f} {:8.0f}".format(*np.percentile(sides[mine], [0, 50, 100])) if mine.any() else f"{'n/a':>9}"
         lines.append(f"  {category['id']:>4}  {category['name']:20} {mine.sum():8,} {len(set(image_of[mine])):8,} {side}")
-    lines += ["", f"  degenerate boxes (removed)   {data.removed:,}", f"  boxes reaching outside (clipped)  {data.clipped:,}",
-              f"  images of another size than listed  {len(unlike):,}" + (f", the first {unlike[0]}" if unlike else "")]
+    lines += ["", f"  boxes without area, removed       {data.removed:,}",
+              f"  boxes reaching outside, clipped   {data.clipped:,}",
+              f"  crowd regions, not trained on     {sum(a['iscrowd'] for a in data.annotations):,}",
+              f"  images that cannot be read        {len(broken):,}" + (f", the first: {broken[0]}" if broken else ""),
+              f"  images of another size than said  {len(unlike):,}" + (f", the first: {unlike[0]}" if unlike else "")]
     lines += [f"  images with more objects than {name}'s {n} queries  {(objects > n).sum():,} ({(objects > n).mean():.1%})"
               for name, n in QUERIES.items()]
-    return "\n".join(lines)
+    return "\n".join(lines), bool(broken or unlike)
+
+
+def print_checks(datasets):
+    """Print the check of each dataset; the exit status, 1 if any of them would stop a training."""
+    found = [check(*files) for files in datasets]
+    print("\n\n".join(text for text, _ in found))
+    return int(any(stops for _, stops in found))
 
 
 def write_scenes(out, counts, size, seed):
     """Synthetic scenes as a dataset on disk, in the patches layout; counts: {"train": n, "val": n}."""
+    partial = Path(f"{out}.partial")  # a folder that is there is whole
+    shutil.rmtree(partial, ignore_errors=True)
     for split, n in counts.items():
-        images_dir, json_path = split_files(out, split)
+        images_dir, json_path = split_files(partial, split)
         data = synthetic(split, n, size, transform=None, seed=seed)
-        images_dir.mkdir(parents=True, exist_ok=True)
+        images_dir.mkdir(parents=True)
         for i, image in enumerate(data.images):
             data.read(i).save(images_dir / image["file_name"])
         coco = {"images": data.images, "categories": data.categories, "annotations": data.annotations}
         json_path.write_text(json.dumps(coco))
+    partial.rename(out)
 
 
 def main(argv=None):
@@ -344,14 +395,15 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     sub = commands.add_parser("check", help="print what is in a dataset and what is wrong with it")
     sub.add_argument("data", nargs="?", help="a folder with {train,val}/images and {split}/instancesonly_filtered_{split}.json")
-    sub.add_argument("--images", help="instead: a folder of images …")
-    sub.add_argument("--json", help="… and its COCO annotation file")
+    sub.add_argument("--images", metavar="DIR", help="instead: a folder of images …")
+    sub.add_argument("--json", metavar="FILE", help="… and its COCO annotation file")
     sub = commands.add_parser("scenes", help="write synthetic scenes as a dataset")
     sub.add_argument("out", help="folder to write")
-    sub.add_argument("--train", type=int, default=100, metavar="N", help="number of training scenes (default %(default)s)")
-    sub.add_argument("--val", type=int, default=20, metavar="N", help="number of held-out scenes (default %(default)s)")
-    sub.add_argument("--image_size", type=int, default=128, help="pixels a side (default %(default)s)")
-    sub.add_argument("--seed", type=int, default=0)
+    count = number(int)
+    sub.add_argument("--train", type=count, default=100, metavar="N", help="number of training scenes (default %(default)s)")
+    sub.add_argument("--val", type=count, default=20, metavar="N", help="number of held-out scenes (default %(default)s)")
+    sub.add_argument("--image_size", type=count, default=SCENE_SIZE, metavar="N", help="pixels a side (default %(default)s)")
+    sub.add_argument("--seed", type=number(int, zero=True), default=0, metavar="N", help="(default %(default)s)")
     args = parser.parse_args(argv)
     try:
         if args.command == "scenes":
@@ -362,17 +414,20 @@ def main(argv=None):
         elif args.images or args.json:
             if not (args.images and args.json):
                 parser.error("--images and --json go together")
-            print(check(args.images, args.json))
+            sys.exit(print_checks([(args.images, args.json)]))
         elif not args.data:
             parser.error("name a dataset folder, or --images and --json")
         else:
             splits = [split for split in ("train", "val") if (Path(args.data) / split).is_dir()]
             if not splits:
                 raise DataError(f"{args.data}: has no folder train or val; expected is {split_files(args.data, 'train')[1]}")
-            print("\n\n".join(check(*split_files(args.data, split)) for split in splits))
-    except DataError as error:
+            sys.exit(print_checks([split_files(args.data, split) for split in splits]))
+    except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

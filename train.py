@@ -9,9 +9,12 @@ curves.png, detections.png. Without flags everything has the demonstration's sma
 import argparse
 import collections
 import datetime
+import inspect
 import json
+import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -27,8 +30,6 @@ import detr
 import eval as evaluation
 import isaid
 
-BOTH = ("backbone", "dilation", "frozen_bn", "hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "dropout",
-        "num_queries")
 DEFORMABLE = {"num_feature_levels": 3, "enc_n_points": 4, "dec_n_points": 4, "with_box_refine": True, "two_stage": False}
 
 
@@ -41,8 +42,8 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser():
     """Every flag, in groups; the defaults are the demonstration's. The names are the official ones where there are any."""
-    count, natural = evaluation.number(int), evaluation.number(int, zero=True)
-    rate, switch = evaluation.number(float), argparse.BooleanOptionalAction
+    count, natural = isaid.number(int), isaid.number(int, zero=True)
+    rate, switch = isaid.number(float), argparse.BooleanOptionalAction
     parser = Parser(description=__doc__, fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter)
 
     run = parser.add_argument_group("run").add_argument
@@ -96,7 +97,7 @@ def build_parser():
     optim("--lr_backbone", type=rate, default=5e-4, metavar="R", help="of the CNN (default %(default)s)")
     optim("--lr_linear_proj_mult", type=rate, default=0.1, metavar="F",
           help="factor for sampling offsets and reference points (default %(default)s)")
-    optim("--weight_decay", type=evaluation.number(float, zero=True), default=1e-4, metavar="F", help="(default %(default)s)")
+    optim("--weight_decay", type=isaid.number(float, zero=True), default=1e-4, metavar="F", help="(default %(default)s)")
     optim("--clip_max_norm", type=rate, default=0.1, metavar="F", help="largest norm of the gradient (default %(default)s)")
     optim("--lr_schedule", choices=("onecycle", "step"), default="onecycle",
           help="up and down again, or one drop to a tenth (default %(default)s)")
@@ -108,7 +109,10 @@ def build_parser():
 def parse(argv):
     """The flags, checked against each other; mistakes end the program with one line."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except UnicodeDecodeError:
+        parser.error("a file named with @ is not a text file of flags")
     given = [name for name in DEFORMABLE if getattr(args, name) is not None]
     if args.model == "detr" and given:
         parser.error(f"--{given[0]} belongs to --model deformable_detr; leave it out")
@@ -124,6 +128,8 @@ def parse(argv):
         args.image_size = args.image_size or isaid.SCENE_SIZE
     if args.frozen_bn and args.backbone_weights == "none" and not args.init:
         parser.error("--frozen_bn keeps random layers frozen here; add --backbone_weights imagenet or --init")
+    if args.image_size and args.image_size < 64:
+        parser.error(f"--image_size {args.image_size} leaves too few cells to a map; take at least 64")
     if not 0 <= args.dropout < 1:
         parser.error(f"--dropout {args.dropout} is not in 0..1")
     if args.workers is None:
@@ -135,8 +141,8 @@ def parse(argv):
 
 def detector_config(args, num_classes):
     """The arguments of detr.build_detector, as plain values; saved in the checkpoint."""
-    names = BOTH + (tuple(DEFORMABLE) if args.model == "deformable_detr" else ())
-    return {"name": args.model, "num_classes": num_classes, **{name: getattr(args, name) for name in names}}
+    names = inspect.signature(detr.DETECTORS[args.model]).parameters.keys() - {"num_classes", "backbone_weights"}
+    return {"name": args.model, "num_classes": num_classes, **{name: getattr(args, name) for name in sorted(names)}}
 
 
 def build_model(config, backbone_weights):
@@ -164,12 +170,17 @@ def parameter_groups(model, args):
 
 
 def build_schedule(optimizer, args, steps_per_epoch):
-    """The learning rate after each step."""
-    if args.lr_schedule == "step":
-        return torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop * steps_per_epoch)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=args.epochs * steps_per_epoch, pct_start=0.1,
-                                               cycle_momentum=False)
+    """The learning rate of each step, as a factor of the group's rate."""
+    total, drop = args.epochs * steps_per_epoch, args.lr_drop * steps_per_epoch
+    warmup = max(1, total // 10)
+
+    def onecycle(step):  # a tenth of the steps up along a line, the rest down along a cosine
+        down = max(0, step - warmup) / max(1, total - warmup)
+        return min((step + 1) / warmup, (1 + math.cos(math.pi * down)) / 2)
+
+    def step(step):
+        return 0.1 ** (step // drop)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, {"onecycle": onecycle, "step": step}[args.lr_schedule])
 
 
 def epoch_loader(data, args, epoch):
@@ -281,8 +292,8 @@ def main(argv=None):
                                   f"of {val_set.name} ({isaid.class_names(val_set.categories)})")
         args.batch_size = min(args.batch_size, len(train_set))
         config = detector_config(args, len(train_set.categories))
-        model = build_model(config, args.backbone_weights)
-        dropped = detr.load_weights(model, args.init) if args.init else []
+        model = build_model(config, "none" if args.init else args.backbone_weights)
+        dropped = detr.load_weights(model, evaluation.checkpoint_file(args.init)) if args.init else []
         out = make_run_folder(args)
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -296,10 +307,13 @@ def main(argv=None):
                                                  "started": datetime.datetime.now().isoformat(timespec="seconds")}, indent=1))
     try:
         fit(args, out, model, config, train_set, val_set)
-    except isaid.DataError as error:
-        sys.exit(f"error: {isaid.one_line(error)}")
-    except FloatingPointError as error:
-        sys.exit(f"error: {error}; the weights of the last whole epoch are in {out}, try a lower --lr")
+    except (isaid.DataError, FloatingPointError) as error:
+        kept = (out / "last.pt").exists()
+        if not kept:
+            shutil.rmtree(out)  # nothing worth keeping, and the same command should work once its input is mended
+        advice = "; try a lower --lr" if isinstance(error, FloatingPointError) else ""
+        advice += f"; the weights of the last whole epoch are in {out}" if kept else ""
+        sys.exit(f"error: {isaid.one_line(error)}{advice}")
 
 
 def fit(args, out, model, config, train_set, val_set):
@@ -308,13 +322,15 @@ def fit(args, out, model, config, train_set, val_set):
     steps = len(epoch_loader(train_set, args, 0))
     schedule = build_schedule(optimizer, args, steps)
     content = {"detector": config, "categories": train_set.categories, "args": vars(args)}
-    log, best = [], -1.0
+    log, trained, best = [], 0, -1.0
     bar = tqdm(total=args.epochs * steps, desc="training", unit="step", disable=None, smoothing=0.02)
     try:
         for epoch in range(1, args.epochs + 1):
             start = time.perf_counter()
             losses, waited = train_epoch(model, epoch_loader(train_set, args, epoch), optimizer, schedule, args, bar)
-            seconds = time.perf_counter() - start
+            trained, seconds = epoch, time.perf_counter() - start
+            if not all(parameter.isfinite().all() for parameter in model.parameters()):
+                raise FloatingPointError("the model's weights became NaN or infinite")
             line = {"epoch": epoch, **losses, "seconds": round(seconds, 2), "data_wait": round(waited / seconds, 4),
                     "images_per_second": round(steps * args.batch_size / seconds, 2)}
             save(out / "last.pt", model=model.state_dict(), epoch=epoch, **content)
@@ -336,8 +352,8 @@ def fit(args, out, model, config, train_set, val_set):
             bar.write(epoch_text(line, args.epochs))
     except KeyboardInterrupt:
         bar.close()
-        save(out / "last.pt", model=model.state_dict(), epoch=len(log), **content)
-        print(f"\nstopped in epoch {len(log) + 1}; the weights are in {out / 'last.pt'}: python eval.py {out / 'last.pt'}")
+        save(out / "last.pt", model=model.state_dict(), epoch=trained, **content)
+        print(f"\nstopped after {trained} whole epochs; the weights are in {out / 'last.pt'}: python eval.py {out / 'last.pt'}")
         sys.exit(130)
     bar.close()
     print(f"\n{evaluation.table(metrics)}\n\nlook at   {out / 'detections.png'} and {out / 'curves.png'}")

@@ -1,5 +1,6 @@
 """Scenes, COCO files good and broken, and boxes that follow their objects through every augmentation."""
 import json
+import re
 import shutil
 
 import numpy as np
@@ -113,8 +114,8 @@ def test_boxes_are_clipped_and_counted(folder):
     assert (data.clipped, data.removed) == (2, 4)
     assert data.boxes[0].tolist() == [[0, 10, 10, 20], [50, 50, 14, 14], [10, 10, 20, 20]]
     assert [a["iscrowd"] for a in data.annotations] == [0, 0, 0, 1]  # the crowd region is left to the evaluation
-    text = isaid.check(*isaid.split_files(folder, "train"))
-    assert "degenerate boxes (removed)   4" in text and "(clipped)  2" in text
+    text, stops = isaid.check(*isaid.split_files(folder, "train"))
+    assert re.search(r"without area, removed +4\n.*outside, clipped +2\n.*crowd.* 1\n", text) and not stops
 
 
 def test_sizes_missing_in_the_file_come_from_the_images(folder):
@@ -128,6 +129,12 @@ BROKEN = {
     "has no 'file_name'": lambda f: edit(f, lambda c: c["images"][1].pop("file_name")),
     "has no 'bbox'": lambda f: edit(f, lambda c: c["annotations"][0].pop("bbox")),
     "it must be 4 numbers": lambda f: edit(f, lambda c: c["annotations"][0].update(bbox=[1, 2, 3])),
+    "must be 4 numbers, x": lambda f: edit(f, lambda c: c["annotations"][0].update(bbox=[1, 2, 3, 10 ** 400])),
+    "id 'im0', which is not a whole number": lambda f: edit(f, lambda c: c["images"][0].update(id="im0")),
+    "name None, which is not text": lambda f: edit(f, lambda c: c["categories"][0].update(name=None)),
+    "width '64', which is not a number": lambda f: edit(f, lambda c: c["images"][0].update(width="64")),
+    "height -64, which is not a number": lambda f: edit(f, lambda c: c["images"][0].update(height=-64)),
+    "iscrowd 'x', which is not a number": lambda f: edit(f, lambda c: c["annotations"][0].update(iscrowd="x")),
     "category_id 99": lambda f: edit(f, lambda c: c["annotations"][0].update(category_id=99)),
     "image_id 77": lambda f: edit(f, lambda c: c["annotations"][0].update(image_id=77)),
     "id 1 occurs twice": lambda f: edit(f, lambda c: c["images"][0].update(id=1)),
@@ -147,10 +154,13 @@ def test_broken_files_are_named(folder, message):
     assert "train" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", None])
+@pytest.mark.parametrize("content", ["empty", "not an image", "truncated", "16 bits"])
 def test_unreadable_images_are_named(folder, content):
     path = folder / "train/images/scene_000000.png"
-    path.write_bytes(path.read_bytes()[:2000] if content is None else content)  # None: truncated
+    if content == "16 bits":
+        Image.fromarray(np.full((64, 64), 4000, np.uint16)).save(path)
+    else:
+        path.write_bytes({"empty": b"", "not an image": b"hello", "truncated": path.read_bytes()[:2000]}[content])
     with pytest.raises(isaid.DataError, match="scene_000000.png"):
         load(folder)[0]
 
@@ -165,13 +175,17 @@ def test_check_command(folder, capsys):
     edit(folder, lambda c: c["annotations"].extend(
         {"id": 1000 + i, "image_id": 3, "category_id": 2, "bbox": [1, 1, 4, 4]} for i in range(101)))
     Image.new("RGB", (30, 20)).save(folder / "train/images/scene_000001.png")
-    isaid.main(["check", str(folder)])
+    (folder / "train/images/scene_000002.png").write_bytes((folder / "train/images/scene_000004.png").read_bytes()[:900])
+    with pytest.raises(SystemExit) as stop:
+        isaid.main(["check", str(folder)])
     out = capsys.readouterr().out
-    assert "images   6," in out and "images   3," in out and "64 x 64 (5), 30 x 20 (1)" in out
-    assert "another size than listed  1, the first scene_000001.png" in out
+    assert stop.value.code == 1 and "images   6," in out and "images   3," in out and "64 x 64 (4), 30 x 20 (1)" in out
+    assert re.search("another size than said +1, the first: scene_000001.png", out)
+    assert re.search("cannot be read +1, the first: .*scene_000002.png: is damaged", out)
     assert "DETR's 100 queries  1 (16.7%)" in out and "300 queries  0 (0.0%)" in out
-    isaid.main(["check", "--images", str(folder / "val/images"), "--json", str(isaid.split_files(folder, "val")[1])])
-    assert "images   3," in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        isaid.main(["check", "--images", str(folder / "val/images"), "--json", str(isaid.split_files(folder, "val")[1])])
+    assert stop.value.code == 0 and "images   3," in capsys.readouterr().out
     with pytest.raises(SystemExit, match="has no folder train or val"):
         isaid.main(["check", str(folder / "train")])
 

@@ -106,7 +106,7 @@ def test_coco_files_and_init(run, folder, tmp_path):
         (tmp_path / f"{split}.json").write_text(json.dumps(coco))
     flags = [x for split in ("train", "val") for x in (f"--{split}_images", str(folder / split / "images"),
                                                        f"--{split}_json", str(tmp_path / f"{split}.json"))]
-    done = command("train.py", *TINY, *flags, "--init", out / "best.pt", "--epochs", 1, "--out", tmp_path / "run")
+    done = command("train.py", *TINY, *flags, "--init", out, "--epochs", 1, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "dropped: class_embed.0.weight" in done.stdout and "3 thing" in done.stdout
     model, _, categories, _ = evaluation.load_run(tmp_path / "run", "cpu")
@@ -156,7 +156,7 @@ def test_interrupt_leaves_a_usable_checkpoint(tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in errors and "stopped in epoch" in printed
+    assert process.returncode == 130 and "Traceback" not in errors and "whole epochs; the weights" in printed
     evaluation.main([str(tmp_path / "run")])
     assert json.loads((tmp_path / "run/metrics.json").read_text())["images"] == 3
 
@@ -178,10 +178,14 @@ MISTAKES = [
     (["--device", "cuda:99"], "--device: cuda:99 cannot be used here"),
     (["--device", "toaster"], "--device: toaster cannot be used here"),
     (["--seed", "-1"], "--seed: -1 is not at least 0"),
+    (["--seed", "99999999999999999999"], "--seed"),
+    (["--lr", "inf"], "--lr: inf is not greater than 0 (and finite)"),
+    (["--image_size", "32"], "--image_size 32 leaves too few cells"),
+    (["--init", "{folder}"], "has no best.pt and no last.pt"),
     (["--lr", "fast"], "--lr: invalid number value: 'fast'"),
     (["--dropout", "1.5"], "--dropout 1.5"),
     (["--init", "missing.pt"], "missing.pt: no such checkpoint file"),
-    (["--init", "{file}"], "not a checkpoint that can be loaded"),
+    (["--init", "{file}"], "not a checkpoint of tensors"),
     (["@missing.txt"], "missing.txt"),
 ]
 
@@ -235,6 +239,24 @@ def test_other_classes_are_refused(folder, run, tmp_path, capsys):
 
 def test_nan_stops_before_the_step(tmp_path):
     """An absurd learning rate: one line says what happened; the last whole epoch's weights are finite."""
-    with pytest.raises(SystemExit, match="NaN or infinite; the weights of the last whole epoch"):
-        train.main([*TINY, "--out", str(tmp_path / "run"), "--epochs", "50", "--eval_every", "50", "--lr", "1e30",
-                    "--lr_schedule", "step"])
+    flags = [*TINY, "--out", str(tmp_path / "run"), "--lr_schedule", "step"]
+    with pytest.raises(SystemExit, match="NaN or infinite; try a lower --lr$"):
+        train.main([*flags, "--lr", "4e9", "--weight_decay", "4e9", "--epochs", "50", "--eval_every", "50"])
+    assert not (tmp_path / "run").exists()  # nothing worth keeping was there
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5, 10, 11])
+def test_schedules(epochs):
+    """One cycle: up to the full rate and down to nothing. Step: a tenth after each drop. At any number of steps."""
+    for steps in (1, 2, 10):
+        factors = {}
+        for name in ("onecycle", "step"):
+            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+            args = train.parse(["--lr_schedule", name, "--lr_drop", "4", "--epochs", str(epochs)])
+            schedule, factors[name] = train.build_schedule(optimizer, args, steps), []
+            for _ in range(epochs * steps):
+                factors[name].append(optimizer.param_groups[0]["lr"])
+                optimizer.step()
+                schedule.step()
+        assert max(factors["onecycle"]) == pytest.approx(1) and (factors["onecycle"][-1] < 0.5 or epochs * steps < 4)
+        assert factors["step"] == pytest.approx([0.1 ** (i // steps // 4) for i in range(epochs * steps)])
