@@ -129,7 +129,8 @@ def draw_boxes(image, boxes, labels, names, scores=None, scale=1.0):
         corner = max(0, min(x0 + 1, image.width - pen.textlength(text, font=font) - 2)), max(y0 - 13, 0)  # inside the picture
         left, top, right, bottom = pen.textbbox(corner, text, font=font)
         pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=ink)
-        pen.text(corner, text, fill=(0, 0, 0), font=font)
+        bright = 0.3 * ink[0] + 0.59 * ink[1] + 0.11 * ink[2] > 90
+        pen.text(corner, text, fill="black" if bright else "white", font=font)
     return image
 
 
@@ -163,7 +164,7 @@ def draw_curves(path, log):
     epochs = [line["epoch"] for line in log]
     for name in sorted({key for line in log for key in line if key.startswith("train_")}):
         left.plot(epochs, [line[name] for line in log], marker=".", label=name.removeprefix("train_"))
-    left.set(xlabel="epoch", ylabel="training loss (total weighted; terms of the last layer)", yscale="log")
+    left.set(xlabel="epoch", ylabel="training loss (terms: last layer)", yscale="log")
     for name, text in zip(METRICS[:3], ("AP", "AP50", "AP75")):
         points = [(line["epoch"], line[name]) for line in log if line.get(name) is not None]
         if points:

@@ -33,6 +33,11 @@ def test_the_map_from_papers_to_code():
             assert re.search(rf"(def|class) {name.rsplit('.', 1)[-1]}\b", code), (where, name)
 
 
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^):]+)\)", TEXT):
+        assert (ROOT / target).exists(), target
+
+
 def test_every_file_of_the_table_exists():
     for cell in re.findall(r"^\| (`.*?) \|", TEXT.split("## Read")[1].split("\n\n    images")[0], re.M):
         for name in re.findall(r"`(.*?)`", cell):
