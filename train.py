@@ -10,6 +10,7 @@ import argparse
 import collections
 import datetime
 import inspect
+import itertools
 import json
 import math
 import os
@@ -213,8 +214,8 @@ def git_revision():
 def make_run_folder(args):
     """A new folder for the run; an existing one is never written into."""
     if args.out is None:
-        taken = lambda n: Path(f"runs/{args.model}-{args.setting}-{n}")  # noqa: E731
-        args.out = str(next(taken(n) for n in range(1, 10 ** 6) if not taken(n).exists()))
+        names = (f"runs/{args.model}-{args.setting}-{n}" for n in itertools.count(1))
+        args.out = next(name for name in names if not Path(name).exists())
     out = Path(args.out)
     try:
         out.mkdir(parents=True)

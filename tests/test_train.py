@@ -113,6 +113,12 @@ def test_coco_files_and_init(run, folder, tmp_path):
     assert categories == [{"id": 3, "name": "thing"}] and model.class_embed[0].out_features == 1
 
 
+def test_runs_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [train.make_run_folder(train.parse([])) for _ in range(3)]
+    assert [str(folder) for folder in folders] == [f"runs/deformable_detr-detect-{i}" for i in (1, 2, 3)]
+
+
 def test_recipes():
     """Every recipe is a list of known flags and builds the official model."""
     for name in ("detr", "deformable_detr"):
