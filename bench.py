@@ -20,9 +20,10 @@ import detr
 def ours(name, num_classes):
     """(model, training loss of a batch, inference on a batch)."""
     model = detr.build_detector(name, num_classes)
+    weights = detr.loss_weights(model.focal)
 
     def loss(images, padding, targets):
-        return detr.total_loss(detr.detection_losses(model(images, padding), targets, model.focal), model.focal)
+        return detr.total_loss(detr.detection_losses(model(images, padding), targets, model.focal), weights)
 
     def infer(images, padding):
         return detr.detections(model(images, padding), [images.shape[-2:]] * len(images), model.focal)

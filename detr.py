@@ -63,6 +63,7 @@ class Backbone(nn.Module):
             dilate(resnet.layer4)
         names = ["layer1", "layer2", "layer3", "layer4"][-stages:]
         self.channels = [64 * 2 ** i * resnet.layer1[0].expansion for i in range(4)][-stages:]
+        self.strides = [4, 8, 16, 16 if dilation else 32][-stages:]
         self.body = IntermediateLayerGetter(resnet, {name: name for name in names})
         if frozen_bn:  # a pretrained network: its first, generic layers stay as they are
             for layer in (self.body.conv1, self.body.layer1):
@@ -206,7 +207,7 @@ class DETRDecoderLayer(Layer):
 class DETR(nn.Module):
     """DETR: one level of stride 32, or 16 with dilation (DC5); softmax over K classes and "no object"."""
 
-    focal = False
+    focal = False  # strides: pixels between the cells of each level, finest first
 
     def __init__(self, num_classes, *, backbone="resnet50", dilation=False, hidden_dim=256, nheads=8, enc_layers=6,
                  dec_layers=6, dim_feedforward=2048, dropout=0.1, num_queries=100, frozen_bn=True, backbone_weights=None):
@@ -221,6 +222,7 @@ class DETR(nn.Module):
         self.bbox_embed = MLP(hidden_dim, 4)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
         cnn = Backbone(backbone, 1, dilation, frozen_bn, backbone_weights)
+        self.strides = cnn.strides
         self.input_proj = nn.Conv2d(cnn.channels[0], hidden_dim, 1)
         self.backbone = nn.Sequential(cnn)
         xavier_(self.transformer)
@@ -323,6 +325,8 @@ class DeformableDETR(nn.Module):
             self.query_embed = nn.Embedding(num_queries, hidden_dim * 2)  # position and content
         cnn = Backbone(backbone, min(num_feature_levels, 3), dilation, frozen_bn, backbone_weights)
         channels = [*cnn.channels, cnn.channels[-1], *[hidden_dim] * num_feature_levels][:num_feature_levels]
+        extra = num_feature_levels - len(cnn.channels)
+        self.strides = cnn.strides + [cnn.strides[-1] * 2 ** (i + 1) for i in range(extra)]
         self.input_proj = nn.ModuleList()
         for i, c in enumerate(channels):  # levels beyond the CNN's: its last one, halved again and again
             conv = nn.Conv2d(c, hidden_dim, 1) if i < len(cnn.channels) else nn.Conv2d(c, hidden_dim, 3, 2, 1)
@@ -459,7 +463,6 @@ def build_detector(name, num_classes, **options):
 # ---------------------------------------------------------------- matching and losses (DETR, section 3.1)
 
 COSTS = {"class": 1.0, "bbox": 5.0, "giou": 2.0}  # of the matching; the class term counts double with focal loss
-WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}  # of the losses; likewise
 NO_OBJECT = 0.1  # weight of the "no object" class, which nearly all queries have
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
 
@@ -549,9 +552,13 @@ def detection_losses(outputs, targets, focal):
     return losses
 
 
-def total_loss(losses, focal):
-    """The weighted sum over losses and layers that is minimised."""
-    weights = {**WEIGHTS, "loss_ce": 2.0} if focal else WEIGHTS
+def loss_weights(focal):
+    """The official weights of the losses, by name."""
+    return {"loss_ce": 2.0 if focal else 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
+
+
+def total_loss(losses, weights):
+    """The weighted sum over losses and layers that is minimised; a proposal's loss has the weight of its kind."""
     return sum(weights[name.removesuffix("_enc")] * loss.sum() for name, loss in losses.items())
 
 
@@ -604,26 +611,43 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def load_weights(model, path):
-    """Start `model` from a checkpoint of the same architecture, trained on any number of classes.
+PARTS = {"backbone": ("backbone.",), "encoder": ("input_proj.", "transformer.level_embed", "transformer.encoder."),
+         "decoder": ("",)}  # of a detector, by the beginnings of names: whatever is left belongs to the decoder
 
-    Accepts the official checkpoints ({"model": state}), those of train.py, and bare state dicts. Returns the names
-    that were dropped: class heads of another number of classes. Raises ValueError if anything else does not fit.
+
+def part_of(name):
+    """The part of a detector that a parameter or buffer belongs to: "backbone", "encoder" or "decoder"."""
+    return next(part for part, beginnings in PARTS.items() if name.startswith(beginnings))
+
+
+def load_weights(model, path, parts=None):
+    """Start `model`, or parts of it, from a checkpoint of the same architecture, trained on any number of classes.
+
+    Accepts the official checkpoints ({"model": state}), those of train.py, and bare state dicts. parts: of PARTS, by
+    default those that are in the file. Returns (parts taken, parts not taken, names that were dropped: class heads of
+    another number of classes). Raises ValueError if anything else does not fit, or a part is not in the file.
     """
     checkpoint = load_checkpoint(path)
     state, own = checkpoint.get("model", checkpoint), model.state_dict()
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: holds no weights under \"model\"")
-    dropped = [name for name, tensor in state.items() if "class_embed" in name and name in own
-               and tensor.shape != own[name].shape and tensor.shape[1:] == own[name].shape[1:]]
-    state = {name: tensor for name, tensor in state.items() if name not in dropped}
-    problems = [f"missing {name}" for name in own if name not in state and name not in dropped]
-    problems += [f"unexpected {name}" for name in state if name not in own]
-    problems += [f"{name} is {tuple(state[name].shape)}, the model's {tuple(own[name].shape)}"
-                 for name in own if name in state and state[name].shape != own[name].shape]
+    there = {part_of(name) for name in state if name in own or not parts}
+    parts = parts or [part for part in PARTS if part in there]
+    lacking = [part for part in parts if part not in there]
+    if lacking or not parts:
+        raise ValueError(f"{path}: has no weights of the {' and '.join(lacking) or 'model'}")
+
+    def relevant(names):  # frozen batch norm does not count batches
+        return [name for name in names if part_of(name) in parts and not name.endswith("num_batches_tracked")]
+    dropped = [name for name in relevant(state) if "class_embed" in name and name in own
+               and state[name].shape != own[name].shape and state[name].shape[1:] == own[name].shape[1:]]
+    problems = [f"missing {name}" for name in relevant(own) if name not in state]
+    problems += [f"unexpected {name}" for name in relevant(state) if name not in own]
+    problems += [f"{name} is {tuple(state[name].shape)}, the model's {tuple(own[name].shape)}" for name in relevant(own)
+                 if name in state and name not in dropped and state[name].shape != own[name].shape]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(f"{path} does not fit this model: {'; '.join(problems[:4])}{more}. "
                          "Build the model with the flags it was trained with.")
-    model.load_state_dict(state, strict=False)
-    return dropped
+    model.load_state_dict({name: state[name] for name in relevant(state) if name not in dropped}, strict=False)
+    return parts, [part for part in PARTS if part not in parts], dropped

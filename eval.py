@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import detr
 import isaid
+import ssl_tasks
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
 
@@ -99,6 +100,12 @@ def show(value):
     return "n/a" if value is None else f"{value:.3f}"
 
 
+def ssl_text(metrics):
+    """The metrics of a self-supervised task as text."""
+    accuracy = "" if metrics["ssl_acc"] is None else f", accuracy {metrics['ssl_acc']:.3f}"
+    return f"held-out loss {metrics['ssl_loss']:.3f}{accuracy}"
+
+
 def table(metrics):
     """The metrics as text: one line of totals, then a line for each class."""
     names = ("AP", "AP50", "AP75", "small", "medium", "large", "AR")
@@ -108,6 +115,31 @@ def table(metrics):
     lines += [f"{row['id']:>4}  {row['name']:20} {row['boxes']:7,} {show(row['ap']):>6} {show(row['ap50']):>6}"
               for row in metrics["per_class"]]
     return "\n".join(lines)
+
+
+@torch.no_grad()
+def ssl_metrics(model, task, data, batch_size, workers=0, device="cpu"):
+    """How well a self-supervised task is solved on every image of a dataset, and material for its picture.
+
+    Returns {"ssl_loss": mean over all counted patches, "ssl_acc": share of them that is right, None for pixels} and the
+    panels of the first batch, see `draw_ssl`. The corruption of an image is the same at every call.
+    """
+    model.eval()
+    task.eval()
+    loader = DataLoader(data, batch_size, collate_fn=isaid.collate, num_workers=workers)
+    errors, hits, patches, panels = 0.0, 0.0, 0, None
+    for images, padding, targets in tqdm(loader, "evaluating the task", leave=False, disable=None):
+        corruption = task.corruption(padding, [target["seed"] for target in targets]).to(device)
+        images, padding = images.to(device), padding.to(device)
+        memory, _ = ssl_tasks.encode(model, task, images, padding, corruption)
+        prediction, target, error, right = task.compare(memory, images, corruption)
+        counted = task.counted(corruption)
+        errors += (error * counted).sum()
+        hits += 0 if right is None else (right & counted).sum()
+        patches += counted.sum()
+        panels = panels or task.panels(images, prediction, target, corruption)
+    patches = max(1, int(patches))
+    return {"ssl_loss": float(errors) / patches, "ssl_acc": None if right is None else float(hits) / patches}, panels
 
 
 # ---------------------------------------------------------------- pictures
@@ -156,24 +188,48 @@ def draw_detections(path, data, results, n=6, score=0.3, side=320):
     sheet.save(path)
 
 
+def draw_ssl(path, panels, patch, n=6, side=256):
+    """What a self-supervised task does to the first n images, a row for each panel.
+
+    panels: {title: (images (B, 3, H, W) normalised, patches to frame (B, P) or None, right or not (B, P) or None)}; frames
+    are white, or green where right and red where wrong.
+    """
+    n = min(n, *(len(images) for images, _, _ in panels.values()))
+    H, W = next(iter(panels.values()))[0].shape[-2:]
+    scale, columns = side / max(H, W), -(-W // patch)
+    w, h = round(W * scale), round(H * scale)
+    sheet, font = Image.new("RGB", (n * (w + 4), len(panels) * (h + 20)), "white"), ImageFont.load_default(14)
+    pen = ImageDraw.Draw(sheet)
+    for row, (title, (images, framed, right)) in enumerate(panels.items()):
+        pen.text((4, row * (h + 20) + 1), title, fill="black", font=font)
+        images = images[:n].cpu() * torch.tensor(isaid.STD)[:, None, None] + torch.tensor(isaid.MEAN)[:, None, None]
+        for column, image in enumerate((images.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()):
+            x, y = column * (w + 4), row * (h + 20) + 18
+            sheet.paste(Image.fromarray(image).resize((w, h), Image.Resampling.NEAREST), (x, y))
+            for i in [] if framed is None else framed[column].nonzero()[:, 0].tolist():
+                top, left = (k * patch * scale for k in divmod(i, columns))
+                ink = "white" if right is None else "lime" if right[column, i] else "red"
+                pen.rectangle((x + left, y + top, x + left + patch * scale - 1, y + top + patch * scale - 1), outline=ink)
+    sheet.save(path)
+
+
 def draw_curves(path, log):
-    """Loss and AP by epoch, from the lines of log.jsonl as dicts."""
+    """Losses, AP and the self-supervised task by epoch, from the lines of log.jsonl as dicts."""
     from matplotlib.figure import Figure  # takes a second to import; no window is opened
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    epochs = [line["epoch"] for line in log]
-    for name in sorted({key for line in log for key in line if key.startswith("train_")}):
-        left.plot(epochs, [line[name] for line in log], marker=".", label=name.removeprefix("train_"))
-    left.set(xlabel="epoch", ylabel="training loss (terms: last layer)", yscale="log")
-    for name, text in zip(METRICS[:3], ("AP", "AP50", "AP75")):
-        points = [(line["epoch"], line[name]) for line in log if line.get(name) is not None]
-        if points:
-            right.plot(*zip(*points), marker=".", label=text)
-    right.set(xlabel="epoch", ylabel="on held-out images", ylim=(0, 1))
-    for axes in (left, right):
+    curves = {"training loss (terms: last layer)": sorted({key for line in log for key in line if key.startswith("train_")}),
+              "on held-out images: AP": METRICS[:3], "on held-out images: task": ("ssl_loss", "ssl_acc")}
+    curves = {label: names for label, names in curves.items()
+              if any(line.get(name) is not None for name in names for line in log)}
+    figure = Figure(figsize=(5 * len(curves), 4), layout="constrained")
+    for axes, (label, names) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+        for name in names:
+            points = [(line["epoch"], line[name]) for line in log if line.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points), marker=".", label=name.removeprefix("train_"))
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.set_ylim(bottom=0, top=1 if label.endswith("AP") else None)
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
+        axes.legend()
     figure.savefig(path, dpi=110)
 
 
@@ -203,19 +259,27 @@ def checkpoint_file(run):
 
 
 def load_run(run, device):
-    """A trained detector: (model, its flags, its categories, the checkpoint's path). Raises ValueError."""
+    """A trained detector: (model, its task or None, its flags, its categories, the checkpoint's path). Raises ValueError."""
     path = Path(checkpoint_file(run))
     checkpoint = detr.load_checkpoint(path)
-    if not {"model", "detector", "categories", "args"} <= checkpoint.keys():
+    if not {"model", "detector", "categories", "args", "task"} <= checkpoint.keys():
         raise ValueError(f"{path}: is not a checkpoint of train.py; start from it with train.py --init {path}")
+    flags, task = argparse.Namespace(**checkpoint["args"]), None
     try:
         model = detr.build_detector(**checkpoint["detector"])
-        model.load_state_dict(checkpoint["model"])
-    except (TypeError, AttributeError, RuntimeError) as error:
+        if flags.setting == "pretrain":  # such a run has no decoder
+            model.load_state_dict({**model.state_dict(), **checkpoint["model"]})
+        else:
+            model.load_state_dict(checkpoint["model"])
+        if checkpoint["task"]:
+            task = ssl_tasks.build_task(**checkpoint["task"]["config"])
+            task.load_state_dict(checkpoint["task"]["state"])
+            task.to(device)
+    except (TypeError, AttributeError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path}: its weights do not fit its flags; was it written by another version? "
                          f"({str(error).splitlines()[0]})") from None
     model.to(device, memory_format=torch.channels_last)  # convolutions are faster so
-    return model, argparse.Namespace(**checkpoint["args"]), checkpoint["categories"], path
+    return model, task, flags, checkpoint["categories"], path
 
 
 def main(argv=None):
@@ -233,23 +297,31 @@ def main(argv=None):
     if args.export and not Path(args.export).resolve().parent.is_dir():
         parser.error(f"--export {args.export}: there is no folder {Path(args.export).resolve().parent}")
     try:
-        model, flags, categories, path = load_run(args.run, args.device)
+        model, task, flags, categories, path = load_run(args.run, args.device)
+        if args.export and flags.setting == "pretrain":
+            raise ValueError(f"--export: {path} is of a pretraining, it detects nothing")
         if args.data:
-            flags.data, flags.limit_train, flags.limit_val = args.data, None, None
+            flags.data, flags.data_unlabeled, flags.limit_train, flags.limit_val = args.data, None, None, None
         if args.limit_val:
             setattr(flags, f"limit_{args.split}", args.limit_val)
         data = isaid.open_split(args.split, flags, train=False)
-        if data.categories != categories:
+        if flags.setting != "pretrain" and data.categories != categories:
             raise isaid.DataError(f"{data.name}: its classes {isaid.class_names(data.categories)} are not the model's "
                                   f"{isaid.class_names(categories)}")
         print(f"{path} on {data.name}")
-        results = predict(model, data, args.batch_size or flags.batch_size, args.workers, args.device)
-        metrics = coco_metrics(data, results)
-        print(table(metrics))
-        folder = path.parent
-        about = {"checkpoint": str(path), "data": data.name}
-        (folder / "metrics.json").write_text(json.dumps({**about, **metrics}, indent=1))
-        print(f"\nwritten: {folder / 'metrics.json'}")
+        how = args.batch_size or flags.batch_size, args.workers, args.device
+        metrics = {"checkpoint": str(path), "data": data.name}
+        if task:
+            found, panels = ssl_metrics(model, task, data, *how)
+            metrics.update(found)
+            draw_ssl(path.parent / "ssl.png", panels, task.patch)
+            print(f"{flags.ssl_task}: " + ssl_text(found))
+        if flags.setting != "pretrain":
+            results = predict(model, data, *how)
+            metrics.update(coco_metrics(data, results))
+            print(table(metrics))
+        (path.parent / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        print(f"\nwritten: {path.parent / 'metrics.json'}")
         if args.export:
             Path(args.export).write_text(json.dumps(results))
             print(f"written: {args.export}, {len(results):,} detections")

@@ -42,7 +42,8 @@ def one_line(error):
 class Detection(torch.utils.data.Dataset):
     """Images with boxes. Item i: (image (3, H, W) float normalised, target), a target being
 
-    {"image_id": int, "size": (height, width) before resizing, "labels": (T,) int64, "boxes": (T, 4) cxcywh in 0..1}.
+    {"image_id": int, "size": (height, width) before resizing, "labels": (T,) int64, "boxes": (T, 4) cxcywh in 0..1,
+    "seed": int, for whatever else is random about this image in this epoch}.
 
     coco: {"images", "annotations", "categories"} as in a COCO file, every image with its size. read(i) returns the PIL
     image. Boxes are clipped to their image; those left without area are removed. `clipped` and `removed` count them.
@@ -69,19 +70,19 @@ class Detection(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         image, picture = self.images[i], self.read(i)
-        size = image["height"], image["width"]
-        if picture.size != size[::-1]:  # the boxes would be in other places
-            raise DataError(f"{self.name}: {image['file_name']} should have {size[1]} x {size[0]} pixels, "
-                            f"the file has {picture.size[0]} x {picture.size[1]}")
+        size = picture.size[::-1]
+        if size != (image.get("height", size[0]), image.get("width", size[1])):  # the boxes would be in other places
+            raise DataError(f"{self.name}: {image['file_name']} should have {image['width']} x {image['height']} pixels, "
+                            f"the file has {size[1]} x {size[0]}")
         boxes = tv_tensors.BoundingBoxes(self.boxes[i], format="XYWH", canvas_size=size)
         sample = {"image": picture, "boxes": boxes, "labels": self.labels[i]}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, i]).generate_state(1)[0]))
-            sample = self.transform(sample)
+            sample, seed = self.transform(sample), int(torch.randint(2 ** 62, ()))
         h, w = sample["image"].shape[-2:]
         boxes = sample["boxes"].as_subclass(torch.Tensor) / torch.tensor([w, h, w, h])
         return sample["image"].as_subclass(torch.Tensor), {"image_id": image["id"], "size": size, "labels": sample["labels"],
-                                                           "boxes": boxes}
+                                                           "boxes": boxes, "seed": seed}
 
     def counts(self):
         """Number of boxes of each class, in the order of the labels."""
@@ -90,7 +91,7 @@ class Detection(torch.utils.data.Dataset):
 
 def clean_boxes(name, images, annotations, categories):
     """Annotations with boxes clipped to their images and complete in area and iscrowd; how many were clipped, removed."""
-    sizes = {image["id"]: (image["width"], image["height"]) for image in images}
+    sizes = {image["id"]: (image.get("width"), image.get("height")) for image in images}
     known, kept, clipped, removed = {c["id"] for c in categories}, [], 0, 0
     for annotation in annotations:
         if annotation["image_id"] not in sizes:  # of an image beyond the limit
@@ -193,7 +194,40 @@ def split_files(root, split):
 
 def has_files(args):
     """Whether a run's flags name a dataset on disk; without one it uses synthetic scenes."""
-    return bool(args.data or args.train_json)
+    return bool(args.data or args.train_images or args.data_unlabeled)
+
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def image_files(folder):
+    """All images in a folder and the folders below it, in order. Raises DataError if there are none."""
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder}: no such folder of images")
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise DataError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return paths
+
+
+def unlabeled_files(folder, split):
+    """The images of a split in a folder without annotations: its train and val if it has both, as ImageNet does, else
+    every twentieth image is held out for val. Returns (a name, paths). Raises DataError."""
+    if all((Path(folder) / name).is_dir() for name in ("train", "val")):
+        return Path(folder) / split, image_files(Path(folder) / split)
+    paths = image_files(folder)
+    if len(paths) < 2:
+        raise DataError(f"{folder}: holds one image only; one is needed for training and one to hold out")
+    held_out = paths[::20]
+    return f"{folder} ({split})", held_out if split == "val" else [path for i, path in enumerate(paths) if i % 20]
+
+
+def load_images(name, paths, transform, limit=None, seed=0):
+    """The dataset of images without annotations; `limit` takes the first images only."""
+    paths = paths[:limit]
+    images = [{"id": i, "file_name": str(path)} for i, path in enumerate(paths)]
+    return Detection(str(name), {"images": images, "annotations": [], "categories": []}, functools.partial(_read, paths),
+                     transform, seed)
 
 
 def class_names(categories):
@@ -203,13 +237,18 @@ def class_names(categories):
 def open_split(split, args, train):
     """The split that a run's flags name: a folder (data), COCO files ({split}_images, {split}_json), or synthetic scenes.
 
-    args also holds image_size, limit_{split}, seed, hflip, vflip, quarter_turns. Raises DataError.
+    args also holds image_size, limit_{split}, seed, hflip, vflip, quarter_turns. With the setting "pretrain" the images are
+    taken without annotations, from the same places or from data_unlabeled. Raises DataError.
     """
     limit = getattr(args, f"limit_{split}")
     augmentation = transforms(train, args.image_size, args.hflip, args.vflip, args.quarter_turns)
     if not has_files(args):
         return synthetic(split, limit or SCENES[split], args.image_size, augmentation, args.seed)
+    if args.data_unlabeled:
+        return load_images(*unlabeled_files(args.data_unlabeled, split), augmentation, limit, args.seed)
     files = split_files(args.data, split) if args.data else (getattr(args, f"{split}_images"), getattr(args, f"{split}_json"))
+    if args.setting == "pretrain":
+        return load_images(files[0], image_files(files[0]), augmentation, limit, args.seed)
     return load_coco(*files, augmentation, limit, args.seed)
 
 
@@ -314,12 +353,12 @@ def _read_scene(seed, start, size, i):
 
 # ---------------------------------------------------------------- commands
 
-def number(kind, zero=False):
-    """An argparse type: a number greater than 0, or 0 too."""
+def number(kind, zero=False, most=2 ** 32):
+    """An argparse type: a number greater than 0, or 0 too, and at most `most`."""
     def parse(text):
         value = kind(text)
-        if not (0 < value < 2 ** 32 or zero and value == 0):
-            raise argparse.ArgumentTypeError(f"{text} is not {'at least' if zero else 'greater than'} 0 (and finite)")
+        if not (0 < value <= most or zero and value == 0):
+            raise argparse.ArgumentTypeError(f"{text} is not {'at least' if zero else 'greater than'} 0 and at most {most}")
         return value
     parse.__name__ = "number" if kind is float else "whole number"  # argparse: "invalid … value"
     return parse

@@ -1,10 +1,13 @@
-"""Train DETR or Deformable DETR.
+"""Train DETR or Deformable DETR: to detect, on a self-supervised task (pretrain), or on both at once (multitask).
 
     python train.py                                  a demonstration: synthetic aerial scenes, small model, CPU
     python train.py @recipes/deformable_detr.txt --data DIR    the official recipe on a dataset in iSAID's patches layout
+    python train.py --setting pretrain --ssl_task mim-continuous --out runs/mim      then: python train.py --init runs/mim
+    python train.py --setting multitask --ssl_task jigsaw-discrete --ssl_weight 0.1
 
-A run is a folder: config.json (flags, versions, revision), log.jsonl (a line an epoch), last.pt, best.pt (by AP),
-curves.png, detections.png. Without flags everything has the demonstration's small sizes; recipes hold the large ones.
+A run is a folder: config.json (flags, versions, revision), log.jsonl (a line an epoch), last.pt, best.pt (by AP, or by the
+task's held-out loss), curves.png, detections.png, ssl.png.
+Without flags everything has the demonstration's small sizes; recipes hold the large ones.
 """
 import argparse
 import collections
@@ -30,8 +33,13 @@ import deformable_attn
 import detr
 import eval as evaluation
 import isaid
+import ssl_tasks
 
+# flags that belong to one kind of model or setting, with their defaults there
 DEFORMABLE = {"num_feature_levels": 3, "enc_n_points": 4, "dec_n_points": 4, "with_box_refine": True, "two_stage": False}
+SSL = {"ssl_task": "mim-continuous", "ssl_on": "features", "ssl_ratio": 0.5, "ssl_patch": None, "ssl_loss_on": "corrupted",
+       "tokenizer": "kmeans", "tokenizer_weights": None, "tokenizer_images": 256, "vocabulary": 64}
+MULTITASK = {"ssl_weight": 1.0}
 
 
 # ---------------------------------------------------------------- flags
@@ -45,10 +53,12 @@ def build_parser():
     """Every flag, in groups; the defaults are the demonstration's. The names are the official ones where there are any."""
     count, natural = isaid.number(int), isaid.number(int, zero=True)
     rate, switch = isaid.number(float), argparse.BooleanOptionalAction
+    factor, share = isaid.number(float, zero=True), isaid.number(float, zero=True, most=1)
     parser = Parser(description=__doc__, fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter)
 
     run = parser.add_argument_group("run").add_argument
-    run("--setting", choices=("detect",), default="detect", help="what is trained (default %(default)s)")
+    run("--setting", choices=("detect", "pretrain", "multitask"), default="detect",
+        help="what is trained: the detector; its CNN and encoder on a self-supervised task; both (default %(default)s)")
     run("--model", choices=tuple(detr.DETECTORS), default="deformable_detr", help="(default %(default)s)")
     run("--epochs", type=count, default=9, metavar="N", help="passes over the training images (default %(default)s)")
     run("--seed", type=natural, default=0, metavar="N", help="of weights, order, augmentation and scenes (default %(default)s)")
@@ -56,12 +66,16 @@ def build_parser():
     run("--out", metavar="DIR", help="run folder, must not exist (default: a new one in runs/)")
     run("--init", metavar="FILE", help="start from the weights of a run or of an official checkpoint, file or URL; class heads "
         "of another number of classes are dropped, anything else must fit")
+    run("--init_parts", nargs="+", choices=tuple(detr.PARTS), help="take only these parts of it (default: those it has)")
+    run("--freeze", nargs="+", choices=tuple(detr.PARTS), default=[], help="parts that are not trained")
 
     data = parser.add_argument_group("data; without --data or --train_json, synthetic scenes").add_argument
     data("--data", metavar="DIR", help="dataset with {train,val}/images and {split}/instancesonly_filtered_{split}.json")
     for split in ("train", "val"):
         data(f"--{split}_images", metavar="DIR", help=f"instead of --data: the folder of {split} images …")
         data(f"--{split}_json", metavar="FILE", help="… and their COCO annotations")
+    data("--data_unlabeled", metavar="DIR", help="for pretraining: a folder of images and folders; if it has train and val, "
+         "these, else every twentieth image is held out")
     data("--image_size", type=count, metavar="N", help="resize every image to N x N (the paper: 512); default: 128 for scenes, "
          "else the official multi-scale recipe, shorter side 480 to 800")
     data("--limit_train", type=count, metavar="N", help="the first N training images (default: all; 1000 scenes)")
@@ -92,14 +106,28 @@ def build_parser():
     deformable("--with_box_refine", action=switch, help="each layer corrects the boxes of the one before (default on)")
     deformable("--two_stage", action=switch, help="the encoder proposes the queries (default off)")
 
+    ssl = parser.add_argument_group("self-supervised task; with --setting pretrain or multitask").add_argument
+    ssl("--ssl_task", choices=tuple(ssl_tasks.TASKS), help="(default mim-continuous)")
+    ssl("--ssl_on", choices=("features", "image"), help="corrupt the feature maps or the image (default features)")
+    ssl("--ssl_ratio", type=share, metavar="P", help="share of the patches that is corrupted (default 0.5)")
+    ssl("--ssl_patch", type=count, metavar="N", help="pixels a side of a patch (default: a cell of the coarsest feature map)")
+    ssl("--ssl_loss_on", choices=("corrupted", "all"), help="patches that count (default corrupted; reconstruct: all)")
+    ssl("--ssl_weight", type=factor, metavar="F", help="multitask: weight of the task's loss (default 1)")
+    ssl("--tokenizer", choices=("kmeans", "dalle"), help="where mim-discrete has its visual tokens from (default kmeans)")
+    ssl("--tokenizer_weights", metavar="FILE", help="dalle: the encoder.pkl that OpenAI published")
+    ssl("--tokenizer_images", type=count, metavar="N", help="training images that k-means looks at (default 256)")
+    ssl("--vocabulary", type=count, metavar="N", help="number of k-means tokens (default 64)")
+
     optim = parser.add_argument_group("optimisation").add_argument
     optim("--batch_size", type=count, default=8, metavar="N", help="images a step (default %(default)s)")
     optim("--lr", type=rate, default=5e-4, metavar="R", help="learning rate (default %(default)s)")
     optim("--lr_backbone", type=rate, default=5e-4, metavar="R", help="of the CNN (default %(default)s)")
     optim("--lr_linear_proj_mult", type=rate, default=0.1, metavar="F",
           help="factor for sampling offsets and reference points (default %(default)s)")
-    optim("--weight_decay", type=isaid.number(float, zero=True), default=1e-4, metavar="F", help="(default %(default)s)")
+    optim("--weight_decay", type=factor, default=1e-4, metavar="F", help="(default %(default)s)")
     optim("--clip_max_norm", type=rate, default=0.1, metavar="F", help="largest norm of the gradient (default %(default)s)")
+    for name, text in (("cls", "2, detr: 1"), ("bbox", "5"), ("giou", "2")):
+        optim(f"--{name}_loss_coef", type=factor, metavar="F", help=f"weight of the loss (default {text})")
     optim("--lr_schedule", choices=("onecycle", "step"), default="onecycle",
           help="up and down again, or one drop to a tenth (default %(default)s)")
     optim("--lr_drop", type=count, default=40, metavar="EPOCH", help="epochs before the drop of `step` (default %(default)s)")
@@ -114,16 +142,29 @@ def parse(argv):
         args = parser.parse_args(argv)
     except UnicodeDecodeError:
         parser.error("a file named with @ is not a text file of flags")
-    given = [name for name in DEFORMABLE if getattr(args, name) is not None]
-    if args.model == "detr" and given:
-        parser.error(f"--{given[0]} belongs to --model deformable_detr; leave it out")
-    if args.model == "deformable_detr":
-        for name, default in DEFORMABLE.items():
-            setattr(args, name, default if name not in given else getattr(args, name))
+    for flags, belongs, where in ((DEFORMABLE, args.model == "deformable_detr", "--model deformable_detr"),
+                                  (SSL, args.setting != "detect", "--setting pretrain or multitask"),
+                                  (MULTITASK, args.setting == "multitask", "--setting multitask"),
+                                  ({"data_unlabeled": None}, args.setting == "pretrain", "--setting pretrain"),
+                                  ({"init_parts": None}, args.init, "--init"),
+                                  ({"tokenizer_weights": None}, args.tokenizer == "dalle", "--tokenizer dalle")):
+        for name, default in flags.items():
+            if getattr(args, name) is None and belongs:
+                setattr(args, name, default)
+            elif getattr(args, name) is not None and not belongs:
+                parser.error(f"--{name} belongs to {where}; leave it out")
+    if args.tokenizer == "dalle" and not args.tokenizer_weights:
+        parser.error("--tokenizer dalle needs --tokenizer_weights FILE, the encoder.pkl that OpenAI published")
+    trained = {"detect": detr.PARTS, "multitask": detr.PARTS, "pretrain": ("backbone", "encoder")}[args.setting]
+    if set(trained) <= set(args.freeze):
+        parser.error("--freeze leaves nothing to train; name fewer parts")
     files = [name for name in ("train_images", "train_json", "val_images", "val_json") if getattr(args, name)]
-    if args.data and files:
-        parser.error(f"--data and --{files[0]} name two datasets; give one of them")
-    if 0 < len(files) < 4:
+    sources = [name for name in ("data", "data_unlabeled", *files[:1]) if getattr(args, name)]
+    if len(sources) > 1:
+        parser.error(f"--{sources[0]} and --{sources[1]} name two datasets; give one of them")
+    if files and not {"train_images", "val_images"} <= set(files):
+        parser.error("--train_images and --val_images go together")
+    if 0 < len(files) < 4 and args.setting != "pretrain":
         parser.error("--train_images, --train_json, --val_images and --val_json go together")
     if not isaid.has_files(args):
         args.image_size = args.image_size or isaid.SCENE_SIZE
@@ -155,7 +196,36 @@ def build_model(config, backbone_weights):
                          f"put them into {torch.hub.get_dir()}/checkpoints or leave --backbone_weights out") from None
 
 
-def parameter_groups(model, args):
+def freeze(model, args):
+    """Parts that are not trained get no gradient; a pretraining never runs the decoder."""
+    frozen = {*args.freeze, *(["decoder"] if args.setting == "pretrain" else [])}
+    for name, parameter in model.named_parameters():
+        if detr.part_of(name) in frozen:
+            parameter.requires_grad_(False)
+
+
+def train_mode(model, args):
+    """Training mode, but frozen parts keep their batch statistics and drop nothing out."""
+    model.train()
+    for part in args.freeze:
+        {"backbone": model.backbone, "encoder": model.transformer.encoder, "decoder": model.transformer.decoder}[part].eval()
+
+
+def build_task(args, model, train_set):
+    """The self-supervised task; its visual tokens are fitted on a sample of the training images."""
+    task = ssl_tasks.build_task(args.ssl_task, args.hidden_dim, list(model.strides), args.ssl_patch, args.tokenizer,
+                                args.vocabulary, args.tokenizer_weights, ratio=args.ssl_ratio, on=args.ssl_on,
+                                loss_on=args.ssl_loss_on, image_size=args.image_size)
+    if task.tokens:
+        order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(args.seed))[:args.tokenizer_images]
+        loader = DataLoader(train_set, args.batch_size, sampler=order.tolist(), num_workers=args.workers,
+                            collate_fn=isaid.collate)
+        sample = tqdm(loader, "images for visual tokens", leave=False, disable=None)
+        task.tokenizer.fit([(images, padding) for images, padding, _ in sample], args.seed)
+    return task
+
+
+def parameter_groups(model, task, args):
     """As in the official recipes: a rate of its own for the CNN, a tenth for sampling offsets and reference points."""
     groups = collections.defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -167,6 +237,8 @@ def parameter_groups(model, args):
             groups[args.lr * args.lr_linear_proj_mult].append(parameter)
         else:
             groups[args.lr].append(parameter)
+    if task:
+        groups[args.lr] += task.parameters()
     return [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
 
 
@@ -194,8 +266,11 @@ def epoch_loader(data, args, epoch):
                       pin_memory=args.device.startswith("cuda"))
 
 
-def save(path, **content):
-    """Write a checkpoint whole or not at all."""
+def save(path, model, task, args, **content):
+    """Write a checkpoint whole or not at all; the decoder of a pretraining is left out."""
+    weights = {name: tensor for name, tensor in model.state_dict().items()
+               if args.setting != "pretrain" or detr.part_of(name) != "decoder"}
+    content.update(model=weights, task=task and {"config": task.config, "state": task.state_dict()}, args=vars(args))
     temporary = path.with_suffix(".tmp")
     torch.save(content, temporary)
     os.replace(temporary, path)
@@ -214,7 +289,8 @@ def git_revision():
 def make_run_folder(args):
     """A new folder for the run; an existing one is never written into."""
     if args.out is None:
-        names = (f"runs/{args.model}-{args.setting}-{n}" for n in itertools.count(1))
+        kind = args.setting if args.setting == "detect" else f"{args.setting}-{args.ssl_task}"
+        names = (f"runs/{args.model}-{kind}-{n}" for n in itertools.count(1))
         args.out = next(name for name in names if not Path(name).exists())
     out = Path(args.out)
     try:
@@ -226,7 +302,7 @@ def make_run_folder(args):
     return out
 
 
-def introduce(args, model, train_set, val_set, config):
+def introduce(args, model, task, train_set, val_set):
     """What a user should know before the first step."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -236,7 +312,7 @@ def introduce(args, model, train_set, val_set, config):
     print(f"run         {args.out}, seed {args.seed}")
     print(f"device      {device}")
     print(f"model       {args.model}, {args.backbone}, {parameters / 1e6:.1f} M parameters"
-          + (f" and {frozen / 1e6:.1f} M frozen" if frozen else ""))
+          + (f" and {frozen / 1e6:.1f} M not trained" if frozen else ""))
     if args.model == "deformable_detr":
         print("attention   {}: {}".format(*deformable_attn.backend(args.device)))
     else:
@@ -244,16 +320,26 @@ def introduce(args, model, train_set, val_set, config):
     steps = len(train_set) // args.batch_size
     print(f"batch       {args.batch_size} images a step, {steps} steps an epoch, "
           f"{args.epochs} epochs: {steps * args.epochs * args.batch_size:,} images in all "
-          "(the paper's recipe: 50 epochs of iSAID, 1,400,000)")
+          + ("(the paper's pretraining: 10 epochs of iSAID or ImageNet)" if args.setting == "pretrain" else
+             "(the paper's recipe: 50 epochs of iSAID, 1,400,000)"))
+    if task:
+        print(f"task        {args.ssl_task} on {'the feature maps' if task.on == 'features' else 'the image'}, patches of "
+              f"{task.patch} pixels" + (f", {task.ratio:.0%} of them corrupted" if task.corrupts else "")
+              + (f", {len(task.tokenizer.codes):,} visual tokens ({args.tokenizer})" if task.tokens else ""))
     for name, data in (("train", train_set), ("val", val_set)):
+        if args.setting == "pretrain":
+            print(f"{name:11} {data.name}: {len(data):,} images, their annotations are not used")
+            continue
         print(f"{name:11} {data.name}: {len(data):,} images, {sum(data.counts()):,} boxes"
               + (f", {data.clipped:,} clipped to their image" if data.clipped else "")
               + (f", {data.removed:,} without area removed" if data.removed else ""))
-        crowded = sum(len(labels) > config["num_queries"] for labels in data.labels)
+        crowded = sum(len(labels) > args.num_queries for labels in data.labels)
         if crowded:
             print(f"            {crowded:,} of them ({crowded / len(data):.1%}) hold more objects than the model has queries "
-                  f"({config['num_queries']}): some are never learnt or found")
+                  f"({args.num_queries}): some are never learnt or found")
     cells = [f"{c['id']:>4} {c['name']:20} {n:>7,}" for c, n in zip(train_set.categories, train_set.counts())]
+    if args.setting == "pretrain":
+        return
     print("classes     id, name, training boxes")
     for i in range(0, len(cells), 3):
         print("      " + "  ".join(cells[i:i + 3]))
@@ -261,18 +347,34 @@ def introduce(args, model, train_set, val_set, config):
 
 # ---------------------------------------------------------------- training
 
-def train_epoch(model, loader, optimizer, schedule, args, bar):
-    """One pass; returns the mean of every loss of the last layer and of the weighted total, and the seconds waited."""
-    model.train()
+def batch_losses(model, task, args, images, padding, targets):
+    """Every loss of a batch by name, a value for each decoder layer; where detectors and self-supervised tasks meet."""
+    corruption = task and task.corruption(padding, [target["seed"] for target in targets]).to(args.device)
+    images, padding = (x.to(args.device, non_blocking=True) for x in (images, padding))
+    losses = {}
+    if task:
+        corrupted, memory = ssl_tasks.encode(model, task, images, padding, corruption, clean=args.setting == "multitask")
+        losses["loss_ssl"] = task.loss(corrupted, images, corruption)[None]
+    else:
+        memory = model.encode(model.features(images, padding))
+    if args.setting != "pretrain":
+        losses.update(detr.detection_losses(model.decode(memory), targets, model.focal))
+    return losses
+
+
+def train_epoch(model, task, loader, optimizer, schedule, args, bar):
+    """One pass; returns the mean of every loss (of the last layer) and of the weighted total, and the seconds waited."""
+    train_mode(model, args)
+    weights = loss_weights(args)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sums, waited, ready = collections.Counter(), 0.0, time.perf_counter()
     for images, padding, targets in loader:
         waited += time.perf_counter() - ready
-        outputs = model(images.to(args.device, non_blocking=True), padding.to(args.device, non_blocking=True))
-        losses = detr.detection_losses(outputs, targets, model.focal)
-        total = detr.total_loss(losses, model.focal)
+        losses = batch_losses(model, task, args, images, padding, targets)
+        total = detr.total_loss(losses, weights)
         optimizer.zero_grad()
         total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_max_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, args.clip_max_norm)
         optimizer.step()
         schedule.step()
         for name, loss in losses.items():
@@ -281,6 +383,28 @@ def train_epoch(model, loader, optimizer, schedule, args, bar):
         bar.update()
         ready = time.perf_counter()
     return {f"train_{name}": float(value) / len(loader) for name, value in sums.items()}, waited
+
+
+def loss_weights(args):
+    """The weight of each loss, by name: the official ones unless a flag says otherwise."""
+    weights = detr.loss_weights(detr.DETECTORS[args.model].focal)
+    flags = {"loss_ce": args.cls_loss_coef, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
+    ssl = 1.0 if args.ssl_weight is None else args.ssl_weight
+    return {**weights, **{name: value for name, value in flags.items() if value is not None}, "loss_ssl": ssl}
+
+
+def evaluate(model, task, val_set, args, out):
+    """Metrics on the held-out images, and the pictures of them in the run folder."""
+    metrics, how = {}, (args.batch_size, args.workers, args.device)
+    if args.setting != "pretrain":
+        results = evaluation.predict(model, val_set, *how)
+        metrics = evaluation.coco_metrics(val_set, results)
+        evaluation.draw_detections(out / "detections.png", val_set, results)
+    if task:
+        found, panels = evaluation.ssl_metrics(model, task, val_set, *how)
+        metrics.update(found)
+        evaluation.draw_ssl(out / "ssl.png", panels, task.patch)
+    return metrics
 
 
 def main(argv=None):
@@ -292,22 +416,27 @@ def main(argv=None):
             raise isaid.DataError(f"the classes of {train_set.name} ({isaid.class_names(train_set.categories)}) are not those "
                                   f"of {val_set.name} ({isaid.class_names(val_set.categories)})")
         args.batch_size = min(args.batch_size, len(train_set))
-        config = detector_config(args, len(train_set.categories))
+        config = detector_config(args, max(1, len(train_set.categories)))
         model = build_model(config, "none" if args.init else args.backbone_weights)
-        dropped = detr.load_weights(model, evaluation.checkpoint_file(args.init)) if args.init else []
+        if args.init:
+            taken, left, dropped = detr.load_weights(model, evaluation.checkpoint_file(args.init), args.init_parts)
+        freeze(model, args)
+        content = {"detector": config, "categories": train_set.categories}
+        task = build_task(args, model, train_set).to(args.device) if args.setting != "detect" else None
         out = make_run_folder(args)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {isaid.one_line(error)}")
     model.to(args.device, memory_format=torch.channels_last)  # convolutions are faster so
-    introduce(args, model, train_set, val_set, config)
+    introduce(args, model, task, train_set, val_set)
     if args.init:
-        print(f"init        {args.init}; " + (f"of another number of classes and dropped: {', '.join(dropped)}" if dropped
-                                              else "everything taken"))
+        print(f"init        {args.init}: {' and '.join(taken)} taken"
+              + (f"; {' and '.join(left)} not, random now" if left else "")
+              + (f"; of another number of classes and dropped: {', '.join(dropped)}" if dropped else ""))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     (out / "config.json").write_text(json.dumps({"args": vars(args), "versions": versions, "revision": git_revision(),
                                                  "started": datetime.datetime.now().isoformat(timespec="seconds")}, indent=1))
     try:
-        fit(args, out, model, config, train_set, val_set)
+        fit(args, out, model, task, content, train_set, val_set)
     except (isaid.DataError, FloatingPointError) as error:
         kept = (out / "last.pt").exists()
         if not kept:
@@ -317,49 +446,50 @@ def main(argv=None):
         sys.exit(f"error: {isaid.one_line(error)}{advice}")
 
 
-def fit(args, out, model, config, train_set, val_set):
+def fit(args, out, model, task, content, train_set, val_set):
     """The training loop: epochs, evaluation, log, checkpoints, pictures."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, args), weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, task, args), weight_decay=args.weight_decay, fused=True)
     steps = len(epoch_loader(train_set, args, 0))
     schedule = build_schedule(optimizer, args, steps)
-    content = {"detector": config, "categories": train_set.categories, "args": vars(args)}
-    log, trained, best = [], 0, -1.0
+    log, trained, best = [], 0, -math.inf
     bar = tqdm(total=args.epochs * steps, desc="training", unit="step", disable=None, smoothing=0.02)
     try:
         for epoch in range(1, args.epochs + 1):
             start = time.perf_counter()
-            losses, waited = train_epoch(model, epoch_loader(train_set, args, epoch), optimizer, schedule, args, bar)
+            losses, waited = train_epoch(model, task, epoch_loader(train_set, args, epoch), optimizer, schedule, args, bar)
             trained, seconds = epoch, time.perf_counter() - start
             if not all(parameter.isfinite().all() for parameter in model.parameters()):
                 raise FloatingPointError("the model's weights became NaN or infinite")
             line = {"epoch": epoch, **losses, "seconds": round(seconds, 2), "data_wait": round(waited / seconds, 4),
                     "images_per_second": round(steps * args.batch_size / seconds, 2)}
-            save(out / "last.pt", model=model.state_dict(), epoch=epoch, **content)
+            save(out / "last.pt", model, task, args, epoch=epoch, **content)
             if epoch % args.eval_every == 0 or epoch == args.epochs:
                 start = time.perf_counter()
-                results = evaluation.predict(model, val_set, args.batch_size, args.workers, args.device)
-                metrics = evaluation.coco_metrics(val_set, results)
-                line.update({name: metrics[name] for name in evaluation.METRICS})
+                metrics = evaluate(model, task, val_set, args, out)
+                line.update({name: metrics[name] for name in (*evaluation.METRICS, "ssl_loss", "ssl_acc") if name in metrics})
                 line["eval_seconds"] = round(time.perf_counter() - start, 2)
-                evaluation.draw_detections(out / "detections.png", val_set, results)
-                if (metrics["ap"] or 0.0) > best:
-                    best = metrics["ap"] or 0.0
-                    save(out / "best.pt", model=model.state_dict(), epoch=epoch, **content)
+                score = -metrics["ssl_loss"] if args.setting == "pretrain" else metrics["ap"] or 0.0
+                if score > best:
+                    best = score
+                    save(out / "best.pt", model, task, args, epoch=epoch, **content)
             log.append(line)
             with open(out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-            if "ap" in line:
+            if "eval_seconds" in line:
                 evaluation.draw_curves(out / "curves.png", log)
             bar.write(epoch_text(line, args.epochs))
     except KeyboardInterrupt:
         bar.close()
-        save(out / "last.pt", model=model.state_dict(), epoch=trained, **content)
+        save(out / "last.pt", model, task, args, epoch=trained, **content)
         print(f"\nstopped after {trained} whole epochs; the weights are in {out / 'last.pt'}: python eval.py {out / 'last.pt'}")
         sys.exit(130)
     bar.close()
-    print(f"\n{evaluation.table(metrics)}\n\nlook at   {out / 'detections.png'} and {out / 'curves.png'}")
+    pictures = " and ".join(str(path) for name in ("detections", "ssl", "curves") if (path := out / f"{name}.png").exists())
+    print((f"\n{evaluation.table(metrics)}" if args.setting != "pretrain" else "") + f"\nlook at   {pictures}")
     print(f"evaluate  python eval.py {out}")
-    if not isaid.has_files(args):
+    if args.setting == "pretrain":
+        print(f"next      python train.py --init {out} with the same flags of model and data, without those of the task")
+    elif not isaid.has_files(args):
         print(f"next      python train.py --model {'detr' if args.model == 'deformable_detr' else 'deformable_detr'}, "
               "or your own data: python train.py --data DIR --image_size 512")
 
@@ -369,6 +499,8 @@ def epoch_text(line, epochs):
     text = f"epoch {line['epoch']:>3}/{epochs}  loss {line['train_loss']:.3f}"
     if "ap" in line:
         text += "".join(f"  {key.upper()} {evaluation.show(line[key])}" for key in ("ap", "ap50", "ap75"))
+    if "ssl_loss" in line:
+        text += "  task: " + evaluation.ssl_text(line)
     return text + f"  {line['seconds']:.0f} s, {line['images_per_second']:.1f} images/s, {line['data_wait']:.0%} waiting"
 
 
