@@ -1,10 +1,11 @@
-"""Time a training step and an inference of both detectors next to transformers', in one process on the same data.
+"""Time training steps and inference of both detectors, in one process on the same data.
 
-    python bench.py [--models detr deformable_detr] [--image_size 512] [--batch_size 2] [--repeats 5] [--device cpu]
+    python bench.py                     next to transformers'
+    python bench.py --multitask         a multi-task step (mim-continuous) next to a detection step
 
-Both sides: ResNet-50 with frozen batch norm, trained from its second stage on, official sizes, dropout 0.1, random weights,
-fp32, 10 objects an image, AdamW; ours as train.py runs it, with channels last and a fused optimizer. The two take turns, so
-that a change of the machine's speed meets both; printed are medians and the ratio of the medians.
+Everywhere: ResNet-50 with frozen batch norm, trained from its second stage on, official sizes, dropout 0.1, random weights,
+fp32, 10 objects an image, AdamW; ours as train.py runs it, with channels last and a fused optimizer. What is compared takes
+turns, so that a change of the machine's speed meets all; printed are medians and the ratio of the medians.
 """
 import argparse
 import re
@@ -12,15 +13,14 @@ import statistics
 import time
 
 import torch
-import transformers
 
 import detr
+import ssl_tasks
 
 
 def ours(name, num_classes):
     """(model, training loss of a batch, inference on a batch)."""
-    model = detr.build_detector(name, num_classes)
-    weights = detr.loss_weights(model.focal)
+    model, weights = detr.build_detector(name, num_classes), detr.loss_weights(detr.DETECTORS[name].focal)
 
     def loss(images, padding, targets):
         return detr.total_loss(detr.detection_losses(model(images, padding), targets, model.focal), weights)
@@ -32,6 +32,7 @@ def ours(name, num_classes):
 
 def theirs(name, num_classes):
     """The same of transformers' implementation."""
+    import transformers
     config_class, model_class = {
         "detr": (transformers.DetrConfig, transformers.DetrForObjectDetection),
         "deformable_detr": (transformers.DeformableDetrConfig, transformers.DeformableDetrForObjectDetection)}[name]
@@ -53,6 +54,24 @@ def theirs(name, num_classes):
     return model, loss, infer
 
 
+def multitask(name, num_classes, on):
+    """(model and task, training loss of a batch with the task mim-continuous)."""
+    model, weights = detr.build_detector(name, num_classes), detr.loss_weights(detr.DETECTORS[name].focal)
+    task = ssl_tasks.build_task("mim-continuous", 256, model.strides, on="image" if on == "two passes" else on)
+
+    def loss(images, padding, targets):
+        corruption = task.corruption(padding, range(len(images))).to(images.device)
+        if on == "two passes":  # the authors' way: the whole model twice
+            memory = model.encode(model.features(images, padding))
+            corrupted = model.encode(model.features(task.corrupt_images(images, corruption), padding))
+            model.decode(corrupted)
+        else:
+            corrupted, memory = ssl_tasks.encode(model, task, images, padding, corruption, clean=True)
+        losses = detr.detection_losses(model.decode(memory), targets, model.focal)
+        return detr.total_loss(losses, weights) + task.loss(corrupted, images, corruption)
+    return torch.nn.ModuleList([model, task]), loss
+
+
 def stopwatch(function, device):
     start = time.perf_counter()
     function()
@@ -61,8 +80,41 @@ def stopwatch(function, device):
     return time.perf_counter() - start
 
 
+def take_turns(functions, args):
+    """Median seconds of each function: {name: function} -> {name: seconds}, after one round to warm up."""
+    times = {name: [] for name in functions}
+    for _ in range(args.repeats + 1):
+        for name, function in functions.items():
+            times[name].append(stopwatch(function, args.device))
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+
+
+def training_step(model, loss, args, batch, fused):
+    """A function that does one training step, as train.py does it."""
+    model.to(args.device, memory_format=torch.channels_last if fused else torch.preserve_format)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 1e-4, fused=fused)
+
+    def step():
+        model.train()
+        optimizer.zero_grad()
+        loss(*batch).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.1)
+        optimizer.step()
+    return step
+
+
+def inference(model, infer, batch):
+    def look():
+        model.eval()
+        with torch.no_grad():
+            infer(*batch[:2])
+    return look
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--multitask", action="store_true", help="time multi-task steps")
     parser.add_argument("--models", nargs="+", choices=tuple(detr.DETECTORS), default=list(detr.DETECTORS))
     parser.add_argument("--image_size", type=int, default=512, help="(default %(default)s)")
     parser.add_argument("--batch_size", type=int, default=2, help="(default %(default)s)")
@@ -73,37 +125,28 @@ def main():
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=args.device)
     padding = torch.zeros(images[:, 0].shape, dtype=torch.bool, device=args.device)
     targets = [{"labels": torch.randint(15, (10,)), "boxes": torch.rand(10, 4) * 0.3 + 0.2} for _ in images]
+    batch = images, padding, targets
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{device}; torch {torch.__version__}, transformers {transformers.__version__}; "
-          f"{args.image_size} x {args.image_size}, batch {args.batch_size}, median of {args.repeats}")
-    print(f"{'model':16} {'what':14} {'ours':>9} {'transformers':>13} {'ratio':>7}")
+    print(f"{device}; torch {torch.__version__}; {args.image_size} x {args.image_size}, batch {args.batch_size}, "
+          f"median of {args.repeats}")
     for name in args.models:
-        seconds = {}
-        for side, build in (("ours", ours), ("transformers", theirs)):
-            model, loss, infer = build(name, 15)
-            model.to(args.device, memory_format=torch.channels_last if side == "ours" else torch.preserve_format).train()
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=side == "ours")
-            where = targets if side == "ours" else [{k: v.to(args.device) for k, v in t.items()} for t in targets]
-            seconds[side] = (model, loss, infer, optimizer, where, {"training step": [], "inference": []})
-        for repeat in range(args.repeats + 1):
-            for model, loss, infer, optimizer, where, times in seconds.values():
-                def step(model=model, loss=loss, optimizer=optimizer, where=where):
-                    optimizer.zero_grad()
-                    loss(images, padding, where).backward()
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-                    optimizer.step()
-
-                def look(infer=infer):
-                    with torch.no_grad():
-                        infer(images, padding)
-                for what, function in (("training step", step), ("inference", look)):
-                    model.train(what == "training step")
-                    elapsed = stopwatch(function, args.device)
-                    if repeat:
-                        times[what].append(elapsed)
-        for what in ("training step", "inference"):
-            mine, other = (statistics.median(side[-1][what]) for side in seconds.values())
-            print(f"{name:16} {what:14} {mine:8.3f}s {other:12.3f}s {other / mine:6.2f}x")
+        model, loss, infer = ours(name, 15)
+        step = training_step(model, loss, args, batch, fused=True)
+        if args.multitask:
+            steps = {on: training_step(*multitask(name, 15, on), args, batch, fused=True)
+                     for on in ("features", "image", "two passes")}
+            seconds = take_turns({"detection step": step, **{f"multi-task, {on}": s for on, s in steps.items()}}, args)
+            for what, time_ in seconds.items():
+                print(f"{name:16} {what:24} {time_:8.3f}s {time_ / seconds['detection step']:6.2f}x", flush=True)
+            continue
+        their_model, their_loss, their_infer = theirs(name, 15)
+        their_batch = images, padding, [{k: v.to(args.device) for k, v in t.items()} for t in targets]
+        seconds = take_turns({"step": step, "look": inference(model, infer, batch),
+                              "their step": training_step(their_model, their_loss, args, their_batch, fused=False),
+                              "their look": inference(their_model, their_infer, their_batch)}, args)
+        for what, key in (("training step", "step"), ("inference", "look")):
+            mine, other = seconds[key], seconds[f"their {key}"]
+            print(f"{name:16} {what:14} ours {mine:8.3f}s, transformers {other:8.3f}s {other / mine:6.2f}x", flush=True)
 
 
 if __name__ == "__main__":

@@ -611,6 +611,7 @@ def load_checkpoint(path):
     return checkpoint
 
 
+COUNTER = "num_batches_tracked"  # batch norm has it, frozen batch norm has not
 PARTS = {"backbone": ("backbone.",), "encoder": ("input_proj.", "transformer.level_embed", "transformer.encoder."),
          "decoder": ("",)}  # of a detector, by the beginnings of names: whatever is left belongs to the decoder
 
@@ -637,8 +638,8 @@ def load_weights(model, path, parts=None):
     if lacking or not parts:
         raise ValueError(f"{path}: has no weights of the {' and '.join(lacking) or 'model'}")
 
-    def relevant(names):  # frozen batch norm does not count batches
-        return [name for name in names if part_of(name) in parts and not name.endswith("num_batches_tracked")]
+    def relevant(names):
+        return [name for name in names if part_of(name) in parts and not name.endswith(COUNTER)]
     dropped = [name for name in relevant(state) if "class_embed" in name and name in own
                and state[name].shape != own[name].shape and state[name].shape[1:] == own[name].shape[1:]]
     problems = [f"missing {name}" for name in relevant(own) if name not in state]
@@ -649,5 +650,6 @@ def load_weights(model, path, parts=None):
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(f"{path} does not fit this model: {'; '.join(problems[:4])}{more}. "
                          "Build the model with the flags it was trained with.")
-    model.load_state_dict({name: state[name] for name in relevant(state) if name not in dropped}, strict=False)
+    model.load_state_dict({name: tensor for name, tensor in state.items() if part_of(name) in parts and name not in dropped},
+                          strict=False)
     return parts, [part for part in PARTS if part not in parts], dropped

@@ -152,13 +152,15 @@ def test_shapes_and_gradients(name, options):
     assert [m.features.shape for m in memory] == [level.features.shape for level in levels]
     assert all(m.padding is level.padding and m.position is level.position for m, level in zip(memory, levels))
     strides = [128 / level.features.shape[-1] for level in levels]
+    assert strides == model.strides
     expected = {1: [32], 2: [16, 32], 3: [8, 16, 32], 4: [8, 16, 32, 64], 5: [8, 16, 32, 64, 128]}
     count = options.get("num_feature_levels", 4) if name == "deformable_detr" else 1
     assert strides == ([16] if options.get("dilation") else expected[count])
     outputs = model.decode(memory)
     layers, classes = options["dec_layers"], 8 if name == "detr" else 7
     assert outputs["logits"].shape == (layers, 3, 11, classes) and outputs["boxes"].shape == (layers, 3, 11, 4)
-    detr.total_loss(detr.detection_losses(outputs, some_targets((2, 0, 3)), model.focal), model.focal).backward()
+    detr.total_loss(detr.detection_losses(outputs, some_targets((2, 0, 3)), model.focal),
+                    detr.loss_weights(model.focal)).backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None]
     assert idle == (["transformer.level_embed"] if name == "deformable_detr" and not options["enc_layers"] else [])
 
@@ -251,7 +253,7 @@ def test_images_without_objects(name):
     losses = detr.detection_losses(model(*batch()), some_targets((0, 0, 0)), model.focal)
     assert losses["loss_bbox"].tolist() == losses["loss_giou"].tolist() == [0, 0]
     assert (losses["loss_ce"] > 0).all()
-    detr.total_loss(losses, model.focal).backward()
+    detr.total_loss(losses, detr.loss_weights(model.focal)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -301,13 +303,13 @@ def test_init_drops_class_heads_and_nothing_else(official, tmp_path, monkeypatch
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     model = detr.build_detector("deformable_detr", 15, **SMALL, with_box_refine=True)
     own = model.class_embed[0].weight.clone()
-    dropped = detr.load_weights(model, official)
+    _, _, dropped = detr.load_weights(model, official)
     assert dropped == [f"class_embed.{i}.{kind}" for i in range(2) for kind in ("weight", "bias")]
     state = torch.load(official, weights_only=False)["model"]
     assert torch.equal(model.class_embed[0].weight, own)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items() if name not in dropped)
     same = detr.build_detector("deformable_detr", 91, **SMALL, with_box_refine=True)
-    assert detr.load_weights(same, f"file://{official}") == []  # by URL, and with every head
+    assert detr.load_weights(same, f"file://{official}") == (list(detr.PARTS), [], [])  # by URL, and with every head
     assert torch.equal(same.class_embed[1].weight, state["class_embed.1.weight"])
 
 

@@ -77,7 +77,7 @@ def test_losses_and_gradients(case):
             assert value.item() == pytest.approx(golden["losses"][official], rel=1e-4)
             compared += 1
     assert compared == sum(name.startswith("loss_") for name in golden["losses"])
-    total = detr.total_loss(losses, model.focal)
+    total = detr.total_loss(losses, detr.loss_weights(model.focal))
     assert total.item() == pytest.approx(golden["total"].item(), rel=1e-4)
 
     model.zero_grad()

@@ -109,7 +109,7 @@ def test_coco_files_and_init(run, folder, tmp_path):
     done = command("train.py", *TINY, *flags, "--init", out, "--epochs", 1, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "dropped: class_embed.0.weight" in done.stdout and "3 thing" in done.stdout
-    model, _, categories, _ = evaluation.load_run(tmp_path / "run", "cpu")
+    model, _, _, categories, _ = evaluation.load_run(tmp_path / "run", "cpu")
     assert categories == [{"id": 3, "name": "thing"}] and model.class_embed[0].out_features == 1
 
 
@@ -127,7 +127,7 @@ def test_recipes():
         official = detr.build_detector(name, 15)
         model = detr.build_detector(**config)
         assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in official.state_dict().items()}
-        groups = train.parameter_groups(model, args)
+        groups = train.parameter_groups(model, None, args)
         trained = sum(p.requires_grad for p in model.parameters())
         assert sum(len(group["params"]) for group in groups) == trained
         rates = {"detr": {1e-4, 1e-5}, "deformable_detr": {2e-4, 2e-5}}[name]
@@ -185,7 +185,7 @@ MISTAKES = [
     (["--device", "toaster"], "--device: toaster cannot be used here"),
     (["--seed", "-1"], "--seed: -1 is not at least 0"),
     (["--seed", "99999999999999999999"], "--seed"),
-    (["--lr", "inf"], "--lr: inf is not greater than 0 (and finite)"),
+    (["--lr", "inf"], "--lr: inf is not greater than 0 and at most"),
     (["--image_size", "32"], "--image_size 32 leaves too few cells"),
     (["--init", "{folder}"], "has no best.pt and no last.pt"),
     (["--lr", "fast"], "--lr: invalid number value: 'fast'"),
