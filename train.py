@@ -221,7 +221,7 @@ def build_task(args, model, train_set):
         loader = DataLoader(train_set, args.batch_size, sampler=order.tolist(), num_workers=args.workers,
                             collate_fn=isaid.collate)
         sample = tqdm(loader, "images for visual tokens", leave=False, disable=None)
-        task.tokenizer.fit([(images, padding) for images, padding, _ in sample], args.seed)
+        task.tokenizer.fit([(images, ssl_tasks.whole_patches(padding, task.patch)) for images, padding, _ in sample], args.seed)
     return task
 
 
