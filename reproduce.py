@@ -4,13 +4,15 @@
     python reproduce.py recipes/first_epochs.txt --seeds 0 1 2       does it help detection in the first epochs?
 
 A table is a text file with a row a line, `name: flags of train.py`; {name} in the flags is the run folder of another row.
-Runs are kept in runs/TABLE/NAME-SEED, and whole ones are not run again; beside them table.md and curves.png are written.
+The log of each run is kept in results/TABLE/NAME-SEED.json with its command, versions and revision; what is there is not run
+again, so delete it to repeat it. The runs themselves are in runs/TABLE. Beside the logs, table.md and curves.png are written.
 """
 import argparse
 import concurrent.futures
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,7 +23,6 @@ import torch
 import eval as evaluation
 import isaid
 import ssl_tasks
-import train
 
 ROOT = Path(__file__).resolve().parent
 
@@ -46,28 +47,27 @@ def read_table(path):
     return rows
 
 
-def log_of(run):
-    path = run / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def run_row(folder, name, flags, seed, threads):
-    """Run one row with one seed unless its run is whole; the lines of its log. Raises RuntimeError if train.py fails."""
-    run = folder / f"{name}-{seed}"
-    flags = [re.sub(r"{(.*?)}", lambda match: str(folder / f"{match[1]}-{seed}"), flag) for flag in flags]
-    epochs = train.build_parser().parse_args(flags).epochs
-    log = log_of(run)
-    if len(log) < epochs:
-        if run.exists():
-            run.rename(next(path for n in range(1, 1000) if not (path := run.with_name(f"{run.name}-broken-{n}")).exists()))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, "train.py", *flags, "--seed", str(seed), "--out", str(run)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command[1:])}\n{done.stderr.strip().splitlines()[-1]}")
-        log = log_of(run)
-        print(f"{run.name:50} {sum(line['seconds'] for line in log):6.0f} s of training", flush=True)
-    return log
+def run_row(table, name, rows, seed, threads):
+    """Run one row with one seed unless its result is there. Raises RuntimeError if train.py fails."""
+    result, run = ROOT / "results" / table / f"{name}-{seed}.json", ROOT / "runs" / table / f"{name}-{seed}"
+    is_start = any(f"{{{name}}}" in flag for flags in rows.values() for flag in flags)
+    if result.exists() and not (is_start and not run.exists()):
+        return
+    flags = [re.sub(r"{(.*?)}", lambda match: f"runs/{table}/{match[1]}-{seed}", flag) for flag in rows[name]]
+    command = ["train.py", *flags, "--seed", str(seed), "--out", str(run.relative_to(ROOT))]
+    if run.exists():  # of an earlier, interrupted call
+        shutil.rmtree(run)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"python {' '.join(command)}\n{done.stderr.strip().splitlines()[-1]}")
+    config = json.loads((run / "config.json").read_text())
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    content = {"command": f"python {' '.join(command)}", "revision": config["revision"], "versions": config["versions"],
+               "guess": guess(run) if "ssl_loss" in log[-1] else None, "log": log}
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"{name + '-' + str(seed):60} {sum(line['seconds'] for line in log):6.0f} s of training", flush=True)
 
 
 @torch.no_grad()
@@ -93,43 +93,50 @@ def spread(values, digits=3):
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def tables(folder, logs):
-    """Two tables in Markdown: AP after each epoch, and the tasks' held-out figures next to those of a guess."""
+def tables(results):
+    """Two tables in Markdown: AP after each epoch, and the tasks' held-out figures next to those of a guess.
+
+    results: {row: [content of its result files, one a seed]}.
+    """
+    logs = {name: [result["log"] for result in runs] for name, runs in results.items()}
     detect = {name: runs for name, runs in logs.items() if "ap" in runs[0][-1]}
-    tasks = {name: runs for name, runs in logs.items() if "ssl_loss" in runs[0][-1]}
     text = []
     if detect:
-        most = max(len(runs[0]) for runs in detect.values())
-        head = ["AP (%) after epoch", *map(str, range(1, most + 1)), "AP50, last"]
+        epochs = sorted({line["epoch"] for runs in detect.values() for line in runs[0] if "ap" in line})
+        head = ["AP (%) after epoch", *map(str, epochs), "AP50, last", "runs"]
         text += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for name, runs in detect.items():
-            cells = [spread([100 * (run[i]["ap"] or 0) for run in runs], 1) for i in range(len(runs[0]))]
-            cells += [""] * (most - len(cells)) + [spread([100 * (run[-1]["ap50"] or 0) for run in runs], 1)]
-            text.append(f"| {name} | " + " | ".join(cells) + " |")
+            ap = [{line["epoch"]: 100 * (line["ap"] or 0) for line in run if "ap" in line} for run in runs]
+            cells = [spread([run[epoch] for run in ap], 1) if epoch in ap[0] else "" for epoch in epochs]
+            cells += [spread([100 * (run[-1]["ap50"] or 0) for run in runs], 1), str(len(runs))]
+            text.append(f"| {name} | {' | '.join(cells)} |")
         text.append("")
-    if tasks:
+    if any(runs[0]["guess"] for runs in results.values()):
         text += ["| task | held-out loss | mean patch | accuracy | most frequent | chance |", "|---|---|---|---|---|---|"]
-        for name, runs in tasks.items():
-            seed = next(folder.glob(f"{name}-[0-9]*"))
-            blind = guess(seed)
-            cells = [spread([run[-1]["ssl_loss"] for run in runs]), f"{blind['loss']:.3f}" if "loss" in blind else ""]
-            cells += [spread([run[-1]["ssl_acc"] for run in runs]), f"{blind['acc']:.3f}", f"{blind['chance']:.3f}"] \
-                if "acc" in blind else ["", "", ""]
-            text.append(f"| {name} | " + " | ".join(cells) + " |")
+        for name, runs in results.items():
+            blind, last = runs[0]["guess"], [log[-1] for log in logs[name]]
+            if blind:
+                cells = [spread([line["ssl_loss"] for line in last]), "", "", "", ""]
+                if "loss" in blind:
+                    cells[1] = f"{blind['loss']:.3f}"
+                else:
+                    cells[2:] = spread([line["ssl_acc"] for line in last]), f"{blind['acc']:.3f}", f"{blind['chance']:.3f}"
+                text.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
-def draw(path, logs):
+def draw(path, results):
     """AP by epoch, a line for each row with its spread over seeds; a panel for each model."""
     from matplotlib.figure import Figure
-    rows = {name: runs for name, runs in logs.items() if "ap" in runs[0][-1]}
+    rows = {name: runs for name, runs in results.items() if "ap" in runs[0]["log"][-1]}
     models = sorted({name.split("-")[0] for name in rows})
     figure = Figure(figsize=(7 * len(models), 5), layout="constrained")
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models):
         for name, runs in rows.items():
             if name.split("-")[0] == model:
-                epochs = [line["epoch"] for line in runs[0] if "ap" in line]
-                ap = torch.tensor([[line["ap"] or 0.0 for line in run if "ap" in line] for run in runs])
+                logs = [[line for line in run["log"] if "ap" in line] for run in runs]
+                epochs = [line["epoch"] for line in logs[0]]
+                ap = torch.tensor([[line["ap"] or 0.0 for line in log] for log in logs])  # (seeds, epochs)
                 style = {"color": "black"} if name.endswith("scratch") else {"linestyle": "--" if "multitask" in name else "-"}
                 line, = axes.plot(epochs, ap.mean(0), label=name.removeprefix(f"{model}-"), **style)
                 if len(runs) > 1:
@@ -152,23 +159,26 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         rows = read_table(args.table)
-        folder = ROOT / "runs" / Path(args.table).stem
-        wanted = {name for name in rows if not args.rows or any(text in name for text in args.rows)}
+        table = Path(args.table).stem
+        wanted = [name for name in rows if not args.rows or any(text in name for text in args.rows)]
         threads = max(1, torch.get_num_threads() // args.jobs)
-        starts = [name for name in rows if any(f"{{{name}}}" in flag for flags in rows.values() for flag in flags)]
+        jobs = [(table, name, rows, seed, threads) for seed in args.seeds for name in wanted]
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            for names in (starts, [name for name in rows if name not in starts]):  # first what other rows start from
-                jobs = [(folder, name, rows[name], seed, threads) for seed in args.seeds for name in names if name in wanted]
-                list(pool.map(lambda job: run_row(*job), [] if args.no_run else jobs))
+            for has_start in () if args.no_run else (False, True):  # first the rows that others may start from
+                list(pool.map(lambda job: run_row(*job), [job for job in jobs if ("{" in " ".join(rows[job[1]])) == has_start]))
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    logs = {name: [log for seed in args.seeds if (log := log_of(folder / f"{name}-{seed}"))] for name in rows if name in wanted}
-    logs = {name: runs for name, runs in logs.items() if runs}
-    text = tables(folder, logs)
+    folder = ROOT / "results" / table
+    results = {name: [json.loads(path.read_text()) for seed in args.seeds if (path := folder / f"{name}-{seed}.json").exists()]
+               for name in wanted}
+    results = {name: runs for name, runs in results.items() if runs}
+    if not results:
+        sys.exit(f"error: {folder} has no results of these rows")
+    text = tables(results)
     print(text)
     (folder / "table.md").write_text(text + "\n")
-    if any("ap" in runs[0][-1] for runs in logs.values()):
-        draw(folder / "curves.png", logs)
+    if any("ap" in runs[0]["log"][-1] for runs in results.values()):
+        draw(folder / "curves.png", results)
 
 
 if __name__ == "__main__":
