@@ -25,6 +25,7 @@ import isaid
 import ssl_tasks
 
 ROOT = Path(__file__).resolve().parent
+RUNS, RESULTS = ROOT / "runs", ROOT / "results"
 
 
 def read_table(path):
@@ -49,12 +50,13 @@ def read_table(path):
 
 def run_row(table, name, rows, seed, threads):
     """Run one row with one seed unless its result is there. Raises RuntimeError if train.py fails."""
-    result, run = ROOT / "results" / table / f"{name}-{seed}.json", ROOT / "runs" / table / f"{name}-{seed}"
+    result, run = RESULTS / table / f"{name}-{seed}.json", RUNS / table / f"{name}-{seed}"
     is_start = any(f"{{{name}}}" in flag for flags in rows.values() for flag in flags)
     if result.exists() and not (is_start and not run.exists()):
         return
-    flags = [re.sub(r"{(.*?)}", lambda match: f"runs/{table}/{match[1]}-{seed}", flag) for flag in rows[name]]
-    command = ["train.py", *flags, "--seed", str(seed), "--out", str(run.relative_to(ROOT))]
+    flags = [re.sub(r"{(.*?)}", lambda match: os.path.relpath(run.with_name(f"{match[1]}-{seed}"), ROOT), flag)
+             for flag in rows[name]]
+    command = ["train.py", *flags, "--seed", str(seed), "--out", os.path.relpath(run, ROOT)]
     if run.exists():  # of an earlier, interrupted call
         shutil.rmtree(run)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -168,7 +170,7 @@ def main(argv=None):
                 list(pool.map(lambda job: run_row(*job), [job for job in jobs if ("{" in " ".join(rows[job[1]])) == has_start]))
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    folder = ROOT / "results" / table
+    folder = RESULTS / table
     results = {name: [json.loads(path.read_text()) for seed in args.seeds if (path := folder / f"{name}-{seed}.json").exists()]
                for name in wanted}
     results = {name: runs for name, runs in results.items() if runs}

@@ -177,6 +177,12 @@ class Task(nn.Module):
         counted = self.counted(corruption)
         return (error * counted).sum() / counted.sum().clamp(min=1)
 
+    def panels(self, images, prediction, target, corruption):
+        """Rows of the picture: {title: (images (B, 3, H, W), patches to frame (B, P) or None, right or not or None)}."""
+        corrupted, moved = self.corrupt_images(images, corruption), corruption.changed() & ~corruption.masked
+        title = "corrupted" if self.on == "image" else "corrupted (here the image, for the task its feature maps)"
+        return {"original": (images, None, None), title: (corrupted, moved, None)}
+
 
 class PixelTask(Task):
     """Predicts pixels, each cell of the finest level its own s x s of them; L1 loss."""
@@ -195,13 +201,10 @@ class PixelTask(Task):
         return F.avg_pool2d(error, self.patch, ceil_mode=True).flatten(1), None
 
     def panels(self, images, prediction, target, corruption):
-        """Rows of the picture: {title: (images (B, 3, H, W), patches to frame (B, P), right or not or None)}."""
         counted = self.counted(corruption)
         here = spread(counted.unflatten(1, corruption.grid), self.patch, images.shape[-2:])[:, None]
-        target = torch.where(spread(corruption.whole.unflatten(1, corruption.grid), self.patch, images.shape[-2:])[:, None],
-                             target, images)
-        return {"original": (images, None, None), "corrupted": (self.corrupt_images(images, corruption), None, None),
-                "predicted": (torch.where(here, prediction, target), counted, None)}
+        predicted = torch.where(here, prediction, target), counted, None
+        return {**super().panels(images, prediction, target, corruption), "predicted": predicted}
 
 
 class ClassTask(Task):
@@ -245,7 +248,7 @@ class MaskedTokens(ClassTask):
     def panels(self, images, prediction, target, corruption):
         counted, predicted = self.counted(corruption), prediction.argmax(1)
         tokens = torch.where(counted.unflatten(1, corruption.grid), predicted, target)
-        return {"original": (images, None, None), "corrupted": (self.corrupt_images(images, corruption), None, None),
+        return {**super().panels(images, prediction, target, corruption),
                 "its visual tokens": (self.tokenizer.paint(target, images.shape[-2:]), counted, None),
                 "predicted tokens": (self.tokenizer.paint(tokens, images.shape[-2:]), counted,
                                      (predicted == target).flatten(1))}
@@ -270,11 +273,11 @@ class JigsawPositions(ClassTask):
             patches = whole.nonzero()[:, 0]
             place, origin = linear_sum_assignment(-scores[patches][:, patches].T.cpu().numpy())  # both over `patches`
             source[patches[place]] = patches[origin]
-        shuffled, put_back = self.corrupt_images(images, corruption), corruption._replace(source=guess).undone()
+        put_back = corruption._replace(source=guess).undone()
+        solved = apply(self.corrupt_images(images, corruption), put_back, self.patch, images.new_zeros(3))
         right = put_back.source == corruption.undone().source
-        return {"original": (images, None, None), "shuffled": (shuffled, self.counted(corruption), None),
-                "put back where the model thinks": (apply(shuffled, put_back, self.patch, images.new_zeros(3)),
-                                                    put_back.changed() | ~right, right)}
+        return {**super().panels(images, prediction, target, corruption),
+                "put back where the model thinks": (solved, put_back.changed() | ~right, right)}
 
 
 TASKS = {"reconstruct": Reconstruct, "mim-continuous": MaskedPixels, "mim-discrete": MaskedTokens,

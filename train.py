@@ -35,11 +35,10 @@ import eval as evaluation
 import isaid
 import ssl_tasks
 
-# flags that belong to one kind of model or setting, with their defaults there
+# flags that belong to one kind of model, setting or task, with their defaults there
 DEFORMABLE = {"num_feature_levels": 3, "enc_n_points": 4, "dec_n_points": 4, "with_box_refine": True, "two_stage": False}
-SSL = {"ssl_task": "mim-continuous", "ssl_on": "features", "ssl_ratio": 0.5, "ssl_patch": None, "ssl_loss_on": "corrupted",
-       "tokenizer": "kmeans", "tokenizer_weights": None, "tokenizer_images": 256, "vocabulary": 64}
-MULTITASK = {"ssl_weight": 1.0}
+SSL = {"ssl_task": "mim-continuous", "ssl_on": "features", "ssl_ratio": 0.5, "ssl_patch": None, "ssl_loss_on": "corrupted"}
+TOKENS = {"tokenizer": "kmeans", "tokenizer_images": 256}
 
 
 # ---------------------------------------------------------------- flags
@@ -142,17 +141,22 @@ def parse(argv):
         args = parser.parse_args(argv)
     except UnicodeDecodeError:
         parser.error("a file named with @ is not a text file of flags")
-    for flags, belongs, where in ((DEFORMABLE, args.model == "deformable_detr", "--model deformable_detr"),
-                                  (SSL, args.setting != "detect", "--setting pretrain or multitask"),
-                                  (MULTITASK, args.setting == "multitask", "--setting multitask"),
-                                  ({"data_unlabeled": None}, args.setting == "pretrain", "--setting pretrain"),
-                                  ({"init_parts": None}, args.init, "--init"),
-                                  ({"tokenizer_weights": None}, args.tokenizer == "dalle", "--tokenizer dalle")):
+
+    def settle(flags, belongs, where):
+        """Fill in the defaults of flags that belong to this run; refuse the others."""
         for name, default in flags.items():
+            if getattr(args, name) is not None and not belongs:
+                parser.error(f"--{name} belongs to {where}; leave it out")
             if getattr(args, name) is None and belongs:
                 setattr(args, name, default)
-            elif getattr(args, name) is not None and not belongs:
-                parser.error(f"--{name} belongs to {where}; leave it out")
+    settle(DEFORMABLE, args.model == "deformable_detr", "--model deformable_detr")
+    settle(SSL, args.setting != "detect", "--setting pretrain or multitask")
+    settle({"ssl_weight": 1.0}, args.setting == "multitask", "--setting multitask")
+    settle({"data_unlabeled": None}, args.setting == "pretrain", "--setting pretrain")
+    settle({"init_parts": None}, args.init, "--init")
+    settle(TOKENS, args.ssl_task and ssl_tasks.TASKS[args.ssl_task].tokens, "--ssl_task mim-discrete")
+    settle({"vocabulary": 64}, args.tokenizer == "kmeans", "--tokenizer kmeans, of --ssl_task mim-discrete")
+    settle({"tokenizer_weights": None}, args.tokenizer == "dalle", "--tokenizer dalle, of --ssl_task mim-discrete")
     if args.tokenizer == "dalle" and not args.tokenizer_weights:
         parser.error("--tokenizer dalle needs --tokenizer_weights FILE, the encoder.pkl that OpenAI published")
     trained = {"detect": detr.PARTS, "multitask": detr.PARTS, "pretrain": ("backbone", "encoder")}[args.setting]

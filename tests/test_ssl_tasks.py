@@ -365,9 +365,9 @@ def weights_of(path):
 def test_every_task_is_learnt(model, setting, task, tmp_path):
     """In both settings and on both detectors, and leaves what a run should."""
     on = "image" if (model == "detr") == (setting == "pretrain") else "features"
-    out = tmp_path / "run"
+    out, vocabulary = tmp_path / "run", ["--vocabulary", "8"] if task == "mim-discrete" else []
     train.main([*TINY, "--model", model, "--setting", setting, "--ssl_task", task, "--ssl_on", on, "--epochs", "5",
-                "--eval_every", "5", "--lr", "2e-3", "--lr_backbone", "1e-3", "--vocabulary", "8", "--out", str(out)])
+                "--eval_every", "5", "--lr", "2e-3", "--lr_backbone", "1e-3", *vocabulary, "--out", str(out)])
     lines = lines_of(out)
     assert lines[-1]["train_loss_ssl"] < lines[0]["train_loss_ssl"]
     assert ("ap" in lines[-1]) == ("train_loss_giou" in lines[-1]) == (setting == "multitask")
@@ -499,8 +499,10 @@ MISTAKES = [
     (["--setting", "pretrain", "--image_size", "64", "--ssl_patch", "64"], "hold too few patches of 64"),
     (["--setting", "pretrain", "--ssl_ratio", "1.5"], "1.5 is not at least 0 and at most 1"),
     (["--setting", "pretrain", "--ssl_task", "mim-discrete", "--vocabulary", "4000"], "fewer than --vocabulary 4000"),
-    (["--setting", "pretrain", "--tokenizer", "dalle"], "needs --tokenizer_weights"),
+    (["--setting", "pretrain", "--ssl_task", "mim-discrete", "--tokenizer", "dalle"], "needs --tokenizer_weights"),
     (["--setting", "pretrain", "--tokenizer_weights", "x"], "--tokenizer_weights belongs to --tokenizer dalle"),
+    (["--setting", "pretrain", "--vocabulary", "9"], "--vocabulary belongs to --tokenizer kmeans"),
+    (["--setting", "pretrain", "--tokenizer", "kmeans"], "--tokenizer belongs to --ssl_task mim-discrete"),
     (["--setting", "pretrain", "--ssl_task", "mim-discrete", "--tokenizer", "dalle", "--tokenizer_weights", "x.pkl"],
      "x.pkl: no such file"),
     (["--init_parts", "encoder"], "--init_parts belongs to --init"),

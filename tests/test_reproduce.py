@@ -1,0 +1,69 @@
+"""Tables of runs: rows are run once, starts before what starts from them; mean and standard deviation; mistakes."""
+import json
+
+import pytest
+
+import reproduce
+
+TINY = ("--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 1 --dim_feedforward 32 --num_queries 5 --image_size 64 "
+        "--limit_train 4 --limit_val 2 --batch_size 4 --epochs 2")
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
+    path = tmp_path / "small.txt"
+    path.write_text(f"""# a comment
+deformable-scratch: {TINY} --eval_every 1
+start: {TINY} --setting pretrain --ssl_task mim-discrete --vocabulary 4
+deformable-pretrained: {TINY} --init {{start}} --freeze backbone  # from the row above
+""")
+    return path
+
+
+def test_a_table(table, tmp_path, capsys):
+    reproduce.main([str(table), "--seeds", "0", "1", "--jobs", "2"])
+    results = tmp_path / "results/small"
+    names = {f"{row}-{seed}.json" for row in ("deformable-scratch", "start", "deformable-pretrained") for seed in (0, 1)}
+    assert {path.name for path in results.iterdir()} == names | {"table.md", "curves.png"}
+    contents = {name: json.loads((results / name).read_text()) for name in names}
+    assert "runs/small/start-1 --freeze backbone --seed 1" in contents["deformable-pretrained-1.json"]["command"]
+    last = [contents[f"deformable-scratch-{seed}.json"]["log"][-1]["ap50"] * 100 for seed in (0, 1)]
+    mean, deviation = sum(last) / 2, abs(last[0] - last[1]) / 2 ** 0.5
+    printed = capsys.readouterr().out
+    assert f"| {mean:.1f} ± {deviation:.1f} | 2 |" in printed and "| deformable-pretrained |" in printed
+    guess = contents["start-0.json"]["guess"]
+    assert guess["chance"] == 0.25 <= guess["acc"] <= 1 and f"| {guess['acc']:.3f} | 0.250 |" in printed
+    times = {path: path.stat().st_mtime_ns for path in results.glob("*.json")}
+    (results / "deformable-scratch-1.json").unlink()
+    reproduce.main([str(table), "--seeds", "0", "1"])
+    assert "deformable-scratch-1 " in (printed := capsys.readouterr().out) and "deformable-scratch-0 " not in printed
+    changed = {path.name for path, time in times.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"deformable-scratch-1.json"}
+
+
+def test_the_mean_patch_by_hand(tmp_path):
+    """The loss of a guess is that of predicting the mean of all counted patches."""
+    import eval as evaluation
+    import isaid
+    import train
+    train.main([*TINY.split(), "--setting", "pretrain", "--ssl_task", "reconstruct", "--out", str(tmp_path / "run")])
+    data = isaid.open_split("val", evaluation.load_run(tmp_path / "run", "cpu")[2], train=False)
+    patches = [data[i][0][:, y:y + 32, x:x + 32] for i in range(2) for y in (0, 32) for x in (0, 32)]
+    mean = sum(patches) / len(patches)
+    expected = sum((patch - mean).abs().mean() for patch in patches) / len(patches)
+    assert reproduce.guess(tmp_path / "run")["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("a --epochs 1", "line 1: expected is a new name"), ("a: x\na: y", "line 2: expected is a new name"),
+    ("a: --init {b}", "line 1: {b} is not a row above it"), ("a: --epochs nine", "train.py --epochs nine"),
+    ("", "has no results")])
+def test_mistakes_get_one_line(text, message, table):
+    table.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main([str(table)])
+    assert message in str(stop.value.code) and "Traceback" not in str(stop.value.code)
+    with pytest.raises(SystemExit, match="cannot be read as a table"):
+        reproduce.main([str(table.with_name("none.txt"))])
