@@ -131,6 +131,8 @@ class Task(nn.Module):
         if on == "features":
             self.mask_vectors = nn.Parameter(torch.randn(len(strides), dim) * 0.02)  # what stands in a masked cell
         self.head = nn.Conv2d(dim, self.outputs(), 1)
+        nn.init.normal_(self.head.weight, std=0.02)  # first predictions: nearly the mean colour, or all classes alike
+        nn.init.zeros_(self.head.bias)
 
     def corrupt(self, rng, patches, grid, masked, source):
         """Mark in masked (P,) and source (P,) what happens to one image; patches: the numbers of its whole ones."""

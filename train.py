@@ -225,7 +225,7 @@ def build_task(args, model, train_set):
         loader = DataLoader(train_set, args.batch_size, sampler=order.tolist(), num_workers=args.workers,
                             collate_fn=isaid.collate)
         sample = tqdm(loader, "images for visual tokens", leave=False, disable=None)
-        task.tokenizer.fit([(images, ssl_tasks.whole_patches(padding, task.patch)) for images, padding, _ in sample], args.seed)
+        task.tokenizer.fit(((images, ssl_tasks.whole_patches(padding, task.patch)) for images, padding, _ in sample), args.seed)
     return task
 
 
@@ -494,8 +494,9 @@ def fit(args, out, model, task, content, train_set, val_set):
     if args.setting == "pretrain":
         print(f"next      python train.py --init {out} with the same flags of model and data, without those of the task")
     elif not isaid.has_files(args):
-        print(f"next      python train.py --model {'detr' if args.model == 'deformable_detr' else 'deformable_detr'}, "
-              "or your own data: python train.py --data DIR --image_size 512")
+        if args.model == "deformable_detr":
+            print(f"next      DETR on the CNN of this run: python train.py @recipes/scenes_detr.txt --init {out}")
+        print("next      your own data: python train.py --data DIR --image_size 512")
 
 
 def epoch_text(line, epochs):
