@@ -41,17 +41,27 @@ def read_table(path):
             continue
         if not colon or not re.fullmatch(r"[\w-]+", name.strip()) or name.strip() in rows:
             raise ValueError(f"{path}, line {n}: expected is a new name, a colon and flags of train.py, not {line!r}")
-        for start in re.findall(r"{(.*?)}", flags):
-            if start not in rows or "{" in " ".join(rows[start]):
-                raise ValueError(f"{path}, line {n}: {{{start}}} is not a row above it that starts by itself")
+        for start in starts_of(flags.split()):
+            if start not in rows:
+                raise ValueError(f"{path}, line {n}: {{{start}}} is not a row above it")
         rows[name.strip()] = flags.split()
     return rows
+
+
+def starts_of(flags):
+    """The rows whose runs these flags start from."""
+    return re.findall(r"{(.*?)}", " ".join(flags))
+
+
+def depth(rows, name):
+    """How many rows have to be run one after the other before this one."""
+    return max((depth(rows, start) + 1 for start in starts_of(rows[name])), default=0)
 
 
 def run_row(table, name, rows, seed, threads):
     """Run one row with one seed unless its result is there. Raises RuntimeError if train.py fails."""
     result, run = RESULTS / table / f"{name}-{seed}.json", RUNS / table / f"{name}-{seed}"
-    is_start = any(f"{{{name}}}" in flag for flags in rows.values() for flag in flags)
+    is_start = any(name in starts_of(flags) for flags in rows.values())
     if result.exists() and not (is_start and not run.exists()):
         return
     flags = [re.sub(r"{(.*?)}", lambda match: os.path.relpath(run.with_name(f"{match[1]}-{seed}"), ROOT), flag)
@@ -166,8 +176,8 @@ def main(argv=None):
         threads = max(1, torch.get_num_threads() // args.jobs)
         jobs = [(table, name, rows, seed, threads) for seed in args.seeds for name in wanted]
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            for has_start in () if args.no_run else (False, True):  # first the rows that others may start from
-                list(pool.map(lambda job: run_row(*job), [job for job in jobs if ("{" in " ".join(rows[job[1]])) == has_start]))
+            for wave in () if args.no_run else range(1 + max((depth(rows, name) for name in rows), default=0)):
+                list(pool.map(lambda job: run_row(*job), [job for job in jobs if depth(rows, job[1]) == wave]))
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     folder = RESULTS / table
