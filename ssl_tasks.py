@@ -183,7 +183,7 @@ class Task(nn.Module):
         """Rows of the picture: {title: (images (B, 3, H, W), patches to frame (B, P) or None, right or not or None)}."""
         corrupted, moved = self.corrupt_images(images, corruption), corruption.changed() & ~corruption.masked
         title = "corrupted" if self.on == "image" else "corrupted (here the image, for the task its feature maps)"
-        return {"original": (images, None, None), title: (corrupted, moved, None)}
+        return {"original": (images, None, None), **({title: (corrupted, moved, None)} if self.corrupts else {})}
 
 
 class PixelTask(Task):

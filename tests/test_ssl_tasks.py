@@ -373,7 +373,7 @@ def test_every_task_is_learnt(model, setting, task, tmp_path):
     assert ("ap" in lines[-1]) == ("train_loss_giou" in lines[-1]) == (setting == "multitask")
     assert (lines[-1]["ssl_acc"] is not None) == task.endswith("discrete")
     assert {"ssl.png", "curves.png", "best.pt"} <= {p.name for p in out.iterdir()}
-    rows = {"mim-discrete": 4}.get(task, 3)
+    rows = {"reconstruct": 2, "mim-discrete": 4}.get(task, 3)
     assert Image.open(out / "ssl.png").size == (4 * 260, rows * 276)  # the first batch
     checkpoint = torch.load(out / "best.pt", weights_only=True)
     parts = {detr.part_of(name) for name in checkpoint["model"]}
