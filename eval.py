@@ -122,10 +122,10 @@ def ssl_metrics(model, task, data, batch_size, workers=0, device="cpu"):
     """How well a self-supervised task is solved on every image of a dataset, and material for its picture.
 
     Returns {"ssl_loss": mean over all counted patches, "ssl_acc": share of them that is right, None for pixels} and the
-    panels of the first batch, see `draw_ssl`. The corruption of an image is the same at every call.
+    panels of the first batch, see `draw_ssl`. The corruption of an image is the same at every call. Raises isaid.DataError
+    if no patch counts.
     """
     model.eval()
-    task.eval()
     loader = DataLoader(data, batch_size, collate_fn=isaid.collate, num_workers=workers)
     errors, hits, patches, panels = 0.0, 0.0, 0, None
     for images, padding, targets in tqdm(loader, "evaluating the task", leave=False, disable=None):
@@ -138,7 +138,10 @@ def ssl_metrics(model, task, data, batch_size, workers=0, device="cpu"):
         hits += 0 if right is None else (right & counted).sum()
         patches += counted.sum()
         panels = panels or task.panels(images, prediction, target, corruption)
-    patches = max(1, int(patches))
+    if not patches:
+        raise isaid.DataError(f"{data.name}: no patch of {task.patch} pixels was corrupted; take larger images, a smaller "
+                              "--ssl_patch or a larger --ssl_ratio")
+    patches = int(patches)
     return {"ssl_loss": float(errors) / patches, "ssl_acc": None if right is None else float(hits) / patches}, panels
 
 
@@ -202,8 +205,8 @@ def draw_ssl(path, panels, patch, n=6, side=256):
     pen = ImageDraw.Draw(sheet)
     for row, (title, (images, framed, right)) in enumerate(panels.items()):
         pen.text((4, row * (h + 20) + 1), title, fill="black", font=font)
-        images = images[:n].cpu() * torch.tensor(isaid.STD)[:, None, None] + torch.tensor(isaid.MEAN)[:, None, None]
-        for column, image in enumerate((images.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()):
+        images = (isaid.unnormalise(images[:n]) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+        for column, image in enumerate(images):
             x, y = column * (w + 4), row * (h + 20) + 18
             sheet.paste(Image.fromarray(image).resize((w, h), Image.Resampling.NEAREST), (x, y))
             for i in [] if framed is None else framed[column].nonzero()[:, 0].tolist():

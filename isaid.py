@@ -11,6 +11,7 @@ import collections
 import functools
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -61,9 +62,10 @@ class Detection(torch.utils.data.Dataset):
         for annotation in self.annotations:
             if not annotation["iscrowd"]:
                 per_image[annotation["image_id"]].append(annotation)
-        self.boxes = [torch.tensor([a["bbox"] for a in per_image[image["id"]]]).view(-1, 4) for image in self.images]  # xywh
-        self.labels = [torch.tensor([label[a["category_id"]] for a in per_image[image["id"]]], dtype=torch.int64)
-                       for image in self.images]
+        none = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)  # one for all: there may be a million
+        found = {i: (torch.tensor([a["bbox"] for a in mine]), torch.tensor([label[a["category_id"]] for a in mine]))
+                 for i, mine in per_image.items()}
+        self.boxes, self.labels = zip(*(found.get(image["id"], none) for image in self.images))  # xywh
 
     def __len__(self):
         return len(self.images)
@@ -204,7 +206,8 @@ def image_files(folder):
     """All images in a folder and the folders below it, in order. Raises DataError if there are none."""
     if not Path(folder).is_dir():
         raise DataError(f"{folder}: no such folder of images")
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
+                   and not re.search("_instance_(color|id)_RGB", path.stem))  # iSAID keeps its masks beside the images
     if not paths:
         raise DataError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return paths
@@ -278,6 +281,12 @@ def collate(batch):
         _, h, w = image.shape
         batch[i, :, :h, :w], padding[i, :h, :w] = image, False
     return batch, padding, list(targets)
+
+
+def unnormalise(images):
+    """The opposite of the last step of `transforms`: (..., 3, H, W) in 0..1."""
+    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
+    return (images * std + mean).clamp(0, 1)
 
 
 # ---------------------------------------------------------------- augmentation

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import eval as evaluation
 import isaid
@@ -58,11 +59,20 @@ def depth(rows, name):
     return max((depth(rows, start) + 1 for start in starts_of(rows[name])), default=0)
 
 
+def missing_after(table, name, rows, seed):
+    """Whether a row that starts from this one has no result yet."""
+    after = [other for other in rows if name in starts_of(rows[other])]
+    return any(not (RESULTS / table / f"{other}-{seed}.json").exists() or missing_after(table, other, rows, seed)
+               for other in after)
+
+
 def run_row(table, name, rows, seed, threads):
-    """Run one row with one seed unless its result is there. Raises RuntimeError if train.py fails."""
+    """Run one row with one seed unless its result is there, or, as a start of others, is not needed any more.
+
+    Raises RuntimeError if train.py fails.
+    """
     result, run = RESULTS / table / f"{name}-{seed}.json", RUNS / table / f"{name}-{seed}"
-    is_start = any(name in starts_of(flags) for flags in rows.values())
-    if result.exists() and not (is_start and not run.exists()):
+    if result.exists() and (run.exists() or not missing_after(table, name, rows, seed)):
         return
     flags = [re.sub(r"{(.*?)}", lambda match: os.path.relpath(run.with_name(f"{match[1]}-{seed}"), ROOT), flag)
              for flag in rows[name]]
@@ -72,13 +82,16 @@ def run_row(table, name, rows, seed, threads):
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"python {' '.join(command)}\n{done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip() or f"exit status {done.returncode}"
+        raise RuntimeError(f"python {' '.join(command)}\n{said.splitlines()[-1]}")
     config = json.loads((run / "config.json").read_text())
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     content = {"command": f"python {' '.join(command)}", "revision": config["revision"], "versions": config["versions"],
                "guess": guess(run) if "ssl_loss" in log[-1] else None, "log": log}
     result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps(content, indent=1) + "\n")
+    temporary = result.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, result)
     print(f"{name + '-' + str(seed):60} {sum(line['seconds'] for line in log):6.0f} s of training", flush=True)
 
 
@@ -91,7 +104,9 @@ def guess(run):
     images, padding, targets = isaid.collate([data[i] for i in range(min(len(data), 200))])
     corruption = task.corruption(padding, [target["seed"] for target in targets])
     counted, target = task.counted(corruption), task.target(images, corruption)
+    H, W = images.shape[-2:]
     if isinstance(task, ssl_tasks.PixelTask):
+        target = F.pad(target, (0, -W % task.patch, 0, -H % task.patch))
         patches = target.unfold(2, task.patch, task.patch).unfold(3, task.patch, task.patch)  # (B, 3, h, w, patch, patch)
         patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)[counted]
         return {"loss": (patches - patches.mean(0)).abs().mean().item()}
@@ -99,7 +114,7 @@ def guess(run):
     return {"acc": answers.bincount().max().item() / len(answers), "chance": 1 / task.outputs()}
 
 
-def spread(values, digits=3):
+def mean_and_deviation(values, digits=3):
     """Mean ± standard deviation over seeds."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
@@ -119,8 +134,8 @@ def tables(results):
         text += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for name, runs in detect.items():
             ap = [{line["epoch"]: 100 * (line["ap"] or 0) for line in run if "ap" in line} for run in runs]
-            cells = [spread([run[epoch] for run in ap], 1) if epoch in ap[0] else "" for epoch in epochs]
-            cells += [spread([100 * (run[-1]["ap50"] or 0) for run in runs], 1), str(len(runs))]
+            cells = [mean_and_deviation([run[epoch] for run in ap], 1) if epoch in ap[0] else "" for epoch in epochs]
+            cells += [mean_and_deviation([100 * (run[-1]["ap50"] or 0) for run in runs], 1), str(len(runs))]
             text.append(f"| {name} | {' | '.join(cells)} |")
         text.append("")
     if any(runs[0]["guess"] for runs in results.values()):
@@ -128,11 +143,12 @@ def tables(results):
         for name, runs in results.items():
             blind, last = runs[0]["guess"], [log[-1] for log in logs[name]]
             if blind:
-                cells = [spread([line["ssl_loss"] for line in last]), "", "", "", ""]
+                cells = [mean_and_deviation([line["ssl_loss"] for line in last]), "", "", "", ""]
                 if "loss" in blind:
                     cells[1] = f"{blind['loss']:.3f}"
                 else:
-                    cells[2:] = spread([line["ssl_acc"] for line in last]), f"{blind['acc']:.3f}", f"{blind['chance']:.3f}"
+                    accuracy = mean_and_deviation([line["ssl_acc"] for line in last])
+                    cells[2:] = accuracy, f"{blind['acc']:.3f}", f"{blind['chance']:.3f}"
                 text.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(text)
 
@@ -165,24 +181,25 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", help="a text file of rows, `name: flags`")
     parser.add_argument("--seeds", type=isaid.number(int, zero=True), nargs="+", default=[0], help="(default 0)")
-    parser.add_argument("--rows", nargs="+", metavar="TEXT", help="only rows with one of these in their name")
+    parser.add_argument("--rows", nargs="+", metavar="TEXT", help="run only rows with one of these in their name")
     parser.add_argument("--jobs", type=isaid.number(int), default=1, metavar="N", help="runs at a time (default %(default)s)")
-    parser.add_argument("--no_run", action="store_true", help="print what is there, run nothing")
+    parser.add_argument("--no_run", action="store_true", help="print the results that are there, run nothing")
     args = parser.parse_args(argv)
     try:
         rows = read_table(args.table)
         table = Path(args.table).stem
-        wanted = [name for name in rows if not args.rows or any(text in name for text in args.rows)]
+        wanted = {name for name in rows if not args.rows or any(text in name for text in args.rows)}
+        for name in reversed(rows):  # a row comes after what it starts from
+            wanted |= set(starts_of(rows[name])) if name in wanted else set()
         threads = max(1, torch.get_num_threads() // args.jobs)
-        jobs = [(table, name, rows, seed, threads) for seed in args.seeds for name in wanted]
+        jobs = [(table, name, rows, seed, threads) for seed in args.seeds for name in rows if name in wanted]
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             for wave in () if args.no_run else range(1 + max((depth(rows, name) for name in rows), default=0)):
                 list(pool.map(lambda job: run_row(*job), [job for job in jobs if depth(rows, job[1]) == wave]))
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     folder = RESULTS / table
-    results = {name: [json.loads(path.read_text()) for seed in args.seeds if (path := folder / f"{name}-{seed}.json").exists()]
-               for name in wanted}
+    results = {name: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-[0-9]*.json"))] for name in rows}
     results = {name: runs for name, runs in results.items() if runs}
     if not results:
         sys.exit(f"error: {folder} has no results of these rows")

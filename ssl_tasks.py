@@ -63,7 +63,7 @@ def spread(values, cells, size):
     return values.repeat_interleave(cells, 1).repeat_interleave(cells, 2)[:, :size[0], :size[1]]
 
 
-def apply(x, corruption, cells, fill):
+def corrupt_map(x, corruption, cells, fill):
     """Corrupt a map or image x (B, C, H, W) with patches of cells x cells; fill (C,) stands in the masked ones."""
     B, C, H, W = x.shape
     source, masked = (t.unflatten(1, corruption.grid) for t in (corruption.source, corruption.masked))  # (B, h, w)
@@ -82,7 +82,8 @@ def encode(model, task, images, padding, corruption, clean=False):
     """One pass of backbone and encoder: (memory of the corrupted images, memory of the clean ones, or None if not wanted).
 
     model: anything with features(images, padding) -> levels and encode(levels) -> memory. When the corruption is in the
-    feature maps the backbone sees each image once; the encoder always takes corrupted and clean maps as one batch.
+    feature maps the backbone sees each image once; the encoder always takes corrupted and clean maps as one batch. When it is
+    in the image, both kinds of image share the statistics of a batch norm that is not frozen.
     """
     if not task.corrupts:
         memory = model.encode(model.features(images, padding))
@@ -107,7 +108,7 @@ def encode(model, task, images, padding, corruption, clean=False):
 class Task(nn.Module):
     """Corrupts patches and predicts something of each from the finest level of the memory.
 
-    dim, strides: of the detector's maps, finest first. patch: pixels a side, None for a cell of the coarsest level.
+    dim, strides: of the detector's maps, finest first. patch: pixels a side.
     ratio: share of an image's patches that is corrupted. on: "features" or "image". loss_on: "corrupted" or "all"
     patches count. image_size: pixels a side if all images have one size, else None. tokenizer: of visual_tokens.py.
     Raises ValueError for values that do not go together.
@@ -116,18 +117,19 @@ class Task(nn.Module):
     corrupts = True  # else the clean images will do, and every patch counts
     tokens = False   # whether it needs a tokenizer
 
-    def __init__(self, dim, strides, patch=None, ratio=0.5, on="features", loss_on="corrupted", image_size=None,
+    def __init__(self, dim, strides, patch, ratio=0.5, on="features", loss_on="corrupted", image_size=None,
                  tokenizer=None):
         super().__init__()
-        self.strides, self.patch, self.ratio, self.on = strides, patch or max(strides), ratio, on
+        self.strides, self.patch, self.ratio, self.on = strides, patch, ratio, on
         self.count_all = loss_on == "all" or not self.corrupts
         self.image_size, self.tokenizer = image_size, tokenizer
         if self.patch % strides[0] or any(self.patch % s and s % self.patch for s in strides):
             raise ValueError(f"a patch of {self.patch} pixels does not cover whole cells of the maps (strides "
                              f"{', '.join(map(str, strides))}); take --ssl_patch {strides[0]} times a power of 2")
-        if image_size and image_size < 2 * self.patch:
-            raise ValueError(f"images of {image_size} pixels hold too few patches of {self.patch}; take a larger "
-                             "--image_size or a smaller --ssl_patch")
+        number = round(ratio * (image_size // patch) ** 2) if image_size else 2
+        if number < 2 and not self.count_all or image_size and image_size < patch:
+            raise ValueError(f"of images of {image_size} pixels, {number} patches of {patch} would be corrupted; take a larger "
+                             "--image_size or --ssl_ratio, or a smaller --ssl_patch")
         if on == "features":
             self.mask_vectors = nn.Parameter(torch.randn(len(strides), dim) * 0.02)  # what stands in a masked cell
         self.head = nn.Conv2d(dim, self.outputs(), 1)
@@ -147,15 +149,17 @@ class Task(nn.Module):
         return Corruption(grid, *map(torch.from_numpy, (whole, masked, source)))
 
     def corrupt_images(self, images, corruption):
-        return apply(images, corruption, self.patch, images.new_zeros(3))  # 0: the mean colour
+        return corrupt_map(images, corruption, self.patch, images.new_zeros(3))  # 0: the mean colour
 
     def corrupt_levels(self, levels, corruption):
-        """The same for feature maps; a cell larger than a patch is masked if any patch under it changed, so nothing leaks."""
+        """The same for feature maps; a cell larger than a patch is masked if any patch under it changed, so nothing
+        is left of it in the maps. (What the CNN has carried from there into other cells remains; corrupting the image
+        avoids that.)"""
         out = []
         for level, stride, fill in zip(levels, self.strides, self.mask_vectors):
             x, fill = level.features, fill.to(level.features.dtype)
             if self.patch % stride == 0:
-                x = apply(x, corruption, self.patch // stride, fill)
+                x = corrupt_map(x, corruption, self.patch // stride, fill)
             else:
                 changed = corruption.changed().unflatten(1, corruption.grid)[:, None].float()  # (B, 1, h, w)
                 touched = F.max_pool2d(changed, stride // self.patch, ceil_mode=True) > 0
@@ -276,7 +280,7 @@ class JigsawPositions(ClassTask):
             place, origin = linear_sum_assignment(-scores[patches][:, patches].T.cpu().numpy())  # both over `patches`
             source[patches[place]] = patches[origin]
         put_back = corruption._replace(source=guess).undone()
-        solved = apply(self.corrupt_images(images, corruption), put_back, self.patch, images.new_zeros(3))
+        solved = corrupt_map(self.corrupt_images(images, corruption), put_back, self.patch, images.new_zeros(3))
         right = put_back.source == corruption.undone().source
         return {**super().panels(images, prediction, target, corruption),
                 "put back where the model thinks": (solved, put_back.changed() | ~right, right)}

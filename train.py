@@ -114,7 +114,7 @@ def build_parser():
     ssl("--ssl_weight", type=factor, metavar="F", help="multitask: weight of the task's loss (default 1)")
     ssl("--tokenizer", choices=("kmeans", "dalle"), help="where mim-discrete has its visual tokens from (default kmeans)")
     ssl("--tokenizer_weights", metavar="FILE", help="dalle: the encoder.pkl that OpenAI published")
-    ssl("--tokenizer_images", type=count, metavar="N", help="training images that k-means looks at (default 256)")
+    ssl("--tokenizer_images", type=count, metavar="N", help="training images that a tokenizer looks at (default 256)")
     ssl("--vocabulary", type=count, metavar="N", help="number of k-means tokens (default 64)")
 
     optim = parser.add_argument_group("optimisation").add_argument
@@ -152,6 +152,8 @@ def parse(argv):
     settle(DEFORMABLE, args.model == "deformable_detr", "--model deformable_detr")
     settle(SSL, args.setting != "detect", "--setting pretrain or multitask")
     settle({"ssl_weight": 1.0}, args.setting == "multitask", "--setting multitask")
+    settle(dict.fromkeys(("cls_loss_coef", "bbox_loss_coef", "giou_loss_coef")), args.setting != "pretrain",
+           "--setting detect or multitask")
     settle({"data_unlabeled": None}, args.setting == "pretrain", "--setting pretrain")
     settle({"init_parts": None}, args.init, "--init")
     settle(TOKENS, args.ssl_task and ssl_tasks.TASKS[args.ssl_task].tokens, "--ssl_task mim-discrete")
@@ -159,9 +161,16 @@ def parse(argv):
     settle({"tokenizer_weights": None}, args.tokenizer == "dalle", "--tokenizer dalle, of --ssl_task mim-discrete")
     if args.tokenizer == "dalle" and not args.tokenizer_weights:
         parser.error("--tokenizer dalle needs --tokenizer_weights FILE, the encoder.pkl that OpenAI published")
-    trained = {"detect": detr.PARTS, "multitask": detr.PARTS, "pretrain": ("backbone", "encoder")}[args.setting]
+    if args.tokenizer_weights:
+        args.tokenizer_weights = str(Path(args.tokenizer_weights).resolve())  # eval.py may run elsewhere
+    trained = detr.PARTS if args.setting == "detect" else ("backbone", "encoder")  # a task reaches no further
     if set(trained) <= set(args.freeze):
         parser.error("--freeze leaves nothing to train; name fewer parts")
+    given = set(args.init_parts or detr.PARTS) if args.init else set()
+    if args.backbone_weights == "imagenet":
+        given.add("backbone")
+    if set(args.freeze) - given:
+        parser.error(f"--freeze {(set(args.freeze) - given).pop()} keeps random weights; start it from a run with --init")
     files = [name for name in ("train_images", "train_json", "val_images", "val_json") if getattr(args, name)]
     sources = [name for name in ("data", "data_unlabeled", *files[:1]) if getattr(args, name)]
     if len(sources) > 1:
@@ -172,7 +181,7 @@ def parse(argv):
         parser.error("--train_images, --train_json, --val_images and --val_json go together")
     if not isaid.has_files(args):
         args.image_size = args.image_size or isaid.SCENE_SIZE
-    if args.frozen_bn and args.backbone_weights == "none" and not args.init:
+    if args.frozen_bn and "backbone" not in given:
         parser.error("--frozen_bn keeps random layers frozen here; add --backbone_weights imagenet or --init")
     if args.image_size and args.image_size < 64:
         parser.error(f"--image_size {args.image_size} leaves too few cells to a map; take at least 64")
@@ -327,8 +336,9 @@ def introduce(args, model, task, train_set, val_set):
           + ("(the paper's pretraining: 10 epochs of iSAID or ImageNet)" if args.setting == "pretrain" else
              "(the paper's recipe: 50 epochs of iSAID, 1,400,000)"))
     if task:
-        print(f"task        {args.ssl_task} on {'the feature maps' if task.on == 'features' else 'the image'}, patches of "
-              f"{task.patch} pixels" + (f", {task.ratio:.0%} of them corrupted" if task.corrupts else "")
+        where = "the image" if task.on == "image" else "the feature maps"
+        print(f"task        {args.ssl_task}, patches of {task.patch} pixels"
+              + (f", {task.ratio:.0%} of them corrupted in {where}" if task.corrupts else "")
               + (f", {len(task.tokenizer.codes):,} visual tokens ({args.tokenizer})" if task.tokens else ""))
     for name, data in (("train", train_set), ("val", val_set)):
         if args.setting == "pretrain":
@@ -341,9 +351,9 @@ def introduce(args, model, task, train_set, val_set):
         if crowded:
             print(f"            {crowded:,} of them ({crowded / len(data):.1%}) hold more objects than the model has queries "
                   f"({args.num_queries}): some are never learnt or found")
-    cells = [f"{c['id']:>4} {c['name']:20} {n:>7,}" for c, n in zip(train_set.categories, train_set.counts())]
     if args.setting == "pretrain":
         return
+    cells = [f"{c['id']:>4} {c['name']:20} {n:>7,}" for c, n in zip(train_set.categories, train_set.counts())]
     print("classes     id, name, training boxes")
     for i in range(0, len(cells), 3):
         print("      " + "  ".join(cells[i:i + 3]))
@@ -421,7 +431,7 @@ def main(argv=None):
                                   f"of {val_set.name} ({isaid.class_names(val_set.categories)})")
         args.batch_size = min(args.batch_size, len(train_set))
         config = detector_config(args, max(1, len(train_set.categories)))
-        model = build_model(config, "none" if args.init else args.backbone_weights)
+        model = build_model(config, "none" if args.init and not args.init_parts else args.backbone_weights)
         if args.init:
             taken, left, dropped = detr.load_weights(model, evaluation.checkpoint_file(args.init), args.init_parts)
         freeze(model, args)
@@ -434,7 +444,7 @@ def main(argv=None):
     introduce(args, model, task, train_set, val_set)
     if args.init:
         print(f"init        {args.init}: {' and '.join(taken)} taken"
-              + (f"; {' and '.join(left)} not, random now" if left else "")
+              + (f"; {' and '.join(left)} not" if left else "")
               + (f"; of another number of classes and dropped: {', '.join(dropped)}" if dropped else ""))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     (out / "config.json").write_text(json.dumps({"args": vars(args), "versions": versions, "revision": git_revision(),
@@ -495,7 +505,7 @@ def fit(args, out, model, task, content, train_set, val_set):
         print(f"next      python train.py --init {out} with the same flags of model and data, without those of the task")
     elif not isaid.has_files(args):
         if args.model == "deformable_detr":
-            print(f"next      DETR on the CNN of this run: python train.py @recipes/scenes_detr.txt --init {out}")
+            print("next      DETR on smaller scenes: python train.py @recipes/scenes_detr.txt")
         print("next      your own data: python train.py --data DIR --image_size 512")
 
 

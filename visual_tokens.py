@@ -12,7 +12,7 @@ from scipy.cluster.vq import kmeans2
 from torch import nn
 from tqdm import tqdm
 
-from isaid import MEAN, STD
+from isaid import unnormalise
 
 
 def thumbnails(images, patch):
@@ -46,7 +46,7 @@ class KMeans(Tokenizer):
         if len(sample) < len(self.codes):
             raise ValueError(f"the sample of the tokenizer has {len(sample)} patches, fewer than --vocabulary "
                              f"{len(self.codes)}; lower it or raise --tokenizer_images")
-        codes, start = len(self.codes), "++"
+        codes, start = len(self.codes), "++" if len(self.codes) <= 256 else "points"  # k-means++ takes minutes beyond
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a code without patches stays where it is
             for _ in tqdm(range(rounds), "k-means", leave=False, disable=None):
@@ -84,9 +84,8 @@ class Dalle(Tokenizer):
     def forward(self, images):
         """(B, 3, H, W) -> (B, h, w) int64."""
         H, W = images.shape[-2:]
-        mean, std = (images.new_tensor(v)[:, None, None] for v in (MEAN, STD))
-        pixels = F.pad(images * std + mean, (0, -W % self.patch, 0, -H % self.patch))
-        pixels = F.avg_pool2d(pixels, self.patch // 8).clamp(0, 1) * 0.8 + 0.1  # the range DALL-E was trained on
+        pixels = F.pad(unnormalise(images), (0, -W % self.patch, 0, -H % self.patch))
+        pixels = F.avg_pool2d(pixels, self.patch // 8) * 0.8 + 0.1  # the range DALL-E was trained on
         keys = [hashlib.blake2b(image.numpy().tobytes()).digest() for image in pixels.cpu()]
         new = [i for i, key in enumerate(keys) if key not in self.cache]
         if new:
