@@ -308,8 +308,8 @@ def test_dalle_tokens(dalle_file, monkeypatch):
     tokens = tokenizer(images)
     assert tokens.shape == (3, 7, 8) and calls[0].shape == (3, 3, 56, 64) and len(tokens.unique()) > 1
     assert calls[0].min() > 0.0999 and calls[0].max() < 0.9001
-    pixels = images[0] * torch.tensor(isaid.STD)[:, None, None] + torch.tensor(isaid.MEAN)[:, None, None]
-    small = F.avg_pool2d(F.pad(pixels, (0, 0, 0, 24)), 4).clamp(0, 1)
+    pixels = (images[0] * torch.tensor(isaid.STD)[:, None, None] + torch.tensor(isaid.MEAN)[:, None, None]).clamp(0, 1)
+    small = F.avg_pool2d(F.pad(pixels, (0, 0, 0, 24)), 4)
     torch.testing.assert_close(calls[0][0], 0.8 * small + 0.1)
     assert torch.equal(tokenizer(images[[2, 0]]), tokens[[2, 0]]) and len(calls) == 1
     assert torch.equal(tokenizer(torch.cat([images[1:2], images[1:2].flip(3)]))[0], tokens[1]) and len(calls[1]) == 1
