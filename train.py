@@ -36,7 +36,7 @@ import isaid
 import ssl_tasks
 
 # flags that belong to one kind of model, setting or task, with their defaults there
-DEFORMABLE = {"num_feature_levels": 3, "enc_n_points": 4, "dec_n_points": 4, "with_box_refine": True, "two_stage": False}
+DEFORMABLE = {"num_feature_levels": 3, "enc_n_points": 4, "dec_n_points": 4, "with_box_refine": True, "two_stage": False, "attn": "auto"}
 SSL = {"ssl_task": "mim-continuous", "ssl_on": "features", "ssl_ratio": 0.5, "ssl_patch": None, "ssl_loss_on": "corrupted"}
 TOKENS = {"tokenizer": "kmeans", "tokenizer_images": 256}
 
@@ -104,6 +104,8 @@ def build_parser():
     deformable("--dec_n_points", type=count, metavar="N", help="… in the decoder (default 4)")
     deformable("--with_box_refine", action=switch, help="each layer corrects the boxes of the one before (default on)")
     deformable("--two_stage", action=switch, help="the encoder proposes the queries (default off)")
+    deformable("--attn", choices=deformable_attn.BACKENDS, help="what computes deformable attention; torch: without a kernel "
+               "(default auto: the device's kernel if it can be built)")
 
     ssl = parser.add_argument_group("self-supervised task; with --setting pretrain or multitask").add_argument
     ssl("--ssl_task", choices=tuple(ssl_tasks.TASKS), help="(default mim-continuous)")
@@ -315,7 +317,16 @@ def make_run_folder(args):
     return out
 
 
-def introduce(args, model, task, train_set, val_set):
+def choose_attention(args):
+    """Which implementation of attention runs, in words. Raises ValueError if it cannot."""
+    if args.model != "deformable_detr":
+        return "scaled_dot_product_attention"
+    name, reason = deformable_attn.backend(args.device, args.attn)
+    deformable_attn.MSDeformAttn.backend = name
+    return f"{name}: {reason}"
+
+
+def introduce(args, model, task, attention, train_set, val_set):
     """What a user should know before the first step."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -326,10 +337,7 @@ def introduce(args, model, task, train_set, val_set):
     print(f"device      {device}")
     print(f"model       {args.model}, {args.backbone}, {parameters / 1e6:.1f} M parameters"
           + (f" and {frozen / 1e6:.1f} M not trained" if frozen else ""))
-    if args.model == "deformable_detr":
-        print("attention   {}: {}".format(*deformable_attn.backend(args.device)))
-    else:
-        print("attention   scaled_dot_product_attention")
+    print(f"attention   {attention}")
     steps = len(train_set) // args.batch_size
     print(f"batch       {args.batch_size} images a step, {steps} steps an epoch, "
           f"{args.epochs} epochs: {steps * args.epochs * args.batch_size:,} images in all "
@@ -435,13 +443,14 @@ def main(argv=None):
         if args.init:
             taken, left, dropped = detr.load_weights(model, evaluation.checkpoint_file(args.init), args.init_parts)
         freeze(model, args)
+        attention = choose_attention(args)
         content = {"detector": config, "categories": train_set.categories}
         task = build_task(args, model, train_set).to(args.device) if args.setting != "detect" else None
         out = make_run_folder(args)
     except ValueError as error:
         sys.exit(f"error: {isaid.one_line(error)}")
     model.to(args.device, memory_format=torch.channels_last)  # convolutions are faster so
-    introduce(args, model, task, train_set, val_set)
+    introduce(args, model, task, attention, train_set, val_set)
     if args.init:
         print(f"init        {args.init}: {' and '.join(taken)} taken"
               + (f"; {' and '.join(left)} not" if left else "")

@@ -8,10 +8,10 @@ def ms_deform_attn_reference(value, spatial_shapes, locations, weights):
     _, Q, _, L, P, _ = locations.shape
     grid = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, N*M, Q, P, 2), in -1..1 as grid_sample wants it
     weights = weights.permute(3, 0, 2, 1, 4).reshape(L, N * M, 1, Q, P)
-    levels = value.permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in spatial_shapes], dim=2)  # L x (N*M, D, H*W)
-    out = value.new_zeros(N * M, D, Q)
-    for level, (h, w), points, weight in zip(levels, spatial_shapes, grid, weights):
+    maps = value.to(locations.dtype).permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in spatial_shapes], dim=2)  # L x (N*M, D, H*W)
+    out = grid.new_zeros(N * M, D, Q)
+    for level, (h, w), points, weight in zip(maps, spatial_shapes, grid, weights):
         # align_corners=False puts pixel i at (i + 0.5) / size; zeros outside the map
-        sampled = F.grid_sample(level.unflatten(2, (h, w)), points.to(value.dtype), align_corners=False)  # (N*M, D, Q, P)
+        sampled = F.grid_sample(level.unflatten(2, (h, w)), points, align_corners=False)  # (N*M, D, Q, P)
         out = out + (sampled * weight).sum(-1)
-    return out.view(N, M * D, Q).transpose(1, 2)  # (N, Q, M*D)
+    return out.view(N, M * D, Q).transpose(1, 2).to(value.dtype)  # (N, Q, M*D)
