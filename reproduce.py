@@ -154,9 +154,9 @@ def tables(results):
 
 
 def draw(path, results):
-    """AP by epoch, a line for each row with its spread over seeds; a panel for each model."""
+    """AP by epoch, a line for each row MODEL-NAME with its spread over seeds; a panel for each model."""
     from matplotlib.figure import Figure
-    rows = {name: runs for name, runs in results.items() if "ap" in runs[0]["log"][-1]}
+    rows = {name: runs for name, runs in results.items() if "ap" in runs[0]["log"][-1] and "-" in name}
     models = sorted({name.split("-")[0] for name in rows})
     figure = Figure(figsize=(7 * len(models), 5), layout="constrained")
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models):

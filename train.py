@@ -47,6 +47,9 @@ class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line):
         return line.split("#")[0].split()  # recipes: several flags a line, comments
 
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
 
 def build_parser():
     """Every flag, in groups; the defaults are the demonstration's. The names are the official ones where there are any."""
