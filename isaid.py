@@ -3,6 +3,7 @@
 iSAID: Waqas Zamir et al., "iSAID: A Large-scale Dataset for Instance Segmentation in Aerial Images" (arXiv 1905.12886).
 Boxes in files are xywh pixels; an item's boxes are cxcywh in 0..1; masks of padding are True where there is no image.
 
+    python isaid.py prepare RAW OUT                patches from iSAID's raw release
     python isaid.py check DATA                     what is in a dataset and what is wrong with it
     python isaid.py scenes OUT --train 20 --val 5  synthetic scenes as a dataset on disk
 """
@@ -11,6 +12,7 @@ import collections
 import functools
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -26,6 +28,7 @@ from tqdm import tqdm
 from scenes import CLASSES, draw_scene, scene_objects
 
 SCENE_SIZE, SCENES = 128, {"train": 1000, "val": 200}  # of the synthetic dataset
+Image.MAX_IMAGE_PIXELS = 2 ** 30  # Pillow warns of more than a tenth of it, but satellites see far
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the backbones expect
 
 
@@ -438,23 +441,61 @@ def write_scenes(out, counts, size, seed):
     partial.rename(out)
 
 
+def prepare(args):
+    """The command: prepare the splits, print what was done and what is wrong; the exit status."""
+    import patches
+    if args.overlap >= args.patch:
+        raise DataError(f"--overlap {args.overlap} must be smaller than --patch {args.patch}")
+    splits = args.splits or [split for split in ("train", "val", "test") if (Path(args.raw) / split / "images").is_dir()]
+    if not splits:
+        raise DataError(f"{args.raw}: has none of the folders train/images, val/images and test/images")
+    if args.annotations and len(splits) > 1:
+        raise DataError(f"--annotations {args.annotations} is of one split; name it with --splits")
+    settings, status = {"patch": args.patch, "overlap": args.overlap, "devkit": args.devkit}, 0
+    for split in splits:
+        text, bad = patches.prepare_split(args.raw, args.out, split, settings, args.workers, args.limit, args.skip_bad, args.annotations)
+        print(text)
+        for problem in bad:
+            print(f"  {problem}", file=sys.stderr)
+        if bad:
+            print(f"error: {len(bad)} images of {split} are bad" + (", left out" if args.skip_bad else
+                  "; mend them and call again, what is finished is kept, or leave them out with --skip_bad"), file=sys.stderr)
+            status |= not args.skip_bad
+    return int(status)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    count, natural = number(int), number(int, zero=True)
+    sub = commands.add_parser("prepare", help="cut iSAID's raw release into patches with COCO annotations")
+    sub.add_argument("raw", help="a folder with {train,val,test}/images, the masks beside the images")
+    sub.add_argument("out", help="folder to write; what an interrupted call has left there is continued")
+    sub.add_argument("--splits", nargs="+", choices=("train", "val", "test"), help="(default: those in RAW)")
+    sub.add_argument("--patch", type=count, default=800, metavar="N", help="pixels a side (default %(default)s)")
+    sub.add_argument("--overlap", type=natural, default=200, metavar="N", help="of neighbouring patches (default %(default)s)")
+    sub.add_argument("--workers", type=count, default=min(8, os.cpu_count() or 1), metavar="N",
+                     help="processes, up to 2 GB each for the largest images (default here: %(default)s)")
+    sub.add_argument("--limit", type=count, metavar="N", help="only the first N images of each split")
+    sub.add_argument("--annotations", metavar="FILE", help="objects from the official file of whole images instead of from masks")
+    sub.add_argument("--devkit", action="store_true", help="keep the devkit's oddities: long images whole, objects with a stray pixel "
+                     "and P1527, P1530 left out")
+    sub.add_argument("--skip_bad", action="store_true", help="leave images out that cannot be used")
     sub = commands.add_parser("check", help="print what is in a dataset and what is wrong with it")
     sub.add_argument("data", nargs="?", help="a folder with {train,val}/images and {split}/instancesonly_filtered_{split}.json")
     sub.add_argument("--images", metavar="DIR", help="instead: a folder of images …")
     sub.add_argument("--json", metavar="FILE", help="… and its COCO annotation file")
     sub = commands.add_parser("scenes", help="write synthetic scenes as a dataset")
     sub.add_argument("out", help="folder to write")
-    count = number(int)
     sub.add_argument("--train", type=count, default=100, metavar="N", help="number of training scenes (default %(default)s)")
     sub.add_argument("--val", type=count, default=20, metavar="N", help="number of held-out scenes (default %(default)s)")
     sub.add_argument("--image_size", type=count, default=SCENE_SIZE, metavar="N", help="pixels a side (default %(default)s)")
-    sub.add_argument("--seed", type=number(int, zero=True), default=0, metavar="N", help="(default %(default)s)")
+    sub.add_argument("--seed", type=natural, default=0, metavar="N", help="(default %(default)s)")
     args = parser.parse_args(argv)
     try:
-        if args.command == "scenes":
+        if args.command == "prepare":
+            sys.exit(prepare(args))
+        elif args.command == "scenes":
             if Path(args.out).exists():
                 sys.exit(f"error: {args.out} exists already; name a new folder")
             write_scenes(args.out, {"train": args.train, "val": args.val}, args.image_size, args.seed)
@@ -475,7 +516,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    import isaid  # the same module that others import, so that its errors are theirs
     try:
-        main()
+        isaid.main()
     except KeyboardInterrupt:
         sys.exit(130)

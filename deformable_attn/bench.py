@@ -11,6 +11,8 @@ matrix product), on a GPU for moving every operand once (at the rate of its copi
 beyond the operands. "error" is the relative distance from the fp64 reference: output, worst gradient.
 """
 import argparse
+import ctypes
+import functools
 import math
 import re
 import statistics
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from . import backend, cuda, ms_deform_attn
+from . import BACKENDS, backend, cuda, ms_deform_attn
 from .reference import ms_deform_attn_reference
 
 LEVELS = {512: ((64, 64), (32, 32), (16, 16), (8, 8)), 800: ((100, 134), (50, 67), (25, 34), (13, 17))}
@@ -114,11 +116,15 @@ class Baseline(torch.autograd.Function):
     """The plain CUDA kernel above, fp32 only."""
 
     @staticmethod
+    @functools.cache
+    def functions():
+        device = torch.cuda.current_device()
+        return cuda.load(device, cuda.compile_source(BASELINE, cuda.architecture(device))[0])
+
+    @staticmethod
     def launch(which, value, shapes, locations, *tensors):
-        arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
-        function = cuda.load_kernel(value.device.index, arch, BASELINE)[which]
         (_, S, M, _), (N, Q, _, L, P, _) = value.shape, locations.shape
-        cuda.start(function, N * Q, M * CHANNELS, [S, M, Q, L, P], [shapes, *tensors])
+        cuda.start(Baseline.functions()[which], N * Q, M * CHANNELS, *map(ctypes.c_int, (S, M, Q, L, P)), shapes, *tensors)
 
     @staticmethod
     def forward(ctx, value, shapes, locations, weights):
@@ -135,12 +141,13 @@ class Baseline(torch.autograd.Function):
         return grads[0], None, *grads[1:]
 
 
-def rivals(device, dtype, shapes):
-    """Others' implementations that run here: {name: function of value, locations, weights}."""
+def candidates(device, dtype, shapes):
+    """What runs here, the reference first: {name: function of value, locations, weights}."""
+    found = {which: lambda value, locations, weights, which=which: ms_deform_attn(value, shapes, locations, weights, which)
+             for which in ("torch", backend(device)[0])}
     if device != "cuda":
-        return {}
+        return found
     sizes = torch.tensor(shapes, device=device)
-    found = {}
     if dtype == torch.float32:
         flat = sizes.int()
         found["baseline"] = lambda value, locations, weights: Baseline.apply(value, flat, locations, weights)
@@ -264,22 +271,32 @@ def main():
         return compile_only(args.compile)
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{device}; torch {torch.__version__}; {': '.join(backend(args.device))}; median of {args.repeats}\n")
-    print(f"| shape | dtype | {'backend':10} | forward ms | backward ms | x ref forward | x ref both | floor forward | backward | memory MB "
-          "| error |\n" + "|---" * 11 + "|")
+    print(f"| shape | dtype | {'backend':10} | forward ms | backward ms | x ref forward | x ref both | floor forward | backward "
+          "| memory MB | error |\n" + "|---" * 11 + "|")
     for name in args.shapes:
         for dtype_name in args.dtypes or (["fp32"] if args.device == "cpu" else DTYPES):
-            dtype = DTYPES[dtype_name]
-            value, shapes, locations, weights = operands(name, dtype, args.device)
-            right, least = truth(value, shapes, locations, weights), floor(name, dtype, args.device)
-            functions = {which: lambda value, locations, weights, which=which: ms_deform_attn(value, shapes, locations, weights, which)
-                         for which in ("torch", backend(args.device)[0])} | rivals(args.device, dtype, shapes)
-            base = None
-            for which, function in functions.items():
-                forward, backward, memory, *errors = measure(function, value, locations, weights, right, args)
-                base = base or (forward, backward)
-                print(f"| {name} | {dtype_name} | {which:10} | {forward * 1e3:10.3f} | {backward * 1e3:11.3f} | {base[0] / forward:13.1f} "
-                      f"| {sum(base) / (forward + backward):10.1f} | {least[0] / forward:13.0%} | {least[1] / backward:8.0%} "
-                      f"| {'–' if memory is None else f'{memory / 1e6:.0f}':>9} | {errors[0]:.0e}, {errors[1]:.0e} |", flush=True)
+            print_rows(name, dtype_name, args)
+
+
+def print_rows(name, dtype_name, args):
+    """The rows of a shape and dtype: one for everything that runs here."""
+    dtype = DTYPES[dtype_name]
+    value, shapes, locations, weights = operands(name, dtype, args.device)
+    right, least = truth(value, shapes, locations, weights), floor(name, dtype, args.device)
+    base = None
+    for which, function in candidates(args.device, dtype, shapes).items():
+        start = f"| {name} | {dtype_name} | {which:10} |"
+        try:
+            forward, backward, memory, *errors = measure(function, value, locations, weights, right, args)
+        except Exception as error:  # others' code, on any machine
+            if which in BACKENDS:
+                raise
+            print(f"{start} {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
+            continue
+        base = base or (forward, backward)
+        print(f"{start} {forward * 1e3:10.3f} | {backward * 1e3:11.3f} "
+              f"| {base[0] / forward:13.1f} | {sum(base) / (forward + backward):10.1f} | {least[0] / forward:13.0%} | {least[1] / backward:8.0%} | {'–' if memory is None else f'{memory / 1e6:.0f}':>9} "
+              f"| {errors[0]:.0e}, {errors[1]:.0e} |", flush=True)
 
 
 if __name__ == "__main__":

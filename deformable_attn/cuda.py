@@ -45,42 +45,55 @@ def check(result):
     return values[0] if len(values) == 1 else values
 
 
-def compile_kernel(arch, dtype, channels):
-    """(binary, what the assembler reports) for an architecture such as "sm_90"; needs no GPU. Raises RuntimeError."""
+def compile_source(source, arch, options=()):
+    """(binary, what the assembler reports) of CUDA C++ for an architecture such as "sm_90"; needs no GPU. Raises RuntimeError."""
     try:
         from cuda.bindings import nvrtc
     except ImportError:
         raise RuntimeError("the package cuda-bindings is not installed (pip install cuda-bindings)") from None
-    options = [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", *macros(dtype, channels)]
-    program = check(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], []))
+    options = [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", *options]
+    program = check(nvrtc.nvrtcCreateProgram(source.encode(), SOURCE.name.encode(), 0, [], []))
     result = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     log = bytearray(check(nvrtc.nvrtcGetProgramLogSize(program)))
     check(nvrtc.nvrtcGetProgramLog(program, log))
     log = log.decode(errors="replace").strip("\0\n ")
     if int(result[0]):
-        raise RuntimeError(f"cuda.cu does not compile for {arch}: {log or result[0].name}")
+        raise RuntimeError(f"{SOURCE.name} does not compile for {arch}: {log or result[0].name}")
     binary = bytearray(check(nvrtc.nvrtcGetCUBINSize(program)))
     check(nvrtc.nvrtcGetCUBIN(program, binary))
     check(nvrtc.nvrtcDestroyProgram(program))
     return bytes(binary), log
 
 
-@functools.cache
-def functions(device, dtype, channels):
-    """(forward, backward) of the kernel, compiled and loaded for a device's index."""
+def compile_kernel(arch, dtype, channels):
+    """The same of cuda.cu for a dtype and a number of channels."""
+    return compile_source(SOURCE.read_text(), arch, macros(dtype, channels))
+
+
+def architecture(device):
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def load(device, binary):
+    """The functions "forward" and "backward" of a binary, on a device."""
     from cuda.bindings import driver
-    major, minor = torch.cuda.get_device_capability(device)
-    binary, _ = compile_kernel(f"sm_{major}{minor}", dtype, channels)
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # makes the device's context, should nothing have run on it yet
         module = check(driver.cuModuleLoadData(binary))
     return [check(driver.cuModuleGetFunction(module, name)) for name in (b"forward", b"backward")]
 
 
+@functools.cache
+def functions(device, dtype, channels):
+    """(forward, backward) of the kernel, compiled and loaded for a device's index."""
+    return load(device, compile_kernel(architecture(device), dtype, channels)[0])
+
+
 def description():
     """What has been compiled, in words. Raises RuntimeError that says what is missing."""
-    functions(torch.cuda.current_device(), torch.float32, 32)
-    return "cuda.cu, compiled by NVRTC for sm_{}{}".format(*torch.cuda.get_device_capability())
+    device = torch.cuda.current_device()
+    functions(device, torch.float32, 32)
+    return f"cuda.cu, compiled by NVRTC for {architecture(device)}"
 
 
 def aligned(tensor):
@@ -100,9 +113,18 @@ def neighbours(spatial_shapes, device):
     return torch.cat(order).to(device, torch.int32)
 
 
-def launch(which, spatial_shapes, value, locations, *tensors):
-    """Start a function of the kernel (0 forward, 1 backward) on the current stream of the tensors' device."""
+def start(function, blocks, threads, *arguments):
+    """Start a function on the current stream of the current device. Arguments: of ctypes, tensors, or None for a null pointer."""
     from cuda.bindings import driver
+    arguments = [ctypes.c_void_p(argument if argument is None else argument.data_ptr())
+                 if argument is None or torch.is_tensor(argument) else argument for argument in arguments]
+    pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+    check(driver.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, torch.cuda.current_stream().cuda_stream,
+                                ctypes.addressof(pointers), 0))
+
+
+def launch(which, spatial_shapes, value, locations, *tensors):
+    """Start a function of the kernel (0 forward, 1 backward) on the tensors' device."""
     N, S, M, D = value.shape
     _, Q, _, L, P, _ = locations.shape
     if L > MAX_LEVELS:
@@ -113,15 +135,10 @@ def launch(which, spatial_shapes, value, locations, *tensors):
     starts = [sum(h * w for h, w in zip(heights[:level], widths)) for level in range(L)]
     sizes = Sizes(N, S, M, Q, L, P, *((ctypes.c_int * MAX_LEVELS)(*numbers) for numbers in (heights, widths, starts)))
     order = neighbours(tuple(spatial_shapes), value.device) if Q == S else None  # an encoder's queries are the cells of the maps
-    pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in (order, *tensors)]
-    arguments = (ctypes.c_void_p * (1 + len(pointers)))(*(ctypes.addressof(argument) for argument in (sizes, *pointers)))
     _, lanes = geometry(value.dtype, D)
     groups = N * -(-Q // TILE) * TILE * M
     with torch.cuda.device(value.device):
-        function = functions(value.device.index, value.dtype, D)[which]
-        stream = torch.cuda.current_stream().cuda_stream
-        check(driver.cuLaunchKernel(function, -(-groups * lanes // THREADS), 1, 1, THREADS, 1, 1, 0, stream,
-                                    ctypes.addressof(arguments), 0))
+        start(functions(value.device.index, value.dtype, D)[which], -(-groups * lanes // THREADS), THREADS, sizes, order, *tensors)
 
 
 def forward(value, spatial_shapes, locations, weights):

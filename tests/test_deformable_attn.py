@@ -144,7 +144,8 @@ def test_corners_and_borders(place):
     """A corner of the map is the middle between one pixel and three that are outside, so a quarter; beyond half a pixel nothing."""
     device, backend = place
     value = torch.ones(1, 12, 1, 1, device=device, dtype=torch.float64)
-    places = [((0.0, 0.0), 0.25), ((1.0, 1.0), 0.25), ((0.0, 0.5), 0.5), ((0.5, 1.0), 0.5), ((-0.5 / 4, 0.5), 0.0), ((0.5, 1 + 0.5 / 3), 0.0)]
+    places = [((0.0, 0.0), 0.25), ((1.0, 1.0), 0.25), ((0.0, 0.5), 0.5), ((0.5, 1.0), 0.5), ((-0.5 / 4, 0.5), 0.0),
+              ((0.5, 1 + 0.5 / 3), 0.0)]
     locations = torch.tensor([at for at, _ in places], device=device, dtype=torch.float64).view(1, -1, 1, 1, 1, 2)
     found = ms_deform_attn(value, [(3, 4)], locations, torch.ones(1, len(places), 1, 1, 1, device=device), backend=backend)
     torch.testing.assert_close(found.flatten().cpu(), torch.tensor([share for _, share in places], dtype=torch.float64))
@@ -228,7 +229,8 @@ def test_opcheck(place):
     torch.library.opcheck(deformable_attn._forward, (value, flat, locations, weights))
     detached = [x.detach() for x in (value, locations, weights)]
     grad = torch.randn(2, 3, 8, dtype=torch.float64, device=place[0])
-    torch.library.opcheck(deformable_attn._backward, (grad, detached[0], flat, *detached[1:]), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(deformable_attn._backward, (grad, detached[0], flat, *detached[1:]),
+                          test_utils=("test_schema", "test_faketensor"))
 
 
 @on_every_kernel
@@ -287,7 +289,8 @@ def test_arguments_that_do_not_fit():
 # ---------------------------------------------------------------- builds
 
 CALL = ("import torch\nfrom deformable_attn import ms_deform_attn\n"
-        "print(ms_deform_attn(torch.ones(1, 4, 1, 8), [(2, 2)], torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1, 1), {}).sum().item())")
+        "centre, one = torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1, 1)\n"
+        "print(ms_deform_attn(torch.ones(1, 4, 1, 8), [(2, 2)], centre, one, {}).sum().item())")
 
 
 def start(code, **environment):
@@ -343,6 +346,30 @@ def test_cuda_kernel_compiles(arch, dtype):
 def test_cuda_kernel_that_does_not_compile():
     with pytest.raises(RuntimeError, match="cuda.cu does not compile for sm_1:"):
         cuda.compile_kernel("sm_1", torch.float32, 32)
+
+
+def bench(*flags):
+    """Lines that `python -m deformable_attn.bench` prints."""
+    return subprocess.run([sys.executable, "-m", "deformable_attn.bench", *flags], cwd=ROOT, check=True, text=True,
+                          capture_output=True).stdout.splitlines()
+
+
+@needs_compiler
+def test_bench_prints_a_table():
+    head, rule, *rows = bench("--device", "cpu", "--shapes", "D512", "--repeats", "1")[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (head, *rows)]
+    assert [row[:3] for row in cells[1:]] == [["D512", "fp32", "torch"], ["D512", "fp32", "cpu"]]
+    assert {len(row) for row in cells} == {rule.count("|---")} and float(cells[2][5]) > 1  # faster than the reference
+
+
+@needs_nvrtc
+def test_bench_compiles_without_a_gpu():
+    rows = bench("--compile", "sm_80", "sm_90")[1:]
+    assert [row.split()[:2] for row in rows] == [[arch, dtype] for arch in ("sm_80", "sm_90") for dtype in ("fp32", "bf16", "fp16", "fp64")]
+    assert all(row.split()[4] == row.split()[6] == "0" for row in rows)  # nothing spilled
+    from deformable_attn.bench import BASELINE
+    binary, log = cuda.compile_source(BASELINE, "sm_90")
+    assert binary[:4] == b"\x7fELF" and "0 bytes spill stores" in log
 
 
 @pytest.fixture
