@@ -16,6 +16,7 @@ import torch
 
 import detr
 import ssl_tasks
+import train
 
 
 def ours(name, num_classes):
@@ -115,12 +116,15 @@ def inference(model, infer, batch):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--multitask", action="store_true", help="time multi-task steps")
+    parser.add_argument("--keep_memory", action="store_true", help="as train.py does on a CPU, here for both sides; see train.keep_memory")
     parser.add_argument("--models", nargs="+", choices=tuple(detr.DETECTORS), default=list(detr.DETECTORS))
     parser.add_argument("--image_size", type=int, default=512, help="(default %(default)s)")
     parser.add_argument("--batch_size", type=int, default=2, help="(default %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="after one round to warm up (default %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
     args = parser.parse_args()
+    if args.keep_memory:
+        train.keep_memory()
     torch.manual_seed(0)
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=args.device)
     padding = torch.zeros(images[:, 0].shape, dtype=torch.bool, device=args.device)

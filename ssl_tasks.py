@@ -79,27 +79,21 @@ def pick(rng, patches, share):
 
 
 def encode(model, task, images, padding, corruption, clean=False):
-    """One pass of backbone and encoder: (memory of the corrupted images, memory of the clean ones, or None if not wanted).
+    """Backbone and encoder: (memory of the corrupted images, memory of the clean ones, or None if not wanted).
 
     model: anything with features(images, padding) -> levels and encode(levels) -> memory. When the corruption is in the
-    feature maps the backbone sees each image once; the encoder always takes corrupted and clean maps as one batch. When it is
-    in the image, both kinds of image share the statistics of a batch norm that is not frozen.
+    feature maps the backbone sees each image once. The encoder runs once, over corrupted and clean maps as one batch.
     """
     if not task.corrupts:
         memory = model.encode(model.features(images, padding))
         return memory, memory
-    B = len(images)
-    if task.on == "image":
-        corrupted = task.corrupt_images(images, corruption)
-        both = (torch.cat([corrupted, images]), torch.cat([padding, padding])) if clean else (corrupted, padding)
-        levels = model.features(*both)
-    else:
-        levels = model.features(images, padding)
-        corrupted = task.corrupt_levels(levels, corruption)
-        levels = [type(a)(*map(torch.cat, zip(a, b))) for a, b in zip(corrupted, levels)] if clean else corrupted
-    memory = model.encode(levels)
+    levels = model.features(images, padding) if clean or task.on == "features" else None
+    corrupted = (task.corrupt_levels(levels, corruption) if task.on == "features" else
+                 model.features(task.corrupt_images(images, corruption), padding))
     if not clean:
-        return memory, None
+        return model.encode(corrupted), None
+    memory = model.encode([type(a)(*map(torch.cat, zip(a, b))) for a, b in zip(corrupted, levels)])
+    B = len(images)
     return [type(x)(*(t[:B] for t in x)) for x in memory], [type(x)(*(t[B:] for t in x)) for x in memory]
 
 

@@ -11,6 +11,7 @@ Without flags everything has the demonstration's small sizes; recipes hold the l
 """
 import argparse
 import collections
+import ctypes
 import datetime
 import inspect
 import itertools
@@ -220,6 +221,18 @@ def freeze(model, args):
     for name, parameter in model.named_parameters():
         if detr.part_of(name) in frozen:
             parameter.requires_grad_(False)
+
+
+def keep_memory():
+    """Tell glibc to keep what is freed. By default every large activation is new memory, which the system hands out page by page; that took
+    a fifth of a training step of Deformable DETR at 512 pixels on the CPU."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, -1)
 
 
 def train_mode(model, args):
@@ -434,6 +447,8 @@ def evaluate(model, task, val_set, args, out):
 
 def main(argv=None):
     args = parse(argv)
+    if args.device == "cpu":
+        keep_memory()
     torch.manual_seed(args.seed)
     try:  # everything that can be wrong with the input is found before the first step
         train_set, val_set = isaid.open_split("train", args, train=True), isaid.open_split("val", args, train=False)

@@ -295,7 +295,8 @@ def print_rows(name, dtype_name, args):
             continue
         base = base or (forward, backward)
         print(f"{start} {forward * 1e3:10.3f} | {backward * 1e3:11.3f} "
-              f"| {base[0] / forward:13.1f} | {sum(base) / (forward + backward):10.1f} | {least[0] / forward:13.0%} | {least[1] / backward:8.0%} | {'–' if memory is None else f'{memory / 1e6:.0f}':>9} "
+              f"| {base[0] / forward:13.1f} | {sum(base) / (forward + backward):10.1f} "
+              f"| {least[0] / forward:13.0%} | {least[1] / backward:8.0%} | {'–' if memory is None else f'{memory / 1e6:.0f}':>9} "
               f"| {errors[0]:.0e}, {errors[1]:.0e} |", flush=True)
 
 
