@@ -21,7 +21,7 @@ def test_python_snippets(capsys):
     for snippet in SNIPPETS:
         if "TASKS" not in snippet:
             exec(snippet, {})
-    assert capsys.readouterr().out == "torch.Size([6, 2, 50, 15]) torch.Size([6, 2, 50, 4])\n"
+    assert capsys.readouterr().out == "torch.Size([6, 2, 50, 15]) torch.Size([6, 2, 50, 4])\ntorch.Size([1, 5, 256])\n"
 
 
 @pytest.mark.parametrize("line", re.findall(r"^    (?:.* && )?python train\.py ?(.*)$", TEXT, re.M))
