@@ -1,6 +1,7 @@
 """Evaluation: COCO metrics in total and per class, result files; the pictures of train.py.
 
     python eval.py RUN [--data DIR] [--split val] [--limit_val N] [--export FILE]
+    python eval.py predict RUN IMAGE_OR_FOLDER [--out DIR] [--score 0.3]       images of any size
 
 RUN is a run folder of train.py (its best.pt, else last.pt) or a checkpoint file.
 """
@@ -52,10 +53,14 @@ def default_evaluator():
     return "faster-coco-eval" if importlib.util.find_spec("faster_coco_eval") else "pycocotools"
 
 
-def coco_metrics(data, results, evaluator=None):
+AREAS = {"coco": (0, 32, 96, 1e5), "isaid": (10, 144, 512, 1e5)}  # sides in pixels: small from, medium from, large from and to
+
+
+def coco_metrics(data, results, evaluator=None, max_dets=100, areas="coco"):
     """Box metrics of COCO results on a dataset; None stands where there is no ground truth.
 
-    Returns {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar" (100 detections an image), "per_class":
+    max_dets: detections an image that count. areas: of AREAS, what small, medium and large mean.
+    Returns {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar", "per_class":
     [{"id", "name", "boxes", "ap", "ap50"}], "images", "evaluator"}. Raises isaid.DataError if results and dataset do
     not belong together.
     """
@@ -79,21 +84,27 @@ def coco_metrics(data, results, evaluator=None):
             coco.dataset = {"images": data.images, "categories": data.categories, "annotations": annotations}
             coco.createIndex()
         run = COCOeval(truth, predicted, "bbox")
+        run.params.maxDets = [1, 10, max_dets]
+        sides = AREAS[areas]
+        run.params.areaRng = [[0, 1e10], *([low ** 2, high ** 2] for low, high in zip(sides, sides[1:]))]
         run.evaluate()
         run.accumulate()
-        run.summarize()
-    precision = run.eval["precision"][..., 0, -1]  # (IoU thresholds, recalls, classes), all sizes, 100 detections
+    precision = run.eval["precision"][..., -1]  # (IoU thresholds, recalls, classes, areas)
+    per_class = precision[:, :, :, 0]
     boxes = dict.fromkeys((category["id"] for category in data.categories), 0)
     for annotation in data.annotations:
         boxes[annotation["category_id"]] += not annotation["iscrowd"]
-    metrics = {name: _or_none(run.stats[i]) for name, i in zip(METRICS, (0, 1, 2, 3, 4, 5, 8))}
-    metrics["per_class"] = [{**category, "boxes": boxes[category["id"]], "ap": _or_none(precision[..., k].mean()),
-                             "ap50": _or_none(precision[0, :, k].mean())} for k, category in enumerate(data.categories)]
+    parts = (per_class, per_class[0], per_class[5], *(precision[..., k] for k in (1, 2, 3)), run.eval["recall"][:, :, 0, -1])
+    metrics = {name: _mean(part) for name, part in zip(METRICS, parts)}
+    metrics["per_class"] = [{**category, "boxes": boxes[category["id"]], "ap": _mean(per_class[..., k]),
+                             "ap50": _mean(per_class[0, :, k])} for k, category in enumerate(data.categories)]
     return {**metrics, "images": len(data), "evaluator": evaluator}
 
 
-def _or_none(value):
-    return None if value < 0 else float(value)
+def _mean(values):
+    """The mean of what there is; the evaluators write -1 where there is no ground truth."""
+    values = values[values > -1]
+    return float(values.mean()) if values.size else None
 
 
 def show(value):
@@ -106,10 +117,14 @@ def ssl_text(metrics):
     return f"held-out loss {metrics['ssl_loss']:.3f}{accuracy}"
 
 
+def totals(metrics):
+    names = ("AP", "AP50", "AP75", "small", "medium", "large", "AR")
+    return "  ".join(f"{name} {show(metrics[key])}" for name, key in zip(names, METRICS))
+
+
 def table(metrics):
     """The metrics as text: one line of totals, then a line for each class."""
-    names = ("AP", "AP50", "AP75", "small", "medium", "large", "AR")
-    lines = ["  ".join(f"{name} {show(metrics[key])}" for name, key in zip(names, METRICS)),
+    lines = [totals(metrics),
              f"{metrics['images']} images, {metrics['evaluator']}; n/a: no ground truth", "",
              f"{'id':>4}  {'class':20} {'boxes':>7} {'AP':>6} {'AP50':>6}"]
     lines += [f"{row['id']:>4}  {row['name']:20} {row['boxes']:7,} {show(row['ap']):>6} {show(row['ap50']):>6}"
@@ -178,7 +193,7 @@ def draw_detections(path, data, results, n=6, score=0.3, side=320):
     for row, text in enumerate(("ground truth", f"found, score at least {score}")):
         pen.text((4, row * (side + 20) + 1), text, fill="black", font=head)
     for column, i in enumerate(chosen):
-        image = data.read(i)
+        image, _ = data.read(i)
         scale = side / max(image.size)
         x, y, w, h = data.boxes[i].unbind(1)
         truth = draw_boxes(image, torch.stack([x, y, x + w, y + h], 1).tolist(), data.labels[i].tolist(), names, scale=scale)
@@ -286,50 +301,69 @@ def load_run(run, device):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv[:1] == ["predict"]:
+            import large_images
+            large_images.main(argv[1:])
+        else:
+            evaluate_run(argv)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {isaid.one_line(error)}")
+
+
+def evaluate_run(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder of train.py, or a checkpoint file")
     parser.add_argument("--data", metavar="DIR", help="another dataset than the run's, in the patches layout")
-    parser.add_argument("--split", choices=("train", "val"), default="val", help="(default %(default)s)")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="val",
+                        help="test: without ground truth, for --export (default %(default)s)")
     parser.add_argument("--limit_val", type=isaid.number(int), metavar="N", help="only the first N images")
     parser.add_argument("--batch_size", type=isaid.number(int), metavar="N", help="images at a time (default: the run's)")
     parser.add_argument("--workers", type=isaid.number(int, zero=True), default=0, metavar="N",
                         help="loader processes (default %(default)s)")
     parser.add_argument("--device", type=usable_device, default=default_device(), help="(default here: %(default)s)")
+    parser.add_argument("--max_dets", type=isaid.number(int), default=100, metavar="N", help="detections an image that count (default "
+                        "%(default)s, as COCO has it; iSAID's devkit: 1000)")
+    parser.add_argument("--areas", choices=tuple(AREAS), default="coco", help="what small, medium and large mean (default %(default)s)")
     parser.add_argument("--export", metavar="FILE", help="write what was found as COCO results (xywh, the dataset's ids)")
     args = parser.parse_args(argv)
     if args.export and not Path(args.export).resolve().parent.is_dir():
         parser.error(f"--export {args.export}: there is no folder {Path(args.export).resolve().parent}")
-    try:
-        model, task, flags, categories, path = load_run(args.run, args.device)
-        if args.export and flags.setting == "pretrain":
-            raise ValueError(f"--export: {path} is of a pretraining, it detects nothing")
-        if args.data:
-            flags.data, flags.data_unlabeled, flags.limit_train, flags.limit_val = args.data, None, None, None
-        if args.limit_val:
-            setattr(flags, f"limit_{args.split}", args.limit_val)
-        data = isaid.open_split(args.split, flags, train=False)
-        if flags.setting != "pretrain" and data.categories != categories:
-            raise isaid.DataError(f"{data.name}: its classes {isaid.class_names(data.categories)} are not the model's "
-                                  f"{isaid.class_names(categories)}")
-        print(f"{path} on {data.name}")
-        how = args.batch_size or flags.batch_size, args.workers, args.device
-        metrics = {"checkpoint": str(path), "data": data.name}
-        if task:
-            found, panels = ssl_metrics(model, task, data, *how)
-            metrics.update(found)
-            draw_ssl(path.parent / "ssl.png", panels, task.patch)
-            print(f"{flags.ssl_task}: " + ssl_text(found))
-        if flags.setting != "pretrain":
-            results = predict(model, data, *how)
-            metrics.update(coco_metrics(data, results))
-            print(table(metrics))
-        (path.parent / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        print(f"\nwritten: {path.parent / 'metrics.json'}")
-        if args.export:
-            Path(args.export).write_text(json.dumps(results))
-            print(f"written: {args.export}, {len(results):,} detections")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {isaid.one_line(error)}")
+    model, task, flags, categories, path = load_run(args.run, args.device)
+    if args.export and flags.setting == "pretrain":
+        raise ValueError(f"--export: {path} is of a pretraining, it detects nothing")
+    if args.data:
+        flags.data, flags.data_unlabeled, flags.limit_train, flags.limit_val = args.data, None, None, None
+    if args.split == "test" and not flags.data:
+        raise ValueError("--split test is of a dataset in the patches layout; name it with --data")
+    if args.limit_val:
+        setattr(flags, f"limit_{args.split}", args.limit_val)
+    data = isaid.open_split(args.split, flags, train=False)
+    if flags.setting != "pretrain" and data.categories != categories:
+        raise isaid.DataError(f"{data.name}: its classes {isaid.class_names(data.categories)} are not the model's "
+                              f"{isaid.class_names(categories)}")
+    print(f"{path} on {data.name}")
+    how = args.batch_size or flags.batch_size, args.workers, args.device
+    metrics = {"checkpoint": str(path), "data": data.name}
+    if task:
+        found, panels = ssl_metrics(model, task, data, *how)
+        metrics.update(found)
+        draw_ssl(path.parent / "ssl.png", panels, task.patch)
+        print(f"{flags.ssl_task}: " + ssl_text(found))
+    if flags.setting != "pretrain":
+        results = predict(model, data, *how, max(100, args.max_dets))
+        metrics.update(coco_metrics(data, results))
+        print(table(metrics))
+        if (args.max_dets, args.areas) != (100, "coco"):
+            others = coco_metrics(data, results, max_dets=args.max_dets, areas=args.areas)
+            metrics["other"] = {"max_dets": args.max_dets, "areas": args.areas, **others}
+            print(f"\nwith {args.max_dets} detections an image and {args.areas}'s areas: {totals(others)}")
+    (path.parent / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    print(f"\nwritten: {path.parent / 'metrics.json'}")
+    if args.export:
+        Path(args.export).write_text(json.dumps(results))
+        print(f"written: {args.export}, {len(results):,} detections")
 
 
 if __name__ == "__main__":

@@ -49,14 +49,16 @@ class Detection(torch.utils.data.Dataset):
     {"image_id": int, "size": (height, width) before resizing, "labels": (T,) int64, "boxes": (T, 4) cxcywh in 0..1,
     "seed": int, for whatever else is random about this image in this epoch}.
 
-    coco: {"images", "annotations", "categories"} as in a COCO file, every image with its size. read(i) returns the PIL
-    image. Boxes are clipped to their image; those left without area are removed. `clipped` and `removed` count them.
+    coco: {"images", "annotations", "categories"} as in a COCO file, every image with its size. read(i, at_least) returns the PIL
+    image, which may be smaller than its file if that leaves at_least pixels a side, and the (width, height) of the file. Boxes
+    are clipped to their image; those left without area are removed. `clipped` and `removed` count them.
     Crowd regions (iscrowd 1) are kept for the evaluation, which ignores them, and are no training targets.
-    Augmentation depends on (seed, epoch, i) alone, not on workers or order; set `epoch` before each pass.
+    Augmentation depends on (seed, epoch, i) alone, not on workers or order; set `epoch` before each pass. Item i + k * len(self) is
+    image i once more, with another augmentation.
     """
 
     def __init__(self, name, coco, read, transform, seed=0):
-        self.name, self.read, self.transform, self.seed, self.epoch = name, read, transform, seed, 0
+        self.name, self.read, self.transform, self.seed, self.epoch, self.at_least = name, read, transform, seed, 0, None
         self.images = coco["images"]
         self.categories = sorted(({"id": c["id"], "name": str(c["name"])} for c in coco["categories"]), key=lambda c: c["id"])
         self.annotations, self.clipped, self.removed = clean_boxes(name, self.images, coco["annotations"], self.categories)
@@ -74,24 +76,37 @@ class Detection(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, i):
-        image, picture = self.images[i], self.read(i)
-        size = picture.size[::-1]
-        if size != (image.get("height", size[0]), image.get("width", size[1])):  # the boxes would be in other places
+        number, i = i, i % len(self)
+        image, (picture, (w, h)) = self.images[i], self.read(i, self.at_least)
+        if (w, h) != (image.get("width", w), image.get("height", h)):  # the boxes would be in other places
             raise DataError(f"{self.name}: {image['file_name']} should have {image['width']} x {image['height']} pixels, "
-                            f"the file has {size[1]} x {size[0]}")
-        boxes = tv_tensors.BoundingBoxes(self.boxes[i], format="XYWH", canvas_size=size)
+                            f"the file has {w} x {h}")
+        shrink = torch.tensor(picture.size * 2) / torch.tensor([w, h, w, h])
+        boxes = tv_tensors.BoundingBoxes(self.boxes[i] * shrink, format="XYWH", canvas_size=picture.size[::-1])
         sample = {"image": picture, "boxes": boxes, "labels": self.labels[i]}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, i]).generate_state(1)[0]))
+            torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, number]).generate_state(1)[0]))
             sample, seed = self.transform(sample), int(torch.randint(2 ** 62, ()))
-        h, w = sample["image"].shape[-2:]
-        boxes = sample["boxes"].as_subclass(torch.Tensor) / torch.tensor([w, h, w, h])
-        return sample["image"].as_subclass(torch.Tensor), {"image_id": image["id"], "size": size, "labels": sample["labels"],
+        height, width = sample["image"].shape[-2:]
+        boxes = sample["boxes"].as_subclass(torch.Tensor) / torch.tensor([width, height, width, height])
+        return sample["image"].as_subclass(torch.Tensor), {"image_id": image["id"], "size": (h, w), "labels": sample["labels"],
                                                            "boxes": boxes, "seed": seed}
 
     def counts(self):
         """Number of boxes of each class, in the order of the labels."""
         return np.bincount(torch.cat(self.labels).numpy(), minlength=len(self.categories)).tolist()
+
+
+def repeat_factors(data, threshold):
+    """How often to show each image so that rare classes are seen more often: (len(data),) at least 1 (LVIS, arXiv 1908.03195).
+
+    A class in less than `threshold` of the images counts as if it were in the geometric mean of its share and the threshold.
+    """
+    present = torch.zeros(len(data), len(data.categories))
+    for i, labels in enumerate(data.labels):
+        present[i, labels] = 1
+    factors = (threshold / present.mean(0)).sqrt().clamp(min=1)  # of the classes
+    return (present * factors.nan_to_num(1, 1, 1)).amax(1).clamp(min=1)
 
 
 def clean_boxes(name, images, annotations, categories):
@@ -246,16 +261,19 @@ def open_split(split, args, train):
     args also holds image_size, limit_{split}, seed, hflip, vflip, quarter_turns. With the setting "pretrain" the images are
     taken without annotations, from the same places or from data_unlabeled. Raises DataError.
     """
-    limit = getattr(args, f"limit_{split}")
+    limit = getattr(args, f"limit_{split}", None)
     augmentation = transforms(train, args.image_size, args.hflip, args.vflip, args.quarter_turns)
     if not has_files(args):
         return synthetic(split, limit or SCENES[split], args.image_size, augmentation, args.seed)
-    if args.data_unlabeled:
-        return load_images(*unlabeled_files(args.data_unlabeled, split), augmentation, limit, args.seed)
     files = split_files(args.data, split) if args.data else (getattr(args, f"{split}_images"), getattr(args, f"{split}_json"))
-    if args.setting == "pretrain":
-        return load_images(files[0], image_files(files[0]), augmentation, limit, args.seed)
-    return load_coco(*files, augmentation, limit, args.seed)
+    if args.data_unlabeled:
+        data = load_images(*unlabeled_files(args.data_unlabeled, split), augmentation, limit, args.seed)
+    elif args.setting == "pretrain":
+        data = load_images(files[0], image_files(files[0]), augmentation, limit, args.seed)
+    else:
+        data = load_coco(*files, augmentation, limit, args.seed)
+    data.at_least = args.image_size
+    return data
 
 
 def open_image(path):
@@ -265,14 +283,25 @@ def open_image(path):
         raise DataError(f"{path}: is not an image that can be read ({error})") from None
 
 
-def _read(paths, i):
-    with open_image(paths[i]) as image:
+def read_image(path, at_least=None):
+    """(a picture as RGB, its (width, height) in the file). Raises DataError.
+
+    A JPEG is decoded at a half, a quarter or an eighth of its size if that leaves at_least pixels a side.
+    """
+    with open_image(path) as image:
+        size = image.size
         if image.mode.startswith(("I", "F")):  # converting would turn nearly all of it white
-            raise DataError(f"{paths[i]}: has more than 8 bits a channel (mode {image.mode}); convert it to 8 first")
+            raise DataError(f"{path}: has more than 8 bits a channel (mode {image.mode}); convert it to 8 first")
         try:
-            return image.convert("RGB")
+            if at_least:
+                image.draft("RGB", (at_least, at_least))
+            return image.convert("RGB"), size
         except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNG chunks
-            raise DataError(f"{paths[i]}: is damaged ({error}); copy it again or remove it") from None
+            raise DataError(f"{path}: is damaged ({error}); copy it again or remove it") from None
+
+
+def _read(paths, i, at_least=None):
+    return read_image(paths[i], at_least)
 
 
 def collate(batch):
@@ -293,6 +322,9 @@ def unnormalise(images):
 
 
 # ---------------------------------------------------------------- augmentation
+
+to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])  # what the models see
+
 
 class RandomSizeCrop(v2.Transform):
     """A crop whose sides are drawn between `smallest` and `largest` pixels, as in the official DETR code."""
@@ -331,8 +363,7 @@ def transforms(train, image_size=None, hflip=True, vflip=False, quarter_turns=Fa
     else:
         steps.append(v2.RandomShortestSize([800], max_size=1333))
     return v2.Compose([*steps, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1),
-                       v2.ConvertBoundingBoxFormat("CXCYWH"), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
-                       v2.Normalize(MEAN, STD)])
+                       v2.ConvertBoundingBoxFormat("CXCYWH"), to_tensor])
 
 
 # ---------------------------------------------------------------- synthetic scenes
@@ -359,8 +390,8 @@ def _cached_scene(seed, n, size):
     return draw_scene(seed, n, size)
 
 
-def _read_scene(seed, start, size, i):
-    return _cached_scene(seed, start + i, size)
+def _read_scene(seed, start, size, i, at_least=None):
+    return _cached_scene(seed, start + i, size), (size, size)
 
 
 # ---------------------------------------------------------------- commands
@@ -388,7 +419,7 @@ def check(images_dir, json_path):
     sizes, unlike, broken = collections.Counter(), [], []
     for i, image in enumerate(tqdm(data.images, "reading images", leave=False, disable=None)):
         try:
-            size = data.read(i).size
+            _, size = data.read(i)
         except DataError as error:
             broken.append(error)
             continue
@@ -435,7 +466,7 @@ def write_scenes(out, counts, size, seed):
         data = synthetic(split, n, size, transform=None, seed=seed)
         images_dir.mkdir(parents=True)
         for i, image in enumerate(data.images):
-            data.read(i).save(images_dir / image["file_name"])
+            data.read(i)[0].save(images_dir / image["file_name"])
         coco = {"images": data.images, "categories": data.categories, "annotations": data.annotations}
         json_path.write_text(json.dumps(coco))
     partial.rename(out)

@@ -21,7 +21,7 @@ from pycocotools import mask as coco_mask
 from scipy import ndimage
 from tqdm import tqdm
 
-from isaid import DataError, load_json, open_image, split_files
+from isaid import DataError, load_json, open_image, read_image, split_files
 from scenes import CLASSES
 
 COLOURS = ((0, 0, 63), (0, 63, 63), (0, 63, 0), (0, 63, 127), (0, 63, 191), (0, 63, 255), (0, 127, 63), (0, 127, 127), (0, 0, 127),
@@ -55,16 +55,6 @@ def windows(stem, height, width, patch, overlap, devkit):
 
 # ---------------------------------------------------------------- masks
 
-def open_rgb(path):
-    """A picture, decoded. Raises DataError."""
-    with open_image(path) as image:
-        try:
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{path}: is damaged ({error}); copy it again") from None
-
-
 def bands(image):
     """Colours as R + 256 G + 65536 B, some rows at a time: yields (first row, (rows, W) uint32)."""
     for top in range(0, image.height, BAND):
@@ -93,7 +83,7 @@ def rank_table():
 
 def read_ranks(path):
     """The class of every pixel as the rank of its colour: (H, W) uint8. Raises DataError for an unknown colour."""
-    image = open_rgb(path)
+    image, _ = read_image(path)
     ranks = np.empty((image.height, image.width), np.uint8)
     for top, colours in bands(image):
         mine = ranks[top:top + len(colours)]
@@ -107,7 +97,7 @@ def read_ranks(path):
 
 def read_instances(path):
     """The instance of every pixel: (H, W) integers, 0 for none, else numbers from 1 on in the order of their ids."""
-    image = open_rgb(path)
+    image, _ = read_image(path)
     seen = np.zeros(2 ** 24, bool)
     for _, colours in bands(image):
         seen[colours] = True
@@ -293,7 +283,7 @@ def cut(source, out, labelled, settings, annotations=None):
         for path, mask in zip(paths, (labels, ranks)):
             if mask.shape != (height, width):
                 raise DataError(f"{path}: has {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}")
-    image = open_rgb(source)
+    image, _ = read_image(source)
     height, width = image.height, image.width
     objects = [(*local_mask(a, height, width), a) for a in annotations or ()]
     record = []

@@ -37,7 +37,8 @@ import isaid
 import ssl_tasks
 
 # flags that belong to one kind of model, setting or task, with their defaults there
-DEFORMABLE = {"num_feature_levels": 3, "enc_n_points": 4, "dec_n_points": 4, "with_box_refine": True, "two_stage": False, "attn": "auto"}
+DEFORMABLE = {"num_feature_levels": 3, "enc_n_points": 4, "dec_n_points": 4, "with_box_refine": True, "two_stage": False,
+              "attn": "auto"}
 SSL = {"ssl_task": "mim-continuous", "ssl_on": "features", "ssl_ratio": 0.5, "ssl_patch": None, "ssl_loss_on": "corrupted"}
 TOKENS = {"tokenizer": "kmeans", "tokenizer_images": 256}
 
@@ -84,6 +85,10 @@ def build_parser():
     data("--limit_train", type=count, metavar="N", help="the first N training images (default: all; 1000 scenes)")
     data("--limit_val", type=count, metavar="N", help="the first N held-out images (default: all; 200 scenes)")
     data("--workers", type=natural, metavar="N", help="loader processes (default: 0 on the CPU, else up to 8)")
+    data("--prefetch", type=count, default=4, metavar="N", help="batches that a loader process holds ready (default %(default)s)")
+    data("--pin_memory", action=switch, help="load into memory that is copied to a GPU faster (default: with a GPU)")
+    data("--repeat_factor", type=share, metavar="P", help="show images more often whose classes are in less than this share of all, "
+         "as for LVIS, 0.01 say (default: off)")
     data("--hflip", action=switch, default=True, help="random horizontal flips (default on)")
     data("--vflip", action=switch, default=False, help="random vertical flips")
     data("--quarter_turns", action=switch, default=False, help="random turns by 90, 180 and 270 degrees")
@@ -160,6 +165,7 @@ def parse(argv):
     settle({"ssl_weight": 1.0}, args.setting == "multitask", "--setting multitask")
     settle(dict.fromkeys(("cls_loss_coef", "bbox_loss_coef", "giou_loss_coef")), args.setting != "pretrain",
            "--setting detect or multitask")
+    settle({"repeat_factor": None}, args.setting != "pretrain", "--setting detect or multitask")
     settle({"data_unlabeled": None}, args.setting == "pretrain", "--setting pretrain")
     settle({"init_parts": None}, args.init, "--init")
     settle(TOKENS, args.ssl_task and ssl_tasks.TASKS[args.ssl_task].tokens, "--ssl_task mim-discrete")
@@ -193,6 +199,8 @@ def parse(argv):
         parser.error(f"--image_size {args.image_size} leaves too few cells to a map; take at least 64")
     if not 0 <= args.dropout < 1:
         parser.error(f"--dropout {args.dropout} is not in 0..1")
+    if args.pin_memory is None:
+        args.pin_memory = args.device.startswith("cuda")
     if args.workers is None:
         args.workers = 0 if args.device == "cpu" else min(8, os.cpu_count() or 1)
     return args
@@ -290,11 +298,24 @@ def build_schedule(optimizer, args, steps_per_epoch):
 def epoch_loader(data, args, epoch):
     """The shuffled batches of an epoch; the order depends on (seed, epoch) alone. An incomplete last batch is left out."""
     data.epoch = epoch
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed * 100_003 + epoch)).tolist()
-    size = args.batch_size
+    generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
+    images = torch.arange(len(data))
+    if args.repeat_factor:
+        images = repeated(isaid.repeat_factors(data, args.repeat_factor), torch.rand((), generator=generator))
+    order, size = images[torch.randperm(len(images), generator=generator)].tolist(), args.batch_size
     batches = [order[i:i + size] for i in range(0, len(order) - size + 1, size)]
-    return DataLoader(data, batch_sampler=batches, num_workers=args.workers, collate_fn=isaid.collate,
-                      pin_memory=args.device.startswith("cuda"))
+    return DataLoader(data, batch_sampler=batches, num_workers=args.workers, collate_fn=isaid.collate, pin_memory=args.pin_memory,
+                      prefetch_factor=args.prefetch if args.workers else None)
+
+
+def repeated(factors, offset):
+    """Items of an epoch that shows image i factors[i] times on average, in every epoch as many in all; see isaid.Detection for items."""
+    total = factors.double().cumsum(0)
+    until = (total * (total[-1].round() / total[-1]) + offset).floor().long()  # whole numbers that keep step with the sums
+    times = until.diff(prepend=torch.zeros(1, dtype=torch.int64))
+    first = torch.arange(len(factors)).repeat_interleave(times)
+    again = torch.arange(len(first)) - (until - times).repeat_interleave(times)  # 0 the first time, 1 the second …
+    return first + len(factors) * again
 
 
 def save(path, model, task, args, **content):
@@ -305,6 +326,12 @@ def save(path, model, task, args, **content):
     temporary = path.with_suffix(".tmp")
     torch.save(content, temporary)
     os.replace(temporary, path)
+
+
+def window_size(data):
+    """How many pixels a side the images of a dataset have, for windows of larger ones; None if it does not say."""
+    sides = [max(image["width"], image["height"]) for image in data.images if "width" in image]
+    return int(torch.tensor(sides).median()) if sides else None
 
 
 def git_revision():
@@ -462,7 +489,7 @@ def main(argv=None):
             taken, left, dropped = detr.load_weights(model, evaluation.checkpoint_file(args.init), args.init_parts)
         freeze(model, args)
         attention = choose_attention(args)
-        content = {"detector": config, "categories": train_set.categories}
+        content = {"detector": config, "categories": train_set.categories, "window": window_size(train_set)}
         task = build_task(args, model, train_set).to(args.device) if args.setting != "detect" else None
         out = make_run_folder(args)
     except ValueError as error:

@@ -84,7 +84,25 @@ def test_results_load_in_pycocotools_as_they_are(data, tmp_path):
         run.evaluate()
         run.accumulate()
         run.summarize()
-    assert evaluation.coco_metrics(data, results, "pycocotools")["ap"] == pytest.approx(run.stats[0], abs=1e-12)
+    metrics = evaluation.coco_metrics(data, results, "pycocotools")
+    for name, place in zip(evaluation.METRICS, (0, 1, 2, 3, 4, 5, 8)):
+        assert (-1 if metrics[name] is None else metrics[name]) == pytest.approx(run.stats[place], abs=1e-12)
+
+
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+def test_the_devkits_ranges(evaluator):
+    """An image with 150 small objects and one of 200 pixels: medium for iSAID, large for COCO."""
+    boxes = [[20 * (i % 15), 20 * (i // 15), 12, 12] for i in range(150)] + [[300, 0, 200, 200]]
+    coco = {"images": [{"id": 0, "width": 512, "height": 512, "file_name": ""}], "categories": [{"id": 1, "name": "thing"}],
+            "annotations": [{"id": i, "image_id": 0, "category_id": 1, "bbox": box} for i, box in enumerate(boxes)]}
+    data = isaid.Detection("many", coco, None, None)
+    results = [{"image_id": 0, "category_id": 1, "bbox": box, "score": 1 - i / 1000} for i, box in enumerate(boxes)]
+    usual = evaluation.coco_metrics(data, results, available(evaluator))
+    devkit = evaluation.coco_metrics(data, results, evaluator, max_dets=1000, areas="isaid")
+    assert usual["ar"] == pytest.approx(100 / 151) and devkit["ar"] == pytest.approx(1)
+    assert usual["ap"] < 0.7 and devkit["ap"] == pytest.approx(1)
+    assert usual["ap_medium"] is None and usual["ap_large"] == 0  # the 151st detection does not count
+    assert devkit["ap_small"] == pytest.approx(1) and devkit["ap_medium"] == pytest.approx(1) and devkit["ap_large"] is None
 
 
 @pytest.mark.parametrize("change", [{"image_id": 4040}, {"category_id": 99}])

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 import isaid
 import scenes
+import train
 
 # ---------------------------------------------------------------- synthetic scenes
 
@@ -207,7 +208,7 @@ def white_box(size, box):
     {"vflip": True, "quarter_turns": True}, {}], ids=lambda o: "-".join(o) or "official")
 def test_boxes_follow_their_object(size, options):
     coco, image = white_box(size, (12, 30, 40, 20))
-    data = isaid.Detection("white box", coco, lambda i: image, isaid.transforms(True, **options))
+    data = isaid.Detection("white box", coco, lambda i, at_least: (image, image.size), isaid.transforms(True, **options))
     whites, places = torch.tensor([(1 - m) / s for m, s in zip(isaid.MEAN, isaid.STD)]), set()
     for data.epoch in range(12):
         picture, target = data[0]
@@ -255,3 +256,51 @@ def test_collate_pads_right_and_below():
     assert images.shape == (2, 3, 5, 6) and targets == [{"n": 0}, {"n": 1}]
     assert torch.equal(images[:, 0] == 0, padding)
     assert (~padding).sum((1, 2)).tolist() == [24, 10] and not padding[0, :4].any() and not padding[1, :, :2].any()
+
+
+# ---------------------------------------------------------------- loading
+
+def test_large_jpegs_are_decoded_small(tmp_path):
+    """A JPEG of four times the wanted size gives nearly the same item, from a quarter of the pixels; other files are read whole."""
+    picture = scenes.draw_scene(0, 3, 256).resize((1024, 1024))
+    coco = isaid.synthetic("train", 4, 256, None)
+    boxes = [{**a, "image_id": 0, "bbox": [4 * v for v in a["bbox"]]} for a in coco.annotations if a["image_id"] == 3]
+    assert boxes
+    for suffix, read in (("jpg", 256), ("png", 1024)):
+        picture.save(tmp_path / f"a.{suffix}", **({"quality": 95} if suffix == "jpg" else {}))
+        content = {"images": [{"id": 0, "file_name": f"a.{suffix}"}], "annotations": boxes, "categories": coco.categories}
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        data = isaid.load_coco(tmp_path, tmp_path / "a.json", isaid.transforms(False, 256))
+        whole, target = data[0]
+        data.at_least = 256
+        assert data.read(0, 256)[0].size == (read, read) and data.read(0, 256)[1] == (1024, 1024)
+        small, other = data[0]
+        assert other["size"] == target["size"] == (1024, 1024)
+        torch.testing.assert_close(other["boxes"], target["boxes"])
+        assert (small - whole).abs().mean() < 0.05
+
+
+def test_repeat_factors():
+    """A class in one of 100 images, with a threshold of 0.04: shown twice as often; every epoch has as many items."""
+    images = [{"id": i, "width": 10, "height": 10, "file_name": ""} for i in range(100)]
+    annotations = [{"image_id": i, "category_id": 1, "bbox": [0, 0, 5, 5]} for i in range(50)]
+    annotations += [{"image_id": 7, "category_id": 2, "bbox": [0, 0, 5, 5]}]
+    coco = {"images": images, "annotations": annotations, "categories": [{"id": i, "name": str(i)} for i in (1, 2, 3)]}
+    data = isaid.Detection("rare", coco, None, None)
+    factors = isaid.repeat_factors(data, 0.04)
+    assert factors[7] == pytest.approx(2) and factors.sum() == pytest.approx(101)
+    counts = np.zeros(100)
+    uneven = torch.linspace(1, 2.5, 100)
+    for epoch in range(200):
+        items = train.repeated(uneven, torch.tensor((epoch + 0.5) / 200))
+        assert len(items) == round(float(uneven.sum())) and len(set(items.tolist())) == len(items)
+        counts += np.bincount(items.numpy() % 100, minlength=100)
+    assert np.abs(counts / 200 - uneven.numpy()).max() < 0.02
+    assert sorted(train.repeated(factors, torch.tensor(0.3)).tolist()) == [*range(100), 107]
+
+
+def test_repeated_images_are_augmented_anew():
+    data = isaid.synthetic("train", 3, 64, isaid.transforms(True, 64, vflip=True, quarter_turns=True))
+    variants = [data[2 + 3 * k] for k in range(8)]
+    assert {target["image_id"] for _, target in variants} == {2}
+    assert any(not torch.equal(variants[0][0], image) for image, _ in variants[1:])

@@ -233,3 +233,42 @@ def test_mistakes_get_one_line(arguments, message, tmp_path, monkeypatch):
     draw_raw(Path("raw/val/images"), "P0001", 30, 30, 2)
     Path("classes.json").write_text(json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "submarine"}]}))
     assert message in prepare(*arguments)
+
+
+def measure(folder):
+    """Seconds and peak memory of preparing large images on one core, and of the plain way to find the objects of their windows."""
+    peak = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); " \
+           "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"  # from a small process: a child inherits its parent's peak
+    samples = [(p.stem, None) for p in (RAW / "val/images").glob("P000?.png")]
+    for stem, side, n in [*((stem, None, None) for stem, _ in samples), ("P8000", 8000, 2000), ("P13000", 13000, 5000)]:
+        images = folder / stem / "val/images"
+        if side:
+            draw_raw(images, stem, side, side, n, size=(10, 80))
+        else:
+            images.mkdir(parents=True)
+            for path in (RAW / "val/images").glob(f"{stem}*"):
+                (images / path.name).symlink_to(path)
+        start = time.perf_counter()
+        command = [sys.executable, "isaid.py", "prepare", str(folder / stem), str(folder / stem / "out"), "--workers", "1"]
+        memory = int(subprocess.run([sys.executable, "-c", peak, *command], cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE).stdout)
+        whole = time.perf_counter() - start
+        paths = [images / f"{stem}_instance_{kind}_RGB.png" for kind in ("id", "color")]
+        labels, ranks = patches.read_instances(paths[0]), patches.read_ranks(paths[1])
+        found = [window for _, window in patches.windows(stem, *labels.shape, 800, 200, False)][:20]
+        start = time.perf_counter()
+        for y0, y1, x0, x1 in found:
+            patches.find_objects(labels[y0:y1, x0:x1], ranks[y0:y1, x0:x1])
+        ours = time.perf_counter() - start
+        ids, kinds = (np.concatenate([rows for _, rows in patches.bands(isaid.read_image(path)[0])]) for path in paths)
+        start = time.perf_counter()
+        for window in found:
+            by_full_masks(ids, kinds, window, True)
+        plain = time.perf_counter() - start
+        print(f"{stem}: {labels.shape[1]} x {labels.shape[0]}, {labels.max()} objects: {whole:.1f} s in all, {memory / 1e6:.2f} GB; "
+              f"objects of {len(found)} windows {ours:.2f} s, with full masks {plain:.2f} s, {plain / ours:.0f} times as long", flush=True)
+
+
+if __name__ == "__main__":
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        measure(Path(folder))

@@ -59,7 +59,8 @@ def test_tables_parse(monkeypatch):
     for table in tables:
         for flags in reproduce.read_table(table).values():
             train.parse([re.sub(r"{.*?}", "x", flag) for flag in flags])
-    rows = [train.parse(flags) for flags in reproduce.read_table(ROOT / "recipes/tasks.txt").values()]
+    rows = [train.parse([re.sub(r"{.*?}", "x", flag) for flag in flags])
+            for name, flags in reproduce.read_table(ROOT / "recipes/tasks.txt").items() if name != "backbone"]
     assert len({(row.model, row.setting, row.ssl_task, row.ssl_on) for row in rows}) == len(rows) == 40
 
 
