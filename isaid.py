@@ -61,7 +61,7 @@ class Detection(torch.utils.data.Dataset):
         self.name, self.read, self.transform, self.seed, self.epoch, self.at_least = name, read, transform, seed, 0, None
         self.images = coco["images"]
         self.categories = sorted(({"id": c["id"], "name": str(c["name"])} for c in coco["categories"]), key=lambda c: c["id"])
-        self.annotations, self.clipped, self.removed = clean_boxes(name, self.images, coco["annotations"], self.categories)
+        self.annotations, self.clipped, self.removed = clean_boxes(self.images, coco["annotations"])
         label = {category["id"]: i for i, category in enumerate(self.categories)}
         per_image = collections.defaultdict(list)
         for annotation in self.annotations:
@@ -109,16 +109,13 @@ def repeat_factors(data, threshold):
     return (present * factors.nan_to_num(1, 1, 1)).amax(1).clamp(min=1)
 
 
-def clean_boxes(name, images, annotations, categories):
+def clean_boxes(images, annotations):
     """Annotations with boxes clipped to their images and complete in area and iscrowd; how many were clipped, removed."""
     sizes = {image["id"]: (image.get("width"), image.get("height")) for image in images}
-    known, kept, clipped, removed = {c["id"] for c in categories}, [], 0, 0
+    kept, clipped, removed = [], 0, 0
     for annotation in annotations:
         if annotation["image_id"] not in sizes:  # of an image beyond the limit
             continue
-        if annotation["category_id"] not in known:
-            raise DataError(f"{name}: annotation {annotation.get('id')} has category_id {annotation['category_id']}, "
-                            f"which is not among the categories {sorted(known)}")
         w, h = sizes[annotation["image_id"]]
         x0, y0, bw, bh = box = [float(v) for v in annotation["bbox"]]
         x1, y1 = min(x0 + bw, w), min(y0 + bh, h)
@@ -146,38 +143,62 @@ def _sensible(value, low=-10 ** 9):
     return isinstance(value, (int, float)) and low <= value <= 10 ** 9
 
 
-def load_json(path):
-    """A COCO file as a dict with images, annotations, categories; DataError if it is anything else."""
+def read_json(path):
     try:
-        coco = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); the annotations are expected there") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not valid JSON ({error}); was it copied completely?") from None
-    for key, fields in FIELDS.items():
+
+
+def faults(coco):
+    """Everything that makes the content of a COCO file unusable, one message after the other."""
+    for key in FIELDS:
         entries = coco.get(key) if isinstance(coco, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise DataError(f"{path}: has no list {key!r}; a COCO file has images, annotations and categories")
-        for i, entry in enumerate(entries):
-            for field, kind in fields.items():
-                if field not in entry:
-                    raise DataError(f"{path}: entry {i} of {key!r} has no {field!r}")
-                if not isinstance(entry[field], kind):
-                    raise DataError(f"{path}: entry {i} of {key!r} has {field} {entry[field]!r:.60}, "
-                                    f"which is not {WORDS[kind]}")
-            for field in OPTIONAL & entry.keys():
-                if entry[field] is not None and not _sensible(entry[field], 0):
-                    raise DataError(f"{path}: entry {i} of {key!r} has {field} {entry[field]!r:.60}, which is not a number "
-                                    "of at least 0")
-        if key != "annotations":
-            twice = [k for k, n in collections.Counter(entry["id"] for entry in entries).items() if n > 1]
-            if twice:
-                raise DataError(f"{path}: id {twice[0]} occurs twice among the {key}")
+            yield f"has no list {key!r}; a COCO file has images, annotations and categories"
+            return
+    sound = True
+    for key, fields in FIELDS.items():
+        for i, entry in enumerate(coco[key]):
+            for fault in entry_faults(entry, fields):
+                sound = False
+                yield f"entry {i} of {key!r} {fault}"
+    if not sound:
+        return
+    for key in ("images", "categories"):
+        for number, n in collections.Counter(entry["id"] for entry in coco[key]).items():
+            if n > 1:
+                yield f"id {number} occurs twice among the {key}"
+    known, listed = {c["id"] for c in coco["categories"]}, {image["id"] for image in coco["images"]}
     for annotation in coco["annotations"]:
-        box = annotation["bbox"]
-        if not (len(box) == 4 and all(isinstance(v, float) or _sensible(v) for v in box)):  # NaN is removed with a count
-            raise DataError(f"{path}: annotation {annotation.get('id')} has bbox {box!r:.60}; it must be 4 numbers, "
-                            "x, y, width, height")
+        name = f"annotation {annotation.get('id')}"
+        if annotation["category_id"] not in known:
+            yield f"{name} has category_id {annotation['category_id']}, which is not among the categories {sorted(known)}"
+        if annotation["image_id"] not in listed:
+            yield f"{name} has image_id {annotation['image_id']}, which is not among the images"
+
+
+def entry_faults(entry, fields):
+    """What is wrong with the fields of an image, annotation or category."""
+    for field, kind in fields.items():
+        if field not in entry:
+            yield f"has no {field!r}"
+        elif not isinstance(entry[field], kind):
+            yield f"has {field} {entry[field]!r:.60}, which is not {WORDS[kind]}"
+        elif field == "bbox" and not (len(entry["bbox"]) == 4 and all(isinstance(v, float) or _sensible(v) for v in entry["bbox"])):
+            yield f"has bbox {entry['bbox']!r:.60}; it must be 4 numbers, x, y, width, height"  # NaN is removed with a count
+    for field in OPTIONAL & entry.keys():
+        if entry[field] is not None and not _sensible(entry[field], 0):
+            yield f"has {field} {entry[field]!r:.60}, which is not a number of at least 0"
+
+
+def load_json(path):
+    """A COCO file as a dict with images, annotations, categories; DataError if it is anything else."""
+    coco = read_json(path)
+    for fault in faults(coco):
+        raise DataError(f"{path}: {fault}")
     return coco
 
 
@@ -188,11 +209,6 @@ def load_coco(images_dir, json_path, transform, limit=None, seed=0):
         raise DataError(f"{images_dir}: no such folder; the images of {json_path} are expected there")
     if not coco["categories"]:
         raise DataError(f"{json_path}: has no categories")
-    ids = {image["id"] for image in coco["images"]}
-    astray = [a for a in coco["annotations"] if a["image_id"] not in ids]
-    if astray:
-        raise DataError(f"{json_path}: {len(astray)} annotations belong to images that are not listed, the first to image_id "
-                        f"{astray[0]['image_id']}")
     images = coco["images"][:limit]
     if not images:
         raise DataError(f"{json_path}: has no images")
@@ -407,6 +423,7 @@ def number(kind, zero=False, most=2 ** 32):
     return parse
 
 
+MOST_FAULTS = 20  # that are printed
 QUERIES = {"DETR": 100, "Deformable DETR": 300}
 
 
@@ -415,6 +432,12 @@ def check(images_dir, json_path):
 
     Reads every image. Raises DataError if the dataset cannot be opened at all.
     """
+    coco = read_json(json_path)
+    wrong = list(faults(coco))
+    if wrong:
+        more = [f"  … and {len(wrong) - MOST_FAULTS:,} more"] if len(wrong) > MOST_FAULTS else []
+        return "\n".join([f"{json_path}: {len(wrong):,} faults", *(f"  {fault}" for fault in wrong[:MOST_FAULTS]), *more]), True
+    ids = collections.Counter(annotation.get("id") for annotation in coco["annotations"])
     data = load_coco(images_dir, json_path, transform=None)
     sizes, unlike, broken = collections.Counter(), [], []
     for i, image in enumerate(tqdm(data.images, "reading images", leave=False, disable=None)):
@@ -443,6 +466,7 @@ def check(images_dir, json_path):
     lines += ["", f"  boxes without area, removed       {data.removed:,}",
               f"  boxes reaching outside, clipped   {data.clipped:,}",
               f"  crowd regions, not trained on     {sum(a['iscrowd'] for a in data.annotations):,}",
+              f"  annotation ids used again         {sum(n - 1 for n in ids.values()):,}",
               f"  images that cannot be read        {len(broken):,}" + (f", the first: {broken[0]}" if broken else ""),
               f"  images of another size than said  {len(unlike):,}" + (f", the first: {unlike[0]}" if unlike else "")]
     lines += [f"  images with more objects than {name}'s {n} queries  {(objects > n).sum():,} ({(objects > n).mean():.1%})"

@@ -191,6 +191,42 @@ def test_check_command(folder, capsys):
         isaid.main(["check", str(folder / "train")])
 
 
+def test_check_names_every_fault(folder, capsys):
+    """A deliberately broken dataset: all that a training would stop on is listed at once, the rest counted once that is mended."""
+    def spoil(coco):
+        boxes = coco["annotations"]
+        boxes[0].update(category_id=99)
+        boxes[1].update(image_id=77)
+        coco["images"][0].update(id=1)
+        coco["categories"][3].update(id=2)
+    edit(folder, spoil)
+
+    def check():
+        with pytest.raises(SystemExit) as stop:
+            isaid.main(["check", str(folder)])
+        return stop.value.code, capsys.readouterr().out
+    status, out = check()
+    assert status == 1 and "4 faults" in out
+    for text in ("category_id 99, which is not among the categories", "image_id 77, which is not among the images",
+                 "id 1 occurs twice among the images", "id 2 occurs twice among the categories"):
+        assert text in out
+
+    def mend(coco):
+        boxes = coco["annotations"]
+        coco["images"][0].update(id=0)
+        coco["categories"][3].update(id=4)
+        for box, change in zip(boxes, ({"category_id": 1, "bbox": [5, 5, -3, 4]}, {"image_id": 0, "bbox": [0, 0, float("nan"), 3]},
+                                       {"bbox": [50, 50, 30, 30], "id": boxes[1]["id"]})):
+            box.update(change)
+    edit(folder, mend)
+    status, out = check()
+    assert status == 0
+    assert re.search(r"without area, removed +2\n.*outside, clipped +1\n.*\n.*ids used again +1\n", out)
+    (folder / "train/images/scene_000002.png").unlink()
+    with pytest.raises(SystemExit, match="1 of 6 images are missing, the first is .*scene_000002.png"):
+        isaid.main(["check", str(folder)])
+
+
 # ---------------------------------------------------------------- augmentation
 
 def white_box(size, box):
