@@ -252,7 +252,7 @@ class DETR(nn.Module):
             x = layer(x, query_position, memory, position, padding)
             states.append(self.transformer.decoder.norm(x))
         states = torch.stack(states)  # (N, B, Q, C)
-        return {"logits": self.class_embed(states), "boxes": self.bbox_embed(states).sigmoid()}
+        return {"logits": self.class_embed(states), "boxes": self.bbox_embed(states).float().sigmoid()}
 
 
 # ---------------------------------------------------------------- Deformable DETR
@@ -386,7 +386,7 @@ class DeformableDETR(nn.Module):
             x, query_position, reference, outputs = self._propose(memory, padding, levels)
         else:
             query_position, x = self.query_embed.weight.expand(len(memory), -1, -1).chunk(2, -1)  # (B, Q, C) each
-            reference = self.transformer.reference_points(query_position).sigmoid()  # (B, Q, 2)
+            reference = self.transformer.reference_points(query_position).float().sigmoid()  # (B, Q, 2)
         logits, boxes = [], []
         for layer, class_embed, bbox_embed in zip(self.transformer.decoder.layers, self.class_embed, self.bbox_embed):
             scaled = reference[:, :, None] * ratios[..., :reference.shape[-1]]  # (B, Q, L, 2 or 4)
@@ -513,41 +513,53 @@ def match(logits, boxes, labels, target_boxes, counts, focal):
     return torch.from_numpy(np.concatenate(pairs, 1)).to(logits.device, non_blocking=True).unbind(0)
 
 
-def set_losses(logits, boxes, targets, focal):
+def loss_counts(targets, num_queries, focal):
+    """What the losses of a batch are divided by: {"objects", "queries": their weights, summed}. Counts of parts of a batch add up."""
+    objects = sum(len(target["labels"]) for target in targets)
+    matched = sum(min(len(target["labels"]), num_queries) for target in targets)
+    return {"objects": objects, "queries": objects if focal else matched + NO_OBJECT * (num_queries * len(targets) - matched)}
+
+
+def set_losses(logits, boxes, targets, focal, totals=None):
     """Losses of all layers against the same targets: {"loss_ce", "loss_bbox", "loss_giou"}, each (N,).
 
     logits (N, B, Q, K), boxes (N, B, Q, 4); targets: per image {"labels": (T,), "boxes": (T, 4) cxcywh in 0..1}, best
     left on the host. Class term: cross-entropy with "no object", or focal loss; the others over matched pairs only.
+    totals: the `loss_counts` of a larger batch that this one is a part of.
     """
     N, B, Q, K = logits.shape
     counts = [len(target["labels"]) for target in targets]
     labels = pad_sequence([target["labels"] for target in targets], batch_first=True).to(logits.device)  # (B, T)
     target_boxes = pad_sequence([target["boxes"] for target in targets], batch_first=True).to(logits.device)  # (B, T, 4)
     layer, image, query, target = match(logits, boxes, labels, target_boxes, counts, focal)
-    num_boxes = max(sum(counts), 1)
+    totals = totals or loss_counts(targets, Q, focal)
+    num_boxes, num_queries = (max(totals[name], 1) for name in ("objects", "queries"))
     if focal:
         wanted = torch.zeros_like(logits)
         wanted[layer, image, query, labels[image, target]] = 1
-        ce = torchvision.ops.sigmoid_focal_loss(logits, wanted, ALPHA, GAMMA).sum((1, 2, 3)) / num_boxes
+        ce = torchvision.ops.sigmoid_focal_loss(logits, wanted, ALPHA, GAMMA).sum((1, 2, 3)) / num_queries
     else:
         wanted = torch.full((N, B, Q), K - 1, device=logits.device)
         wanted[layer, image, query] = labels[image, target]
         weight = logits.new_ones(K)
         weight[-1] = NO_OBJECT
         ce = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none").view(N, -1).sum(1)
-        ce = ce / weight[wanted].sum((1, 2))
+        ce = ce / num_queries
     ours, theirs = boxes[layer, image, query], target_boxes[image, target]  # (pairs, 4)
     bbox = (ours - theirs).abs().view(N, -1).sum(1) / num_boxes
     giou = (1 - generalized_iou(ours, theirs)).view(N, -1).sum(1) / num_boxes
     return {"loss_ce": ce, "loss_bbox": bbox, "loss_giou": giou}
 
 
-def detection_losses(outputs, targets, focal):
-    """Every loss of a decoder's outputs, unweighted, by name: {"loss_…": (N,)}; "loss_…_enc": (1,) for proposals."""
-    losses = set_losses(outputs["logits"], outputs["boxes"], targets, focal)
+def detection_losses(outputs, targets, focal, totals=None):
+    """Every loss of a decoder's outputs, unweighted, by name: {"loss_…": (N,)}; "loss_…_enc": (1,) for proposals.
+
+    totals: the `loss_counts` of a larger batch that this one is a part of.
+    """
+    losses = set_losses(outputs["logits"], outputs["boxes"], targets, focal, totals)
     if "proposal_logits" in outputs:  # proposals tell objects from background only: every object has label 0
         objects = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
-        proposals = set_losses(outputs["proposal_logits"][None], outputs["proposal_boxes"][None], objects, focal)
+        proposals = set_losses(outputs["proposal_logits"][None], outputs["proposal_boxes"][None], objects, focal, totals)
         losses.update({f"{name}_enc": loss for name, loss in proposals.items()})
     return losses
 

@@ -6,9 +6,11 @@
 RUN is a run folder of train.py (its best.pt, else last.pt) or a checkpoint file.
 """
 import argparse
+import collections
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from tqdm import tqdm
 
 import detr
 import isaid
+import parallel
 import ssl_tasks
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
@@ -31,12 +34,13 @@ METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
 def predict(model, data, batch_size, workers=0, device="cpu", top=100):
     """What the model finds in every image of a dataset, as COCO results.
 
-    Returns [{"image_id", "category_id", "bbox": [x, y, w, h] pixels of the file, "score"}], ids as in the dataset.
+    Returns [{"image_id", "category_id", "bbox": [x, y, w, h] pixels of the file, "score"}], ids as in the dataset; in every process
+    those of all.
     """
     model.eval()
-    loader = DataLoader(data, batch_size, collate_fn=isaid.collate, num_workers=workers)
     results = []
-    for images, padding, targets in tqdm(loader, "evaluating", leave=False, disable=None):
+    loader = held_out_loader(data, batch_size, workers)
+    for images, padding, targets in tqdm(loader, "evaluating", leave=False, disable=parallel.hidden()):
         outputs = model(images.to(device), padding.to(device))
         outputs = {name: outputs[name][-1:].cpu() for name in ("logits", "boxes")}
         found = detr.detections(outputs, [target["size"] for target in targets], model.focal, top)
@@ -46,7 +50,24 @@ def predict(model, data, batch_size, workers=0, device="cpu", top=100):
             for label, box, score in zip(detection["labels"].tolist(), boxes, detection["scores"].tolist()):
                 results.append({"image_id": target["image_id"], "category_id": data.categories[label]["id"],
                                 "bbox": [round(v, 3) for v in box], "score": round(score, 6)})
-    return results
+    return list(itertools.chain(*parallel.gather(results)))
+
+
+def held_out_loader(data, batch_size, workers):
+    """The images in order; of several processes each takes its share, every image is taken once."""
+    mine = torch.utils.data.Subset(data, range(parallel.rank(), len(data), parallel.world()))
+    generator = torch.Generator()  # a loader's own: those of the model are left alone
+    return DataLoader(mine, batch_size, collate_fn=isaid.collate, num_workers=workers, generator=generator)
+
+
+def collapsed(data, results):
+    """Whether the same is found in every image, as by a model that does not look: classes and boxes relative to the image."""
+    sizes, found = {image["id"]: (image["width"], image["height"]) for image in data.images}, collections.defaultdict(list)
+    for result in results:
+        w, h = sizes[result["image_id"]]
+        x, y, bw, bh = result["bbox"]
+        found[result["image_id"]].append((result["category_id"], *(round(v, 2) for v in (x / w, y / h, bw / w, bh / h))))
+    return len(data) > 1 and len(found) == len(data) and len({tuple(sorted(boxes)) for boxes in found.values()}) == 1
 
 
 def default_evaluator():
@@ -141,9 +162,9 @@ def ssl_metrics(model, task, data, batch_size, workers=0, device="cpu"):
     if no patch counts.
     """
     model.eval()
-    loader = DataLoader(data, batch_size, collate_fn=isaid.collate, num_workers=workers)
-    errors, hits, patches, panels = 0.0, 0.0, 0, None
-    for images, padding, targets in tqdm(loader, "evaluating the task", leave=False, disable=None):
+    errors, hits, patches, right, panels = 0.0, 0.0, 0, None, None
+    loader = held_out_loader(data, batch_size, workers)
+    for images, padding, targets in tqdm(loader, "evaluating the task", leave=False, disable=parallel.hidden()):
         corruption = task.corruption(padding, [target["seed"] for target in targets]).to(device)
         images, padding = images.to(device), padding.to(device)
         memory, _ = ssl_tasks.encode(model, task, images, padding, corruption)
@@ -153,11 +174,12 @@ def ssl_metrics(model, task, data, batch_size, workers=0, device="cpu"):
         hits += 0 if right is None else (right & counted).sum()
         patches += counted.sum()
         panels = panels or task.panels(images, prediction, target, corruption)
-    if not patches:
+    sums = parallel.total({"errors": errors, "hits": hits, "patches": patches})
+    if not sums["patches"]:
         raise isaid.DataError(f"{data.name}: no patch of {task.patch} pixels was corrupted; take larger images, a smaller "
                               "--ssl_patch or a larger --ssl_ratio")
-    patches = int(patches)
-    return {"ssl_loss": float(errors) / patches, "ssl_acc": None if right is None else float(hits) / patches}, panels
+    errors, hits, patches = map(float, sums.values())
+    return {"ssl_loss": errors / patches, "ssl_acc": None if right is None else hits / patches}, panels
 
 
 # ---------------------------------------------------------------- pictures
@@ -284,11 +306,10 @@ def load_run(run, device):
         raise ValueError(f"{path}: is not a checkpoint of train.py; start from it with train.py --init {path}")
     flags, task = argparse.Namespace(**checkpoint["args"]), None
     try:
-        model = detr.build_detector(**checkpoint["detector"])
+        model, weights = detr.build_detector(**checkpoint["detector"]), checkpoint.get("ema") or checkpoint["model"]
         if flags.setting == "pretrain":  # such a run has no decoder
-            model.load_state_dict({**model.state_dict(), **checkpoint["model"]})
-        else:
-            model.load_state_dict(checkpoint["model"])
+            weights = {**model.state_dict(), **weights}
+        model.load_state_dict(weights)
         if checkpoint["task"]:
             task = ssl_tasks.build_task(**checkpoint["task"]["config"])
             task.load_state_dict(checkpoint["task"]["state"])
@@ -328,6 +349,7 @@ def evaluate_run(argv):
     parser.add_argument("--areas", choices=tuple(AREAS), default="coco", help="what small, medium and large mean (default %(default)s)")
     parser.add_argument("--export", metavar="FILE", help="write what was found as COCO results (xywh, the dataset's ids)")
     args = parser.parse_args(argv)
+    args.device = parallel.start(args.device)
     if args.export and not Path(args.export).resolve().parent.is_dir():
         parser.error(f"--export {args.export}: there is no folder {Path(args.export).resolve().parent}")
     model, task, flags, categories, path = load_run(args.run, args.device)
@@ -349,7 +371,8 @@ def evaluate_run(argv):
     if task:
         found, panels = ssl_metrics(model, task, data, *how)
         metrics.update(found)
-        draw_ssl(path.parent / "ssl.png", panels, task.patch)
+        if parallel.rank() == 0:
+            draw_ssl(path.parent / "ssl.png", panels, task.patch)
         print(f"{flags.ssl_task}: " + ssl_text(found))
     if flags.setting != "pretrain":
         results = predict(model, data, *how, max(100, args.max_dets))
@@ -359,6 +382,8 @@ def evaluate_run(argv):
             others = coco_metrics(data, results, max_dets=args.max_dets, areas=args.areas)
             metrics["other"] = {"max_dets": args.max_dets, "areas": args.areas, **others}
             print(f"\nwith {args.max_dets} detections an image and {args.areas}'s areas: {totals(others)}")
+    if parallel.rank():
+        return
     (path.parent / "metrics.json").write_text(json.dumps(metrics, indent=1))
     print(f"\nwritten: {path.parent / 'metrics.json'}")
     if args.export:

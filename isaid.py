@@ -25,6 +25,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+import parallel
 from scenes import CLASSES, draw_scene, scene_objects
 
 SCENE_SIZE, SCENES = 128, {"train": 1000, "val": 200}  # of the synthetic dataset
@@ -95,6 +96,28 @@ class Detection(torch.utils.data.Dataset):
     def counts(self):
         """Number of boxes of each class, in the order of the labels."""
         return np.bincount(torch.cat(self.labels).numpy(), minlength=len(self.categories)).tolist()
+
+
+def leave_out_unreadable(data):
+    """Read every image and leave those out that cannot be read; returns what is wrong with them. Raises DataError if none is left."""
+    kept, bad = [], []
+    for i in tqdm(range(len(data)), f"reading {data.name}", leave=False, disable=parallel.hidden()):
+        try:
+            data.read(i, data.at_least)
+            kept.append(i)
+        except DataError as error:
+            bad.append(str(error))
+    if bad and not kept:
+        raise DataError(f"{data.name}: none of its images can be read, the first: {bad[0]}")
+    data.read = functools.partial(_read_kept, data.read, kept)
+    data.images, data.boxes, data.labels = ([values[i] for i in kept] for values in (data.images, data.boxes, data.labels))
+    ids = {image["id"] for image in data.images}
+    data.annotations = [annotation for annotation in data.annotations if annotation["image_id"] in ids]
+    return bad
+
+
+def _read_kept(read, kept, i, at_least=None):
+    return read(kept[i], at_least)
 
 
 def repeat_factors(data, threshold):
@@ -440,7 +463,7 @@ def check(images_dir, json_path):
     ids = collections.Counter(annotation.get("id") for annotation in coco["annotations"])
     data = load_coco(images_dir, json_path, transform=None)
     sizes, unlike, broken = collections.Counter(), [], []
-    for i, image in enumerate(tqdm(data.images, "reading images", leave=False, disable=None)):
+    for i, image in enumerate(tqdm(data.images, "reading images", leave=False, disable=parallel.hidden())):
         try:
             _, size = data.read(i)
         except DataError as error:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import detr
 import eval as evaluation
 import isaid
+import parallel
 import patches
 
 AGREE = 0.5  # IoU from which two boxes are of one object
@@ -55,7 +56,7 @@ def find(model, image, window, overlap, image_size, score=0.3, batch_size=8, dev
     model.eval()
     data = Windows(image, window, overlap, image_size)
     loader, parts = DataLoader(data, batch_size, collate_fn=isaid.collate, num_workers=workers), []
-    for images, padding, targets in tqdm(loader, "windows", leave=False, disable=None):
+    for images, padding, targets in tqdm(loader, "windows", leave=False, disable=parallel.hidden()):
         outputs = model(images.to(device), padding.to(device))
         outputs = {name: outputs[name][-1:].cpu() for name in ("logits", "boxes")}
         for target, found in zip(targets, detr.detections(outputs, [target["size"] for target in targets], model.focal, top)):

@@ -124,7 +124,7 @@ class Task(nn.Module):
         if number < 2 and not self.count_all or image_size and image_size < patch:
             raise ValueError(f"of images of {image_size} pixels, {number} patches of {patch} would be corrupted; take a larger "
                              "--image_size or --ssl_ratio, or a smaller --ssl_patch")
-        if on == "features":
+        if on == "features" and self.corrupts:
             self.mask_vectors = nn.Parameter(torch.randn(len(strides), dim) * 0.02)  # what stands in a masked cell
         self.head = nn.Conv2d(dim, self.outputs(), 1)
         nn.init.normal_(self.head.weight, std=0.02)  # first predictions: nearly the mean colour, or all classes alike
@@ -171,11 +171,11 @@ class Task(nn.Module):
         target = self.target(images, corruption)
         return prediction, target, *self.errors(prediction, target)
 
-    def loss(self, memory, images, corruption):
-        """The mean error of the counted patches; 0 if there are none."""
+    def loss(self, memory, images, corruption, total=None):
+        """The mean error of the counted patches; 0 if there are none. total: their number in a larger batch that this one is a part of."""
         _, _, error, _ = self.compare(memory, images, corruption)
         counted = self.counted(corruption)
-        return (error * counted).sum() / counted.sum().clamp(min=1)
+        return (error * counted).sum() / max(counted.sum() if total is None else total, 1)
 
     def panels(self, images, prediction, target, corruption):
         """Rows of the picture: {title: (images (B, 3, H, W), patches to frame (B, P) or None, right or not or None)}."""

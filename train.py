@@ -11,21 +11,25 @@ Without flags everything has the demonstration's small sizes; recipes hold the l
 """
 import argparse
 import collections
+import contextlib
 import ctypes
 import datetime
+import functools
 import inspect
 import itertools
 import json
-import math
 import os
 import platform
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.utils.checkpoint
 import torchvision
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -34,6 +38,8 @@ import deformable_attn
 import detr
 import eval as evaluation
 import isaid
+import parallel
+import run_state
 import ssl_tasks
 
 # flags that belong to one kind of model, setting or task, with their defaults there
@@ -68,6 +74,11 @@ def build_parser():
     run("--seed", type=natural, default=0, metavar="N", help="of weights, order, augmentation and scenes (default %(default)s)")
     run("--device", type=evaluation.usable_device, default=evaluation.default_device(), help="(default here: %(default)s)")
     run("--out", metavar="DIR", help="run folder, must not exist (default: a new one in runs/)")
+    run("--resume", nargs="?", const="last.pt", metavar="FILE",
+        help="go on with the run in --out, with the same flags, from its last.pt or another file there; if there is none yet, start it")
+    run("--save_every", type=count, metavar="N", help="save last.pt every N steps (default: once an epoch)")
+    run("--overfit", type=count, metavar="N",
+        help="a smoke test: train and evaluate on the same N images, not augmented, 50 steps an epoch")
     run("--init", metavar="FILE", help="start from the weights of a run or of an official checkpoint, file or URL; class heads "
         "of another number of classes are dropped, anything else must fit")
     run("--init_parts", nargs="+", choices=tuple(detr.PARTS), help="take only these parts of it (default: those it has)")
@@ -89,6 +100,7 @@ def build_parser():
     data("--pin_memory", action=switch, help="load into memory that is copied to a GPU faster (default: with a GPU)")
     data("--repeat_factor", type=share, metavar="P", help="show images more often whose classes are in less than this share of all, "
          "as for LVIS, 0.01 say (default: off)")
+    data("--skip_bad", action=switch, default=False, help="read every image before the first step and leave out those that cannot be read")
     data("--hflip", action=switch, default=True, help="random horizontal flips (default on)")
     data("--vflip", action=switch, default=False, help="random vertical flips")
     data("--quarter_turns", action=switch, default=False, help="random turns by 90, 180 and 270 degrees")
@@ -138,6 +150,13 @@ def build_parser():
     optim("--clip_max_norm", type=rate, default=0.1, metavar="F", help="largest norm of the gradient (default %(default)s)")
     for name, text in (("cls", "2, detr: 1"), ("bbox", "5"), ("giou", "2")):
         optim(f"--{name}_loss_coef", type=factor, metavar="F", help=f"weight of the loss (default {text})")
+    optim("--accumulate", type=count, default=1, metavar="N", help="batches a step, as one N times as large (default %(default)s)")
+    optim("--amp", choices=("bf16", "fp16"), help="compute in half precision; weights, matching and losses stay in fp32 (default: off)")
+    optim("--compile", action=switch, default=False, help="torch.compile the model: minutes at first, faster then on a GPU")
+    optim("--checkpoint_activations", action=switch, default=False,
+          help="compute layers twice instead of keeping what they computed: less memory")
+    optim("--ema", type=share, metavar="DECAY",
+          help="average the weights over steps, 0.999 say; the averages are evaluated and are best.pt's (default: off)")
     optim("--lr_schedule", choices=("onecycle", "step"), default="onecycle",
           help="up and down again, or one drop to a tenth (default %(default)s)")
     optim("--lr_drop", type=count, default=40, metavar="EPOCH", help="epochs before the drop of `step` (default %(default)s)")
@@ -195,6 +214,10 @@ def parse(argv):
         args.image_size = args.image_size or isaid.SCENE_SIZE
     if args.frozen_bn and "backbone" not in given:
         parser.error("--frozen_bn keeps random layers frozen here; add --backbone_weights imagenet or --init")
+    if args.resume and not args.out:
+        parser.error("--resume needs --out, the run folder to go on with")
+    if args.overfit:
+        args.limit_train = args.overfit
     if args.image_size and args.image_size < 64:
         parser.error(f"--image_size {args.image_size} leaves too few cells to a map; take at least 64")
     if not 0 <= args.dropout < 1:
@@ -250,62 +273,49 @@ def train_mode(model, args):
         {"backbone": model.backbone, "encoder": model.transformer.encoder, "decoder": model.transformer.decoder}[part].eval()
 
 
-def build_task(args, model, train_set):
-    """The self-supervised task; its visual tokens are fitted on a sample of the training images."""
+def build_task(args, model, train_set, fit=True):
+    """The self-supervised task; its visual tokens are fitted on a sample of the training images, unless a checkpoint has them."""
     task = ssl_tasks.build_task(args.ssl_task, args.hidden_dim, list(model.strides), args.ssl_patch, args.tokenizer,
                                 args.vocabulary, args.tokenizer_weights, ratio=args.ssl_ratio, on=args.ssl_on,
                                 loss_on=args.ssl_loss_on, image_size=args.image_size)
-    if task.tokens:
+    if task.tokens and fit:
         order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(args.seed))[:args.tokenizer_images]
         loader = DataLoader(train_set, args.batch_size, sampler=order.tolist(), num_workers=args.workers,
                             collate_fn=isaid.collate)
-        sample = tqdm(loader, "images for visual tokens", leave=False, disable=None)
+        sample = tqdm(loader, "images for visual tokens", leave=False, disable=parallel.hidden())
         task.tokenizer.fit(((images, ssl_tasks.whole_patches(padding, task.patch)) for images, padding, _ in sample), args.seed)
     return task
 
 
-def parameter_groups(model, task, args):
-    """As in the official recipes: a rate of its own for the CNN, a tenth for sampling offsets and reference points."""
-    groups = collections.defaultdict(list)
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name.startswith("backbone"):
-            groups[args.lr_backbone].append(parameter)
-        elif "sampling_offsets" in name or "reference_points" in name:
-            groups[args.lr * args.lr_linear_proj_mult].append(parameter)
-        else:
-            groups[args.lr].append(parameter)
-    if task:
-        groups[args.lr] += task.parameters()
-    return [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
+def epoch_batches(data, args, epoch):
+    """The shuffled batches of an epoch for this process, as lists of items; they depend on (seed, epoch) alone.
 
-
-def build_schedule(optimizer, args, steps_per_epoch):
-    """The learning rate of each step, as a factor of the group's rate."""
-    total, drop = args.epochs * steps_per_epoch, args.lr_drop * steps_per_epoch
-    warmup = max(1, total // 10)
-
-    def onecycle(step):  # a tenth of the steps up along a line, the rest down along a cosine
-        down = max(0, step - warmup) / max(1, total - warmup)
-        return min((step + 1) / warmup, (1 + math.cos(math.pi * down)) / 2)
-
-    def step(step):
-        return 0.1 ** (step // drop)
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, {"onecycle": onecycle, "step": step}[args.lr_schedule])
-
-
-def epoch_loader(data, args, epoch):
-    """The shuffled batches of an epoch; the order depends on (seed, epoch) alone. An incomplete last batch is left out."""
-    data.epoch = epoch
+    What is left over at the end and does not fill a step of all processes is left out.
+    """
     generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
-    images = torch.arange(len(data))
+    items, size = torch.arange(len(data)), args.batch_size
     if args.repeat_factor:
-        images = repeated(isaid.repeat_factors(data, args.repeat_factor), torch.rand((), generator=generator))
-    order, size = images[torch.randperm(len(images), generator=generator)].tolist(), args.batch_size
+        items = repeated(isaid.repeat_factors(data, args.repeat_factor), torch.rand((), generator=generator))
+    elif args.overfit:
+        items = torch.arange(50 * size * args.accumulate * parallel.world())
+    order = items[torch.randperm(len(items), generator=generator)].tolist()
     batches = [order[i:i + size] for i in range(0, len(order) - size + 1, size)]
-    return DataLoader(data, batch_sampler=batches, num_workers=args.workers, collate_fn=isaid.collate, pin_memory=args.pin_memory,
-                      prefetch_factor=args.prefetch if args.workers else None)
+    together = args.accumulate * parallel.world()
+    return batches[:len(batches) // together * together][parallel.rank()::parallel.world()]
+
+
+def epoch_loader(data, args, epoch, done=0):
+    """Loads the batches of an epoch after the first `done`."""
+    data.epoch = epoch
+    return DataLoader(data, batch_sampler=epoch_batches(data, args, epoch)[done:], num_workers=args.workers, collate_fn=isaid.collate,
+                      pin_memory=args.pin_memory, prefetch_factor=args.prefetch if args.workers else None,
+                      generator=torch.Generator(), worker_init_fn=leave_signals)  # the model's random numbers are left alone
+
+
+def leave_signals(_):
+    """In a loader process: an interrupt is the main process's business, to terminate is to terminate."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def repeated(factors, offset):
@@ -316,16 +326,6 @@ def repeated(factors, offset):
     first = torch.arange(len(factors)).repeat_interleave(times)
     again = torch.arange(len(first)) - (until - times).repeat_interleave(times)  # 0 the first time, 1 the second …
     return first + len(factors) * again
-
-
-def save(path, model, task, args, **content):
-    """Write a checkpoint whole or not at all; the decoder of a pretraining is left out."""
-    weights = {name: tensor for name, tensor in model.state_dict().items()
-               if args.setting != "pretrain" or detr.part_of(name) != "decoder"}
-    content.update(model=weights, task=task and {"config": task.config, "state": task.state_dict()}, args=vars(args))
-    temporary = path.with_suffix(".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
 
 
 def window_size(data):
@@ -345,32 +345,37 @@ def git_revision():
 
 
 def make_run_folder(args):
-    """A new folder for the run; an existing one is never written into."""
+    """A new folder for the run; an existing one is never written into, unless it is to be resumed."""
     if args.out is None:
         kind = args.setting if args.setting == "detect" else f"{args.setting}-{args.ssl_task}"
         names = (f"runs/{args.model}-{kind}-{n}" for n in itertools.count(1))
         args.out = next(name for name in names if not Path(name).exists())
     out = Path(args.out)
     try:
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=bool(args.resume))
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
     except FileExistsError:
-        raise ValueError(f"--out {out} exists already; name a new folder or remove it") from None
+        raise ValueError(f"--out {out} exists already; name a new folder, remove it, or go on with it: --resume") from None
     except OSError as error:
         raise ValueError(f"--out {out} cannot be made ({error.strerror})") from None
     return out
 
 
-def choose_attention(args):
-    """Which implementation of attention runs, in words. Raises ValueError if it cannot."""
+def choose_attention(model, args):
+    """Let the model's attention run as --attn says; returns which implementation that is, in words. Raises ValueError if it cannot."""
     if args.model != "deformable_detr":
         return "scaled_dot_product_attention"
     name, reason = deformable_attn.backend(args.device, args.attn)
-    deformable_attn.MSDeformAttn.backend = name
+    for module in model.modules():
+        if isinstance(module, deformable_attn.MSDeformAttn):
+            module.backend = name
     return f"{name}: {reason}"
 
 
-def introduce(args, model, task, attention, train_set, val_set):
+def introduce(args, run, notes, train_set, val_set):
     """What a user should know before the first step."""
+    model, task = run.model, run.task
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     cuda = args.device.startswith("cuda")
@@ -380,10 +385,10 @@ def introduce(args, model, task, attention, train_set, val_set):
     print(f"device      {device}")
     print(f"model       {args.model}, {args.backbone}, {parameters / 1e6:.1f} M parameters"
           + (f" and {frozen / 1e6:.1f} M not trained" if frozen else ""))
-    print(f"attention   {attention}")
-    steps = len(train_set) // args.batch_size
-    print(f"batch       {args.batch_size} images a step, {steps} steps an epoch, "
-          f"{args.epochs} epochs: {steps * args.epochs * args.batch_size:,} images in all "
+    print("\n".join(notes))
+    batch = args.batch_size * args.accumulate * parallel.world()
+    print(f"batch       {batch} images a step, {run.steps} steps an epoch, "
+          f"{args.epochs} epochs: {run.steps * args.epochs * batch:,} images in all "
           + ("(the paper's pretraining: 10 epochs of iSAID or ImageNet)" if args.setting == "pretrain" else
              "(the paper's recipe: 50 epochs of iSAID, 1,400,000)"))
     if task:
@@ -412,42 +417,107 @@ def introduce(args, model, task, attention, train_set, val_set):
 
 # ---------------------------------------------------------------- training
 
-def batch_losses(model, task, args, images, padding, targets):
-    """Every loss of a batch by name, a value for each decoder layer; where detectors and self-supervised tasks meet."""
-    corruption = task and task.corruption(padding, [target["seed"] for target in targets]).to(args.device)
-    images, padding = (x.to(args.device, non_blocking=True) for x in (images, padding))
-    losses = {}
-    if task:
-        corrupted, memory = ssl_tasks.encode(model, task, images, padding, corruption, clean=args.setting == "multitask")
-        losses["loss_ssl"] = task.loss(corrupted, images, corruption)[None]
-    else:
-        memory = model.encode(model.features(images, padding))
-    if args.setting != "pretrain":
-        losses.update(detr.detection_losses(model.decode(memory), targets, model.focal))
-    return losses
+class Learner(torch.nn.Module):
+    """The losses of a batch; where detectors and self-supervised tasks meet. (A module, so that several processes can share it.)"""
+
+    def __init__(self, model, task, args):
+        super().__init__()
+        self.model, self.task, self.setting = model, task, args.setting
+        self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[args.amp]
+
+    def forward(self, images, padding, targets, corruption, totals):
+        """Every loss by name, a value for each decoder layer. totals: the `counts` of all that belongs to the step."""
+        losses, outputs = {}, None
+        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
+            if self.task:
+                corrupted, memory = ssl_tasks.encode(self.model, self.task, images, padding, corruption, clean=self.setting == "multitask")
+            else:
+                memory = self.model.encode(self.model.features(images, padding))
+            if self.setting != "pretrain":
+                outputs = self.model.decode(memory)
+        if self.task:
+            corrupted = [level._replace(features=level.features.float()) for level in corrupted]
+            losses["loss_ssl"] = self.task.loss(corrupted, images, corruption, totals["patches"])[None]
+        if outputs:
+            outputs = {name: tensor.float() for name, tensor in outputs.items()}
+            losses.update(detr.detection_losses(outputs, targets, self.model.focal, totals))
+        return losses
 
 
-def train_epoch(model, task, loader, optimizer, schedule, args, bar):
-    """One pass; returns the mean of every loss (of the last layer) and of the weighted total, and the seconds waited."""
-    train_mode(model, args)
-    weights = loss_weights(args)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    sums, waited, ready = collections.Counter(), 0.0, time.perf_counter()
+def counts(model, task, targets, corruption):
+    """What the losses of a batch are divided by; see detr.loss_counts."""
+    found = detr.loss_counts(targets, getattr(model, "num_queries", 0) or model.query_embed.num_embeddings, model.focal)
+    return {**found, "patches": int(task.counted(corruption).sum()) if task else 0}
+
+
+def steps_of(loader, task, args):
+    """The batches of each step, on the device: lists of (images, padding, targets, corruption)."""
+    batches = []
     for images, padding, targets in loader:
-        waited += time.perf_counter() - ready
-        losses = batch_losses(model, task, args, images, padding, targets)
-        total = detr.total_loss(losses, weights)
-        optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, args.clip_max_norm)
-        optimizer.step()
-        schedule.step()
+        corruption = task.corruption(padding, [target["seed"] for target in targets]).to(args.device) if task else None
+        batches.append((*(x.to(args.device, non_blocking=True) for x in (images, padding)), targets, corruption))
+        if len(batches) == args.accumulate:
+            yield batches
+            batches = []
+
+
+def take_step(learner, batches, run, args):
+    """One step of the optimizer over one or more batches: {name: loss}. Raises FloatingPointError before weights are spoilt."""
+    model, task = run.model, run.task
+    totals = collections.Counter()
+    for _, _, targets, corruption in batches:
+        totals.update(counts(model, task, targets, corruption))
+    totals = {name: value / parallel.world() for name, value in parallel.total(totals).items()}  # gradients are averaged over processes
+    weights, sums = loss_weights(args), collections.Counter()
+    run.optimizer.zero_grad()
+    for i, batch in enumerate(batches):
+        alone = contextlib.nullcontext() if i == len(batches) - 1 or parallel.world() == 1 else learner.no_sync()
+        with alone:
+            losses = learner(*batch, totals)
+            total = detr.total_loss(losses, weights)
+            if not total.isfinite():
+                bad = [name for name, loss in losses.items() if not loss.isfinite().all()]
+                raise FloatingPointError(f"{' and '.join(bad) or 'the total'} is NaN or infinite")
+            run.scaler.scale(total).backward()
         for name, loss in losses.items():
             sums[name] += loss[-1].detach()  # stays on the device: no waiting for it here
         sums["loss"] += total.detach()
+    run.scaler.unscale_(run.optimizer)
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_max_norm)
+    if not (run.scaler.is_enabled() or norm.isfinite()):  # with fp16 the scaler leaves such a step out
+        raise FloatingPointError("the gradient is NaN or infinite")
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.schedule.step()
+    if run.ema:
+        run.ema.update_parameters(model)
+    return sums
+
+
+def train_epoch(learner, run, train_set, args, bar, pause):
+    """The rest of an epoch; its losses and times are added to the run's. `pause` is called after each step."""
+    train_mode(run.model, args)
+    loader = epoch_loader(train_set, args, run.epoch, run.step * args.accumulate)
+    start = ready = time.perf_counter()
+    for batches in steps_of(loader, run.task, args):
+        run.waited += time.perf_counter() - ready
+        before = run.random_state()
+        try:
+            sums = take_step(learner, batches, run, args)
+        except FloatingPointError as error:
+            names = {image["id"]: image["file_name"] for image in train_set.images}
+            names = [names[target["image_id"]] for _, _, targets, _ in batches for target in targets]
+            run.random = before
+            raise FloatingPointError(f"{error} in step {run.step + 1} of epoch {run.epoch}, with the images {', '.join(names)}") from None
+        for name, value in sums.items():
+            run.sums[name] = run.sums.get(name, 0) + value
+        run.step += 1
         bar.update()
+        run.seconds += time.perf_counter() - start
+        start = time.perf_counter()
+        pause()
         ready = time.perf_counter()
-    return {f"train_{name}": float(value) / len(loader) for name, value in sums.items()}, waited
 
 
 def loss_weights(args):
@@ -458,103 +528,193 @@ def loss_weights(args):
     return {**weights, **{name: value for name, value in flags.items() if value is not None}, "loss_ssl": ssl}
 
 
+# ---------------------------------------------------------------- the loop
+
 def evaluate(model, task, val_set, args, out):
     """Metrics on the held-out images, and the pictures of them in the run folder."""
-    metrics, how = {}, (args.batch_size, args.workers, args.device)
+    metrics, how, first = {}, (args.batch_size, args.workers, args.device), parallel.rank() == 0
     if args.setting != "pretrain":
         results = evaluation.predict(model, val_set, *how)
-        metrics = evaluation.coco_metrics(val_set, results)
-        evaluation.draw_detections(out / "detections.png", val_set, results)
+        metrics = evaluation.coco_metrics(val_set, results) if first else None
+        metrics = parallel.first(metrics)
+        metrics["collapsed"] = evaluation.collapsed(val_set, results)
+        if first:
+            evaluation.draw_detections(out / "detections.png", val_set, results)
     if task:
         found, panels = evaluation.ssl_metrics(model, task, val_set, *how)
         metrics.update(found)
-        evaluation.draw_ssl(out / "ssl.png", panels, task.patch)
+        if first:
+            evaluation.draw_ssl(out / "ssl.png", panels, task.patch)
     return metrics
 
 
+def prepare(args):
+    """Everything that can be wrong with the input is found here, before the first step: (folder, run, data, what to say of the start).
+
+    Raises ValueError.
+    """
+    held_out = "train" if args.overfit else "val"
+    train_set, val_set = isaid.open_split("train", args, train=not args.overfit), isaid.open_split(held_out, args, train=False)
+    bad = [problem for data in (train_set, val_set) if args.skip_bad for problem in isaid.leave_out_unreadable(data)]
+    if train_set.categories != val_set.categories:
+        raise isaid.DataError(f"the classes of {train_set.name} ({isaid.class_names(train_set.categories)}) are not those "
+                              f"of {val_set.name} ({isaid.class_names(val_set.categories)})")
+    args.batch_size = min(args.batch_size, len(train_set))
+    steps = len(epoch_batches(train_set, args, 0)) // args.accumulate
+    if not steps:
+        raise ValueError(f"{len(train_set)} training images do not fill a step of {args.batch_size} x {args.accumulate} images in "
+                         f"{parallel.world()} processes; lower --batch_size or --accumulate")
+    state = run_state.open_checkpoint(args) if args.resume else None
+    config = detector_config(args, max(1, len(train_set.categories)))
+    model = build_model(config, "none" if state or args.init and not args.init_parts else args.backbone_weights)
+    notes = [f"skipped     {len(bad)} images that cannot be read, the first: {bad[0]}"] if bad else []
+    if args.init and not state:
+        taken, left, dropped = detr.load_weights(model, evaluation.checkpoint_file(args.init), args.init_parts)
+        notes.append(f"init        {args.init}: {' and '.join(taken)} taken"
+                     + (f"; {' and '.join(left)} not" if left else "")
+                     + (f"; of another number of classes and dropped: {', '.join(dropped)}" if dropped else ""))
+    freeze(model, args)
+    notes.insert(0, f"attention   {choose_attention(model, args)}")
+    task = build_task(args, model, train_set, fit=not state).to(args.device) if args.setting != "detect" else None
+    out = Path(parallel.first(str(make_run_folder(args)) if parallel.rank() == 0 else None))
+    args.out = str(out)
+    run_state.check_disk(out, model)
+    model.to(args.device, memory_format=torch.channels_last)  # convolutions are faster so
+    content = {"detector": config, "categories": train_set.categories, "window": window_size(train_set)}
+    run = run_state.Run(model, task, args, content, steps)
+    if state:
+        run.load(state, Path(args.out, args.resume))
+        notes.append(f"resumed     in epoch {run.epoch} after {run.step} of {steps} steps" if run.epoch <= args.epochs else
+                     "resumed     the run is complete")
+    if args.checkpoint_activations:
+        checkpoint_activations(model)
+    if args.compile:
+        for name in ("features", "encode", "decode"):
+            setattr(model, name, torch.compile(getattr(model, name)))
+    return out, run, train_set, val_set, notes
+
+
+def checkpoint_activations(model):
+    """Compute the transformer's layers once more in the backward pass instead of keeping what they computed."""
+    for stack in (model.transformer.encoder, model.transformer.decoder):
+        for layer in stack.layers:
+            layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
+    args.device = parallel.start(args.device)
     if args.device == "cpu":
         keep_memory()
     torch.manual_seed(args.seed)
-    try:  # everything that can be wrong with the input is found before the first step
-        train_set, val_set = isaid.open_split("train", args, train=True), isaid.open_split("val", args, train=False)
-        if train_set.categories != val_set.categories:
-            raise isaid.DataError(f"the classes of {train_set.name} ({isaid.class_names(train_set.categories)}) are not those "
-                                  f"of {val_set.name} ({isaid.class_names(val_set.categories)})")
-        args.batch_size = min(args.batch_size, len(train_set))
-        config = detector_config(args, max(1, len(train_set.categories)))
-        model = build_model(config, "none" if args.init and not args.init_parts else args.backbone_weights)
-        if args.init:
-            taken, left, dropped = detr.load_weights(model, evaluation.checkpoint_file(args.init), args.init_parts)
-        freeze(model, args)
-        attention = choose_attention(args)
-        content = {"detector": config, "categories": train_set.categories, "window": window_size(train_set)}
-        task = build_task(args, model, train_set).to(args.device) if args.setting != "detect" else None
-        out = make_run_folder(args)
+    try:
+        out, run, train_set, val_set, notes = prepare(args)
     except ValueError as error:
-        sys.exit(f"error: {isaid.one_line(error)}")
-    model.to(args.device, memory_format=torch.channels_last)  # convolutions are faster so
-    introduce(args, model, task, attention, train_set, val_set)
-    if args.init:
-        print(f"init        {args.init}: {' and '.join(taken)} taken"
-              + (f"; {' and '.join(left)} not" if left else "")
-              + (f"; of another number of classes and dropped: {', '.join(dropped)}" if dropped else ""))
+        sys.exit(f"error: {isaid.one_line(error)}" if parallel.rank() == 0 else 1)
+    torch.manual_seed(args.seed + parallel.rank())  # dropout differs between processes
+    introduce(args, run, notes, train_set, val_set)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    (out / "config.json").write_text(json.dumps({"args": vars(args), "versions": versions, "revision": git_revision(),
-                                                 "started": datetime.datetime.now().isoformat(timespec="seconds")}, indent=1))
+    if parallel.rank() == 0:
+        (out / "config.json").write_text(json.dumps({"args": vars(args), "versions": versions, "revision": git_revision(),
+                                                     "started": datetime.datetime.now().isoformat(timespec="seconds")}, indent=1))
     try:
-        fit(args, out, model, task, content, train_set, val_set)
-    except (isaid.DataError, FloatingPointError) as error:
+        fit(args, out, run, train_set, val_set)
+    except (isaid.DataError, OSError) as error:
         kept = (out / "last.pt").exists()
-        if not kept:
+        if not kept and parallel.world() == 1:
             shutil.rmtree(out)  # nothing worth keeping, and the same command should work once its input is mended
-        advice = "; try a lower --lr" if isinstance(error, FloatingPointError) else ""
-        advice += f"; the weights of the last whole epoch are in {out}" if kept else ""
-        sys.exit(f"error: {isaid.one_line(error)}{advice}")
+        sys.exit(f"error: {isaid.one_line(error)}" + (f"; what was saved before is in {out}" if kept else ""))
+    except FloatingPointError as error:
+        run_state.save(out / "failed.pt", run.state(alone=True))
+        again = [flag for flag in argv if flag != "--resume"] + ([] if "--out" in argv else ["--out", str(out)])
+        sys.exit(f"error: {error}; try a lower --lr. The step was not taken. The same batch again: "
+                 f"python train.py {shlex.join(again)} --resume failed.pt")
+    except KeyboardInterrupt as interrupt:
+        print(f"\nstopped in epoch {run.epoch} after {run.step} of {run.steps} steps; the weights are in {out / 'last.pt'}; to go on, the "
+              f"same command with --out {out} --resume")
+        sys.exit(interrupt.args[0] if interrupt.args else 130)
+    finally:
+        parallel.stop()
 
 
-def fit(args, out, model, task, content, train_set, val_set):
+def fit(args, out, run, train_set, val_set):
     """The training loop: epochs, evaluation, log, checkpoints, pictures."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, task, args), weight_decay=args.weight_decay, fused=True)
-    steps = len(epoch_loader(train_set, args, 0))
-    schedule = build_schedule(optimizer, args, steps)
-    log, trained, best = [], 0, -math.inf
-    bar = tqdm(total=args.epochs * steps, desc="training", unit="step", disable=None, smoothing=0.02)
-    try:
-        for epoch in range(1, args.epochs + 1):
-            start = time.perf_counter()
-            losses, waited = train_epoch(model, task, epoch_loader(train_set, args, epoch), optimizer, schedule, args, bar)
-            trained, seconds = epoch, time.perf_counter() - start
-            if not all(parameter.isfinite().all() for parameter in model.parameters()):
+    learner, metrics, first = Learner(run.model, run.task, args), None, parallel.rank() == 0
+    if parallel.world() > 1:
+        learner = torch.nn.parallel.DistributedDataParallel(learner)
+
+    def save_state(name="last.pt"):
+        state = run.state()
+        if first:
+            run_state.save(out / name, state)
+
+    def pause():
+        """After each step: is it time to save or to stop?"""
+        stop = parallel.total({"caught": signals.caught})["caught"] > 0  # by any process
+        if stop or args.save_every and run.step % args.save_every == 0:
+            save_state()
+        if stop:
+            raise KeyboardInterrupt(128 + (signals.caught or signal.SIGTERM))
+    bar = tqdm(total=args.epochs * run.steps, initial=(run.epoch - 1) * run.steps + run.step, desc="training", unit="step",
+               disable=parallel.hidden(), smoothing=0.02)
+    run.restore_random()
+    with run_state.Signals() as signals, bar:
+        while run.epoch <= args.epochs:
+            train_epoch(learner, run, train_set, args, bar, pause)
+            if not all(parameter.isfinite().all() for parameter in run.model.parameters()):
                 raise FloatingPointError("the model's weights became NaN or infinite")
-            line = {"epoch": epoch, **losses, "seconds": round(seconds, 2), "data_wait": round(waited / seconds, 4),
-                    "images_per_second": round(steps * args.batch_size / seconds, 2)}
-            save(out / "last.pt", model, task, args, epoch=epoch, **content)
-            if epoch % args.eval_every == 0 or epoch == args.epochs:
+            save_state()
+            signals.at_once = True  # nothing is lost from here on
+            line = epoch_line(run, args)
+            if run.epoch % args.eval_every == 0 or run.epoch == args.epochs:
                 start = time.perf_counter()
-                metrics = evaluate(model, task, val_set, args, out)
+                metrics = evaluate(run.best_model, run.task, val_set, args, out)
                 line.update({name: metrics[name] for name in (*evaluation.METRICS, "ssl_loss", "ssl_acc") if name in metrics})
                 line["eval_seconds"] = round(time.perf_counter() - start, 2)
                 score = -metrics["ssl_loss"] if args.setting == "pretrain" else metrics["ap"] or 0.0
-                if score > best:
-                    best = score
-                    save(out / "best.pt", model, task, args, epoch=epoch, **content)
-            log.append(line)
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            if "eval_seconds" in line:
-                evaluation.draw_curves(out / "curves.png", log)
+                if score > run.best:
+                    run.best = score
+                    if first:
+                        run_state.save(out / "best.pt", run.product(run.best_model))
+            run.log.append(line)
+            if first:
+                write_log(out, run.log)
             bar.write(epoch_text(line, args.epochs))
-    except KeyboardInterrupt:
-        bar.close()
-        save(out / "last.pt", model, task, args, epoch=trained, **content)
-        print(f"\nstopped after {trained} whole epochs; the weights are in {out / 'last.pt'}: python eval.py {out / 'last.pt'}")
-        sys.exit(130)
-    bar.close()
+            if metrics and metrics.get("collapsed"):
+                bar.write("warning: the same is found in every image: the model does not look at them, not yet or not any more; see that "
+                          "--overfit 4 works")
+            run.epoch += 1
+            run.begin_epoch()
+            signals.at_once = False
+        save_state()
+    conclude(args, out, metrics)
+
+
+def epoch_line(run, args):
+    """The log's line of an epoch: losses are means over steps and processes."""
+    sums = parallel.total({name: float(value) for name, value in run.sums.items()})
+    losses = {f"train_{name}": value / (run.steps * parallel.world()) for name, value in sums.items()}
+    images = run.steps * args.batch_size * args.accumulate * parallel.world()
+    seconds = max(run.seconds, 1e-9)
+    return {"epoch": run.epoch, **losses, "seconds": round(seconds, 2), "data_wait": round(run.waited / seconds, 4),
+            "images_per_second": round(images / seconds, 2)}
+
+
+def write_log(out, log):
+    """log.jsonl and its curves; written anew each time, so that no epoch is doubled or missing after an interruption."""
+    (out / "log.tmp").write_text("".join(json.dumps(line) + "\n" for line in log))
+    os.replace(out / "log.tmp", out / "log.jsonl")
+    if "eval_seconds" in log[-1]:
+        evaluation.draw_curves(out / "curves.png", log)
+
+
+def conclude(args, out, metrics):
+    """What to look at and to do next."""
+    if metrics and args.setting != "pretrain":
+        print(f"\n{evaluation.table(metrics)}")
     pictures = " and ".join(str(path) for name in ("detections", "ssl", "curves") if (path := out / f"{name}.png").exists())
-    print((f"\n{evaluation.table(metrics)}" if args.setting != "pretrain" else "") + f"\nlook at   {pictures}")
-    print(f"evaluate  python eval.py {out}")
+    print(f"\nlook at   {pictures}\nevaluate  python eval.py {out}")
     if args.setting == "pretrain":
         print(f"next      python train.py --init {out} with the same flags of model and data, without those of the task")
     elif not isaid.has_files(args):

@@ -12,6 +12,7 @@ from scipy.cluster.vq import kmeans2
 from torch import nn
 from tqdm import tqdm
 
+import parallel
 from isaid import unnormalise
 
 
@@ -49,7 +50,7 @@ class KMeans(Tokenizer):
         codes, start = len(self.codes), "++" if len(self.codes) <= 256 else "points"  # k-means++ takes minutes beyond
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a code without patches stays where it is
-            for _ in tqdm(range(rounds), "k-means", leave=False, disable=None):
+            for _ in tqdm(range(rounds), "k-means", leave=False, disable=parallel.hidden()):
                 codes, _ = kmeans2(sample, codes, iter=1, minit=start, seed=np.random.default_rng(seed))
                 start = "matrix"
         self.codes.copy_(torch.from_numpy(codes))

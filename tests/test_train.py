@@ -16,6 +16,7 @@ import torchvision
 import detr
 import eval as evaluation
 import isaid
+import run_state
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,7 +128,7 @@ def test_recipes():
         official = detr.build_detector(name, 15)
         model = detr.build_detector(**config)
         assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in official.state_dict().items()}
-        groups = train.parameter_groups(model, None, args)
+        groups = run_state.parameter_groups(model, None, args)
         trained = sum(p.requires_grad for p in model.parameters())
         assert sum(len(group["params"]) for group in groups) == trained
         rates = {"detr": {1e-4, 1e-5}, "deformable_detr": {2e-4, 2e-5}}[name]
@@ -162,7 +163,7 @@ def test_interrupt_leaves_a_usable_checkpoint(tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in errors and "whole epochs; the weights" in printed
+    assert process.returncode == 130 and "Traceback" not in errors and re.search(r"stopped in epoch \d+ after \d of 2 steps", printed)
     evaluation.main([str(tmp_path / "run")])
     assert json.loads((tmp_path / "run/metrics.json").read_text())["images"] == 3
 
@@ -243,14 +244,6 @@ def test_other_classes_are_refused(folder, run, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_nan_stops_before_the_step(tmp_path):
-    """An absurd learning rate: one line says what happened; the last whole epoch's weights are finite."""
-    flags = [*TINY, "--out", str(tmp_path / "run"), "--lr_schedule", "step"]
-    with pytest.raises(SystemExit, match="NaN or infinite; try a lower --lr$"):
-        train.main([*flags, "--lr", "4e9", "--weight_decay", "4e9", "--epochs", "50", "--eval_every", "50"])
-    assert not (tmp_path / "run").exists()  # nothing worth keeping was there
-
-
 @pytest.mark.parametrize("epochs", [1, 2, 5, 10, 11])
 def test_schedules(epochs):
     """One cycle: up to the full rate and down to nothing. Step: a tenth after each drop. At any number of steps."""
@@ -259,7 +252,7 @@ def test_schedules(epochs):
         for name in ("onecycle", "step"):
             optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
             args = train.parse(["--lr_schedule", name, "--lr_drop", "4", "--epochs", str(epochs)])
-            schedule, factors[name] = train.build_schedule(optimizer, args, steps), []
+            schedule, factors[name] = run_state.build_schedule(optimizer, args, steps), []
             for _ in range(epochs * steps):
                 factors[name].append(optimizer.param_groups[0]["lr"])
                 optimizer.step()

@@ -1,0 +1,62 @@
+"""Several processes, as torchrun starts them: who this one is, and what all of them have. Alone, every function is trivial."""
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+
+def start(device):
+    """Join the other processes, if torchrun started this one; returns the device to use. Only the first one speaks."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device.startswith("cuda"):
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        if rank():
+            sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def hidden():
+    """For tqdm's `disable`: bars of the first process on a terminal only."""
+    return True if rank() else None
+
+
+def gather(value):
+    """The values of all processes, in the order of their ranks."""
+    values = [value] * world()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def first(value):
+    """The value of the first process, for all of them."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def total(values):
+    """Sums over all processes of a dict of numbers."""
+    if not dist.is_initialized():
+        return values
+    sums = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
+    sums = sums.cuda() if dist.get_backend() == "nccl" else sums
+    dist.all_reduce(sums)
+    return dict(zip(values, sums.tolist()))
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
