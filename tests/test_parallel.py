@@ -1,0 +1,87 @@
+"""Several processes give what one gives: gradients, AP, one run folder; an error in one of them ends all."""
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import isaid
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--hidden_dim", "32", "--nheads", "2", "--enc_layers", "1", "--dec_layers", "1", "--dim_feedforward", "32", "--num_queries", "8",
+        "--image_size", "64", "--limit_train", "16", "--limit_val", "7", "--batch_size", "4"]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
+
+
+def command(processes, script, *flags):
+    """A script in that many processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    return subprocess.run([sys.executable, *launcher, script, *map(str, flags)], cwd=ROOT, text=True, capture_output=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    done = command(1, "tests/gradients.py", folder, 1)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "gradients.pt")
+
+
+@pytest.mark.parametrize("processes, accumulate", [(2, 1), (1, 2)], ids=["two processes", "two batches a step"])
+def test_gradients_of_parts_are_those_of_the_whole(processes, accumulate, alone, tmp_path):
+    """All settings and tasks; the second half of the images holds no objects."""
+    done = command(processes, "tests/gradients.py", tmp_path, accumulate)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "gradients.pt")
+    assert found.keys() == alone.keys() and len(found) == 9
+    for kind in found:
+        for (name, mine), (other, right) in zip(found[kind].items(), alone[kind].items()):
+            if name == "losses":
+                assert mine == pytest.approx(right, rel=1e-4), kind
+                continue
+            assert name.removeprefix("module.") == other
+            assert (mine - right).norm() <= 1e-3 * right.norm() + 1e-6, (kind, name)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run in two processes, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    done = command(2, "train.py", *TINY, "--epochs", 2, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_one_run_folder(run):
+    out, printed = run
+    assert sorted(path.name for path in out.iterdir()) == ["best.pt", "config.json", "curves.png", "detections.png", "last.pt", "log.jsonl"]
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert printed.count("epoch   1/2") == 1 and "8 images a step, 2 steps an epoch, 2 epochs: 32 images in all" in printed
+
+
+def test_evaluation_counts_every_image_once(run):
+    """Seven images, in one, two and three processes."""
+    metrics = []
+    for processes in (1, 2, 3):
+        done = command(processes, "eval.py", run[0])
+        assert done.returncode == 0 and done.stdout.count("AP50") == 2, done.stderr
+        metrics.append(json.loads((run[0] / "metrics.json").read_text()))
+    assert metrics[0]["images"] == 7 and metrics[0] == metrics[1] == metrics[2]
+    assert metrics[0]["ap"] == json.loads((run[0] / "log.jsonl").read_text().splitlines()[-1])["ap"] or metrics[0]["ap"] > 0
+
+
+def test_an_error_in_one_process_ends_all(tmp_path):
+    isaid.main(["scenes", str(tmp_path / "data"), "--train", "8", "--val", "2", "--image_size", "64"])
+    (tmp_path / "data/train/images/scene_000003.png").write_bytes(b"nonsense")
+    start = time.monotonic()
+    done = command(2, "train.py", *TINY, "--data", tmp_path / "data", "--limit_train", 8, "--epochs", 1, "--out", tmp_path / "run")
+    assert done.returncode and "scene_000003.png: is not an image that can be read" in done.stderr
+    assert time.monotonic() - start < 100
+    done = command(2, "train.py", *TINY, "--data", tmp_path / "none", "--out", tmp_path / "other")
+    assert done.returncode and done.stderr.count("error: ") == 1 and "cannot be read" in done.stderr
