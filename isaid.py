@@ -460,7 +460,7 @@ def check(images_dir, json_path):
     if wrong:
         more = [f"  … and {len(wrong) - MOST_FAULTS:,} more"] if len(wrong) > MOST_FAULTS else []
         return "\n".join([f"{json_path}: {len(wrong):,} faults", *(f"  {fault}" for fault in wrong[:MOST_FAULTS]), *more]), True
-    ids = collections.Counter(annotation.get("id") for annotation in coco["annotations"])
+    ids = collections.Counter(str(annotation.get("id")) for annotation in coco["annotations"])
     data = load_coco(images_dir, json_path, transform=None)
     sizes, unlike, broken = collections.Counter(), [], []
     for i, image in enumerate(tqdm(data.images, "reading images", leave=False, disable=parallel.hidden())):

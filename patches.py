@@ -228,6 +228,8 @@ def local_mask(annotation, height, width):
             mask = coco_mask.decode(rle).astype(bool)
             return 0, 0, mask
         points = [np.asarray(polygon, float).reshape(-1, 2) for polygon in shape]
+        if not all(np.isfinite(p).all() for p in points):
+            raise ValueError("a coordinate is not a finite number")
         low = np.floor(np.clip(np.min([p.min(0) for p in points], 0), 0, (width, height))).astype(int)
         high = np.ceil(np.clip(np.max([p.max(0) for p in points], 0), 0, (width, height))).astype(int)
         w, h = np.maximum(high - low + 1, 1)
