@@ -350,8 +350,10 @@ def evaluate_run(argv):
     parser.add_argument("--export", metavar="FILE", help="write what was found as COCO results (xywh, the dataset's ids)")
     args = parser.parse_args(argv)
     args.device = parallel.start(args.device)
-    if args.export and not Path(args.export).resolve().parent.is_dir():
-        parser.error(f"--export {args.export}: there is no folder {Path(args.export).resolve().parent}")
+    if args.export and (Path(args.export).is_dir() or not Path(args.export).resolve().parent.is_dir()):
+        parser.error(f"--export {args.export}: is a folder, or there is no folder {Path(args.export).resolve().parent}")
+    if args.split == "test" and not args.export:
+        parser.error("--split test has no ground truth; add --export FILE for what is found")
     model, task, flags, categories, path = load_run(args.run, args.device)
     if args.export and flags.setting == "pretrain":
         raise ValueError(f"--export: {path} is of a pretraining, it detects nothing")
@@ -376,6 +378,7 @@ def evaluate_run(argv):
         print(f"{flags.ssl_task}: " + ssl_text(found))
     if flags.setting != "pretrain":
         results = predict(model, data, *how, max(100, args.max_dets))
+    if flags.setting != "pretrain" and args.split != "test":
         metrics.update(coco_metrics(data, results))
         print(table(metrics))
         if (args.max_dets, args.areas) != (100, "coco"):
@@ -384,8 +387,9 @@ def evaluate_run(argv):
             print(f"\nwith {args.max_dets} detections an image and {args.areas}'s areas: {totals(others)}")
     if parallel.rank():
         return
-    (path.parent / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    print(f"\nwritten: {path.parent / 'metrics.json'}")
+    if args.split != "test":
+        (path.parent / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        print(f"\nwritten: {path.parent / 'metrics.json'}")
     if args.export:
         Path(args.export).write_text(json.dumps(results))
         print(f"written: {args.export}, {len(results):,} detections")

@@ -76,6 +76,9 @@ class Detection(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images)
 
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
     def __getitem__(self, i):
         number, i = i, i % len(self)
         image, (picture, (w, h)) = self.images[i], self.read(i, self.at_least)
@@ -182,25 +185,23 @@ def faults(coco):
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             yield f"has no list {key!r}; a COCO file has images, annotations and categories"
             return
-    sound = True
     for key, fields in FIELDS.items():
         for i, entry in enumerate(coco[key]):
-            for fault in entry_faults(entry, fields):
-                sound = False
-                yield f"entry {i} of {key!r} {fault}"
-    if not sound:
-        return
+            yield from (f"entry {i} of {key!r} {fault}" for fault in entry_faults(entry, fields))
+    ids, known = {}, {}
     for key in ("images", "categories"):
-        for number, n in collections.Counter(entry["id"] for entry in coco[key]).items():
-            if n > 1:
-                yield f"id {number} occurs twice among the {key}"
-    known, listed = {c["id"] for c in coco["categories"]}, {image["id"] for image in coco["images"]}
+        ids[key] = [entry["id"] for entry in coco[key] if isinstance(entry.get("id"), int)]
+        known[key] = set(ids[key])
+        yield from (f"id {number} occurs twice among the {key}" for number, n in collections.Counter(ids[key]).items() if n > 1)
+    if not coco["categories"]:
+        yield "has no categories"
+        return
     for annotation in coco["annotations"]:
-        name = f"annotation {annotation.get('id')}"
-        if annotation["category_id"] not in known:
-            yield f"{name} has category_id {annotation['category_id']}, which is not among the categories {sorted(known)}"
-        if annotation["image_id"] not in listed:
-            yield f"{name} has image_id {annotation['image_id']}, which is not among the images"
+        for field, key in (("category_id", "categories"), ("image_id", "images")):
+            number = annotation.get(field)
+            if isinstance(number, int) and number not in known[key]:
+                yield (f"annotation {annotation.get('id')} has {field} {number}, which is not among the {key}"
+                       + (f" {sorted(known[key])}" if len(known[key]) < 30 else ""))
 
 
 def entry_faults(entry, fields):
@@ -212,6 +213,8 @@ def entry_faults(entry, fields):
             yield f"has {field} {entry[field]!r:.60}, which is not {WORDS[kind]}"
         elif field == "bbox" and not (len(entry["bbox"]) == 4 and all(isinstance(v, float) or _sensible(v) for v in entry["bbox"])):
             yield f"has bbox {entry['bbox']!r:.60}; it must be 4 numbers, x, y, width, height"  # NaN is removed with a count
+    if isinstance(entry.get("name"), str) and not entry["name"].isprintable():
+        yield f"has name {entry['name']!r:.60}, which is not printable text"
     for field in OPTIONAL & entry.keys():
         if entry[field] is not None and not _sensible(entry[field], 0):
             yield f"has {field} {entry[field]!r:.60}, which is not a number of at least 0"
@@ -230,8 +233,6 @@ def load_coco(images_dir, json_path, transform, limit=None, seed=0):
     images_dir, coco = Path(images_dir), load_json(json_path)
     if not images_dir.is_dir():
         raise DataError(f"{images_dir}: no such folder; the images of {json_path} are expected there")
-    if not coco["categories"]:
-        raise DataError(f"{json_path}: has no categories")
     images = coco["images"][:limit]
     if not images:
         raise DataError(f"{json_path}: has no images")
@@ -450,6 +451,12 @@ MOST_FAULTS = 20  # that are printed
 QUERIES = {"DETR": 100, "Deformable DETR": 300}
 
 
+def first_of(faults, indent="  "):
+    """Lines for the first faults, and one for how many there are more."""
+    more = [f"{indent}… and {len(faults) - MOST_FAULTS:,} more"] if len(faults) > MOST_FAULTS else []
+    return [f"{indent}{fault}" for fault in faults[:MOST_FAULTS]] + more
+
+
 def check(images_dir, json_path):
     """What is in a dataset and what is wrong with it: (text, whether training on it would stop).
 
@@ -457,10 +464,11 @@ def check(images_dir, json_path):
     """
     coco = read_json(json_path)
     wrong = list(faults(coco))
+    wrong += [] if wrong else [f"{image['file_name']} is missing" for image in coco["images"]
+                               if not (Path(images_dir) / image["file_name"]).is_file()]
     if wrong:
-        more = [f"  … and {len(wrong) - MOST_FAULTS:,} more"] if len(wrong) > MOST_FAULTS else []
-        return "\n".join([f"{json_path}: {len(wrong):,} faults", *(f"  {fault}" for fault in wrong[:MOST_FAULTS]), *more]), True
-    ids = collections.Counter(str(annotation.get("id")) for annotation in coco["annotations"])
+        return "\n".join([f"{json_path}: faults, {len(wrong):,}", *first_of(wrong)]), True
+    numbered = [str(a["id"]) for a in coco["annotations"] if a.get("id") is not None]
     data = load_coco(images_dir, json_path, transform=None)
     sizes, unlike, broken = collections.Counter(), [], []
     for i, image in enumerate(tqdm(data.images, "reading images", leave=False, disable=parallel.hidden())):
@@ -489,9 +497,9 @@ def check(images_dir, json_path):
     lines += ["", f"  boxes without area, removed       {data.removed:,}",
               f"  boxes reaching outside, clipped   {data.clipped:,}",
               f"  crowd regions, not trained on     {sum(a['iscrowd'] for a in data.annotations):,}",
-              f"  annotation ids used again         {sum(n - 1 for n in ids.values()):,}",
-              f"  images that cannot be read        {len(broken):,}" + (f", the first: {broken[0]}" if broken else ""),
-              f"  images of another size than said  {len(unlike):,}" + (f", the first: {unlike[0]}" if unlike else "")]
+              f"  annotation ids used again         {len(numbered) - len(set(numbered)):,}",
+              f"  images that cannot be read        {len(broken):,}", *first_of(broken, "    "),
+              f"  images of another size than said  {len(unlike):,}", *first_of(unlike, "    ")]
     lines += [f"  images with more objects than {name}'s {n} queries  {(objects > n).sum():,} ({(objects > n).mean():.1%})"
               for name, n in QUERIES.items()]
     return "\n".join(lines), bool(broken or unlike)
@@ -499,9 +507,20 @@ def check(images_dir, json_path):
 
 def print_checks(datasets):
     """Print the check of each dataset; the exit status, 1 if any of them would stop a training."""
-    found = [check(*files) for files in datasets]
-    print("\n\n".join(text for text, _ in found))
-    return int(any(stops for _, stops in found))
+    status, classes = 0, set()
+    for files in datasets:
+        try:
+            text, stops = check(*files)
+            if not stops:
+                classes.add(class_names(sorted(read_json(files[1])["categories"], key=lambda category: category["id"])))
+        except DataError as error:
+            text, stops = f"error: {error}", True
+        print(text + "\n")
+        status |= stops
+    if len(classes) > 1:
+        print("the splits have different classes: " + " | ".join(sorted(classes)))
+        status = 1
+    return int(status)
 
 
 def write_scenes(out, counts, size, seed):
@@ -524,7 +543,8 @@ def prepare(args):
     import patches
     if args.overlap >= args.patch:
         raise DataError(f"--overlap {args.overlap} must be smaller than --patch {args.patch}")
-    splits = args.splits or [split for split in ("train", "val", "test") if (Path(args.raw) / split / "images").is_dir()]
+    there = [split for split in ("train", "val", "test") if (Path(args.raw) / split / "images").is_dir()]
+    splits = list(dict.fromkeys(args.splits or there))
     if not splits:
         raise DataError(f"{args.raw}: has none of the folders train/images, val/images and test/images")
     if args.annotations and len(splits) > 1:
@@ -538,7 +558,7 @@ def prepare(args):
         if bad:
             print(f"error: {len(bad)} images of {split} are bad" + (", left out" if args.skip_bad else
                   "; mend them and call again, what is finished is kept, or leave them out with --skip_bad"), file=sys.stderr)
-            status |= not args.skip_bad
+            status |= not (args.skip_bad and split_files(args.out, split)[1].exists())
     return int(status)
 
 
@@ -588,7 +608,10 @@ def main(argv=None):
             splits = [split for split in ("train", "val") if (Path(args.data) / split).is_dir()]
             if not splits:
                 raise DataError(f"{args.data}: has no folder train or val; expected is {split_files(args.data, 'train')[1]}")
-            sys.exit(print_checks([split_files(args.data, split) for split in splits]))
+            status = print_checks([split_files(args.data, split) for split in splits])
+            if len(splits) < 2:
+                print(f"there is no {'train' if splits == ['val'] else 'val'}; to train with --data both are needed")
+            sys.exit(status or len(splits) < 2)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
 

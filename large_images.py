@@ -8,11 +8,15 @@ Boxes here are xyxy in pixels of the whole image.
 import argparse
 import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -24,6 +28,7 @@ import parallel
 import patches
 
 AGREE = 0.5  # IoU from which two boxes are of one object
+PICTURE = ".boxes.jpg"  # the end of the names of pictures, so that they are not taken for what they show
 INSIDE = 0.7  # share of a cut box inside another from which it is a part of that
 
 
@@ -87,37 +92,48 @@ def cut_off(boxes, windows, size, margin):
     return (inner & (np.abs(boxes - windows) <= margin)).any(1)
 
 
+def same_objects(boxes, labels, windows):
+    """Pairs (m, 2) of detections of one object from two windows: of one class, one of each window at most, alike in what both show."""
+    pairs = []
+    places, number = np.unique(windows, axis=0, return_inverse=True)
+    number = number.reshape(-1)
+    for a, place in enumerate(places):
+        common = intersect(place, places)
+        for b in np.flatnonzero((area(common) > 0) & (np.arange(len(places)) > a)):
+            for label in np.intersect1d(labels[number == a], labels[number == b]):
+                mine, theirs = (np.flatnonzero((number == k) & (labels == label)) for k in (a, b))
+                first, second = intersect(boxes[mine], common[b])[:, None], intersect(boxes[theirs], common[b])[None]
+                shared = area(intersect(first, second))
+                agreement = shared / np.maximum(area(first) + area(second) - shared, 1e-9)
+                chosen = linear_sum_assignment(agreement, maximize=True)
+                good = agreement[chosen] > AGREE
+                pairs.append(np.stack([mine[chosen[0]], theirs[chosen[1]]], 1)[good])
+    return np.concatenate(pairs) if pairs else np.zeros((0, 2), int)
+
+
 def join(boxes, labels, scores, windows, size, margin):
     """Make one of what several windows have seen of an object: (boxes (k, 4), the index of each one's best detection (k,)).
 
-    boxes, windows (n, 4), labels, scores (n,), size (width, height) of the image. Two boxes of one class from different windows are of
-    one object if they agree in the part of the image that both windows show, or if one of them is cut off by the border of its window and
-    lies inside the other. Boxes that are not cut off come first, then the best; what is cut off everywhere grows to hold all its parts.
+    boxes, windows (n, 4), labels, scores (n,), size (width, height) of the image. Of an object's boxes the best one stands that is not cut
+    off by the border of its window; if all are, the box that holds them all. A cut one alone inside another object of its class is a
+    part of that. (Where several objects reach across all that two windows share, parts may be joined crosswise: let windows overlap by
+    more.)
     """
-    cut, boxes, seen = cut_off(boxes, windows, size, margin), boxes.copy(), windows.astype(float)
-    open_, kept = np.ones(len(boxes), bool), []
-    for i in np.lexsort((-scores, cut)):
-        if not open_[i]:
-            continue
-        open_[i] = False
-        kept.append(i)
-        while True:
-            others = np.flatnonzero(open_ & (labels == labels[i]) & (windows != windows[i]).any(1))
-            both = intersect(seen[i], seen[others])
-            mine, theirs = intersect(boxes[i], both), intersect(boxes[others], both)
-            common = area(intersect(mine, theirs))
-            one = common > AGREE * (area(mine) + area(theirs) - common)
-            one |= cut[others] & (area(intersect(boxes[i], boxes[others])) > INSIDE * area(boxes[others]))
-            others = others[one & (common > 0)]
-            open_[others] = False
-            if not (len(others) and cut[i]):
-                break
-            for grown in (boxes, seen):
-                parts = grown[[i, *others]]
-                grown[i] = *parts[:, :2].min(0), *parts[:, 2:].max(0)
-    kept = np.array(kept, int)
-    kept = kept[np.argsort(-scores[kept], kind="stable")]
-    return boxes[kept], kept
+    n, cut = len(boxes), cut_off(boxes, windows, size, margin)
+    first, second = same_objects(boxes, labels, windows).T
+    _, group = connected_components(coo_matrix((np.ones(len(first)), (first, second)), (n, n)), directed=False)
+    order = np.lexsort((-scores, cut, group))  # the best of each group first
+    best = order[np.diff(group[order], prepend=-1) > 0]
+    joined = boxes[best].copy()
+    for k in np.flatnonzero(cut[best]):
+        parts = boxes[group == group[best[k]]]
+        joined[k] = *parts[:, :2].min(0), *parts[:, 2:].max(0)
+    alone = np.bincount(group, minlength=len(best)) == 1
+    kept = [k for k in range(len(best)) if not (cut[best[k]] and alone[k] and np.any(
+        (labels[best] == labels[best[k]]) & (windows[best] != windows[best[k]]).any(1) & (area(joined) > area(joined[k]))
+        & (area(intersect(joined[k], joined)) > INSIDE * area(joined[k]))))]
+    kept = sorted(kept, key=lambda k: -scores[best[k]])
+    return joined[kept].reshape(-1, 4), best[kept]
 
 
 # ---------------------------------------------------------------- pictures and files
@@ -182,7 +198,7 @@ def main(argv):
     if overlap >= window:
         raise ValueError(f"--overlap {overlap} must be smaller than the window of {window} pixels")
     folder = Path(args.images)
-    files = isaid.image_files(folder) if folder.is_dir() else [folder]
+    files = [file for file in isaid.image_files(folder) if not file.name.endswith(PICTURE)] if folder.is_dir() else [folder]
     folder, out = folder if folder.is_dir() else folder.parent, Path(args.out or path.parent / "predictions")
     out.mkdir(parents=True, exist_ok=True)
     print(f"{path} in windows of {window} pixels that overlap by {overlap}, resized to {flags.image_size or 800}")
@@ -198,9 +214,12 @@ def main(argv):
                      args.workers)
         images.append({"id": len(images), "file_name": str(name), "width": image.width, "height": image.height})
         results.append(found)
-        draw((out / name).with_suffix(".jpg"), image, found, [category["name"] for category in categories])
+        draw(out / name.with_name(name.name + PICTURE), image, found, [category["name"] for category in categories])
         print(f"{name}: {image.width} x {image.height}, {len(found['labels'])} objects")
-    write(out, images, categories, results)
-    print(f"written: {out / 'predictions.json'}, {out / 'predictions.csv'} and {len(images)} pictures")
+    if images:
+        write(out, images, categories, results)
+        print(f"written: {out / 'predictions.json'}, {out / 'predictions.csv'} and {len(images)} pictures")
+    for error in bad[1:]:
+        print(error, file=sys.stderr)
     if bad:
-        raise ValueError(f"{len(bad)} of {len(files)} images cannot be used, the first: {bad[0]}")
+        raise ValueError(f"{len(bad)} of {len(files)} images cannot be used: {bad[0]}")

@@ -9,6 +9,7 @@ exact run lengths where the devkit writes polygons through pixel centres, withou
 - an object with a separate part of one or two pixels is dropped there, here it is kept;
 - P1527 and P1530 are left out there.
 """
+import collections
 import concurrent.futures
 import functools
 import json
@@ -205,18 +206,16 @@ def by_name(categories, path):
 
 
 def read_annotations(path):
-    """{file name: [annotation of the whole image, our category ids]}. Raises DataError."""
+    """{file name: ((width, height) or None, [annotation of the whole image, our category ids])}. Raises DataError."""
     coco = load_json(path)
-    ids = by_name(coco["categories"], path)
-    names = {image["id"]: Path(image["file_name"]).name for image in coco["images"]}
-    found = {name: [] for name in names.values()}
+    ids, objects = by_name(coco["categories"], path), collections.defaultdict(list)
     for annotation in coco["annotations"]:
-        if annotation["image_id"] not in names or annotation["category_id"] not in ids:
-            raise DataError(f"{path}: annotation {annotation.get('id')} has an image_id or category_id that is not listed")
         if not annotation.get("segmentation"):
             raise DataError(f"{path}: annotation {annotation.get('id')} has no segmentation")
-        found[names[annotation["image_id"]]].append({**annotation, "category_id": ids[annotation["category_id"]]})
-    return found
+        objects[annotation["image_id"]].append({**annotation, "category_id": ids[annotation["category_id"]]})
+    sizes = {image["id"]: (image["width"], image["height"]) if image.get("width") and image.get("height") else None
+             for image in coco["images"]}
+    return {Path(image["file_name"]).name: (sizes[image["id"]], objects[image["id"]]) for image in coco["images"]}
 
 
 def local_mask(annotation, height, width):
@@ -224,27 +223,30 @@ def local_mask(annotation, height, width):
     shape = annotation["segmentation"]
     try:
         if isinstance(shape, dict):
+            if list(shape["size"]) != [height, width]:
+                raise ValueError(f"its size is {shape['size']}, the image's {[height, width]}")
             rle = coco_mask.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
-            mask = coco_mask.decode(rle).astype(bool)
-            return 0, 0, mask
+            x, y, w, h = coco_mask.toBbox(rle).astype(int)
+            return y, x, coco_mask.decode(rle)[y:y + h, x:x + w].astype(bool)
         points = [np.asarray(polygon, float).reshape(-1, 2) for polygon in shape]
-        if not all(np.isfinite(p).all() for p in points):
-            raise ValueError("a coordinate is not a finite number")
+        if not all(len(p) > 2 and np.isfinite(p).all() for p in points):
+            raise ValueError("a polygon needs three points, of finite numbers")
         low = np.floor(np.clip(np.min([p.min(0) for p in points], 0), 0, (width, height))).astype(int)
         high = np.ceil(np.clip(np.max([p.max(0) for p in points], 0), 0, (width, height))).astype(int)
         w, h = np.maximum(high - low + 1, 1)
         rles = coco_mask.frPyObjects([(p - low).flatten().tolist() for p in points], int(h), int(w))
-        return low[1], low[0], coco_mask.decode(coco_mask.merge(rles)).astype(bool)
-    except (TypeError, ValueError, KeyError, IndexError) as error:
+        mask = coco_mask.decode(coco_mask.merge(rles)).astype(bool)
+        return low[1], low[0], mask[:height - low[1], :width - low[0]]
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise DataError(f"annotation {annotation.get('id')} has a segmentation that cannot be read ({error})") from None
 
 
 def clip_objects(objects, window):
-    """Annotations of a window from objects [(y, x, mask, annotation)], in their order."""
+    """Annotations of a window from objects [(y, x, mask, annotation)], in their order; each with "object": the place of its object."""
     y0, y1, x0, x1 = window
     h, w = y1 - y0, x1 - x0
     found = []
-    for y, x, mask, annotation in objects:
+    for number, (y, x, mask, annotation) in enumerate(objects):
         part = mask[max(y0 - y, 0):max(y1 - y, 0), max(x0 - x, 0):max(x1 - x, 0)]
         if part.sum() <= SMALLEST:
             continue
@@ -255,7 +257,7 @@ def clip_objects(objects, window):
         runs = np.zeros(len(c), np.int64), (c + left) * h + start + top, stop - start
         _, area, box, masks = describe(runs, (h, w))
         found.append({"category_id": annotation["category_id"], "segmentation": masks[0], "area": int(area[0]), "bbox": box[0].tolist(),
-                      "iscrowd": int(annotation.get("iscrowd") or 0), "tiny": False})
+                      "iscrowd": int(annotation.get("iscrowd") or 0), "tiny": False, "object": number})
     return found
 
 
@@ -269,9 +271,10 @@ def write_whole(path, write):
 
 
 def cut(source, out, labelled, settings, annotations=None):
-    """Cut one image: writes its patches, then its record, [[name, height, width, [annotation]]]. Raises DataError.
+    """Cut one image: writes its patches, then its record. Raises DataError.
 
-    source: the image; masks lie beside it. annotations: of the official file, instead of the masks.
+    source: the image; masks lie beside it. annotations: its part of `read_annotations`, instead of the masks. The record: {"patches":
+    [[name, height, width, [annotation]]], "lost": objects of the official file that are in no patch}.
     """
     stem = source.stem
     if labelled and annotations is None:
@@ -287,19 +290,23 @@ def cut(source, out, labelled, settings, annotations=None):
                 raise DataError(f"{path}: has {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}")
     image, _ = read_image(source)
     height, width = image.height, image.width
-    objects = [(*local_mask(a, height, width), a) for a in annotations or ()]
-    record = []
+    said, whole = annotations or (None, [])
+    if said and said != (width, height):
+        raise DataError(f"{source.name}: the official file says {said[0]} x {said[1]} pixels, the image has {width} x {height}")
+    objects = [(*local_mask(a, height, width), a) for a in whole]
+    lost, record = set(range(len(objects))), []
     for name, window in windows(stem, height, width, **settings):
         y0, y1, x0, x1 = window
         found = []
         if annotations is not None:
             found = clip_objects(objects, window)
+            lost -= {a.pop("object") for a in found}
         elif labelled:
             found = find_objects(labels[y0:y1, x0:x1], ranks[y0:y1, x0:x1])
         record.append([name, y1 - y0, x1 - x0, found])
         patch = image.crop((x0, y0, x1, y1))
         write_whole(out / "images" / name, lambda path, patch=patch: patch.save(path, "PNG", compress_level=4))
-    write_whole(out / "parts" / f"{stem}.json", lambda path: path.write_text(json.dumps(record)))
+    write_whole(out / "parts" / f"{stem}.json", lambda path: path.write_text(json.dumps({"patches": record, "lost": len(lost)})))
 
 
 def is_cut(out, stem):
@@ -308,22 +315,23 @@ def is_cut(out, stem):
         record = json.loads((out / "parts" / f"{stem}.json").read_text())
     except (OSError, ValueError):
         return False
-    return all((out / "images" / name).is_file() for name, *_ in record)
+    return all((out / "images" / name).is_file() for name, *_ in record["patches"])
 
 
 def begin(out, settings):
     """The folder of a split, new or of an earlier call with the same settings. Raises DataError if they differ."""
-    note = out / "parts" / "settings"
+    note = out / "prepare.json"
     try:
         (out / "images").mkdir(parents=True, exist_ok=True)
-        note.parent.mkdir(exist_ok=True)
+        (out / "parts").mkdir(exist_ok=True)
         if not note.exists():
             write_whole(note, lambda path: path.write_text(json.dumps(settings)))
         before = json.loads(note.read_text())
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror})") from None
     if before != settings:
-        raise DataError(f"{out}: was begun with {before}, not {settings}; name another folder, or remove it")
+        differ = [f"{name} {before.get(name)}, not {value}" for name, value in settings.items() if before.get(name) != value]
+        raise DataError(f"{out}: was prepared with {', '.join(differ)}; name another folder, or remove it")
 
 
 def prepare_split(raw, out, split, settings, workers=1, limit=None, skip_bad=False, annotations=None):
@@ -333,6 +341,8 @@ def prepare_split(raw, out, split, settings, workers=1, limit=None, skip_bad=Fal
     skip_bad. Raises DataError if nothing can be done.
     """
     folder, out = Path(raw) / split / "images", Path(out) / split
+    if folder.resolve() == (out / "images").resolve():
+        raise DataError(f"{folder}: is where the images come from; name another folder for the patches")
     sources = sorted((path for path in folder.glob("*.png") if not re.search("_instance_(color|id)_RGB", path.stem)),
                      key=lambda path: natural(path.name))
     sources = [path for path in sources if not (settings["devkit"] and path.stem in LEFT_OUT)][:limit]
@@ -344,10 +354,10 @@ def prepare_split(raw, out, split, settings, workers=1, limit=None, skip_bad=Fal
         absent = [path for path in sources if path.name not in wanted]
         bad, sources = [f"{annotations}: does not list {path.name}" for path in absent], [p for p in sources if p.name in wanted]
     target = split_files(out.parent, split)[1]
-    note = {**settings, "limit": limit, "annotations": str(annotations) if annotations else None}
+    begin(out, {**settings, "limit": limit, "annotations": str(annotations) if annotations else None})
     if target.exists():
-        return f"{target}: is there already; remove it to make it anew", []
-    begin(out, note)
+        (out / "parts").rmdir()
+        return f"{target}: is there already, made with the same settings", []
     todo = [path for path in sources if not is_cut(out, path.stem)]
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
         jobs = {pool.submit(cut, path, out, split != "test", settings, wanted and wanted[path.name]): path for path in todo}
@@ -364,16 +374,19 @@ def prepare_split(raw, out, split, settings, workers=1, limit=None, skip_bad=Fal
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
-    if bad and not skip_bad:
-        return f"{out}: {len(sources) - len(bad)} of {len(sources)} images are cut; no annotation file yet", sorted(bad, key=natural)
-    return merge(out, target, [path.stem for path in sources if is_cut(out, path.stem)], settings["devkit"]), sorted(bad, key=natural)
+    bad, done = sorted(bad, key=natural), [path.stem for path in sources if is_cut(out, path.stem)]
+    if not done or bad and not skip_bad:
+        return f"{out}: {len(done)} of {len(done) + len(bad)} images are cut; no annotation file yet", bad
+    return merge(out, target, done, settings["devkit"]), bad
 
 
 def merge(out, target, stems, devkit):
     """Join the records of the images of a split into its annotation file; returns what is in it, in words."""
-    images, annotations, tiny = [], [], 0
+    images, annotations, tiny, lost = [], [], 0, 0
     for stem in stems:
-        for name, height, width, objects in json.loads((out / "parts" / f"{stem}.json").read_text()):
+        record = json.loads((out / "parts" / f"{stem}.json").read_text())
+        lost += record["lost"]
+        for name, height, width, objects in record["patches"]:
             for found in objects:
                 is_tiny = found.pop("tiny")
                 tiny += is_tiny
@@ -385,5 +398,7 @@ def merge(out, target, stems, devkit):
     for path in (out / "parts").iterdir():
         path.unlink()
     (out / "parts").rmdir()
-    differing = "objects more, with a separate part of one or two pixels, are dropped" if devkit else "of them the devkit drops"
-    return f"{target}: {len(stems):,} images, {len(images):,} patches, {len(annotations):,} objects; {tiny:,} {differing}"
+    text = f"{target}: {len(stems):,} images, {len(images):,} patches, {len(annotations):,} objects"
+    if tiny:
+        text += f"; {tiny:,} " + ("more, with a separate part of one or two pixels, are dropped" if devkit else "of them the devkit drops")
+    return text + (f"; {lost:,} objects of the official file are in no patch: outside, or too small" if lost else "")

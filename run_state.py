@@ -33,7 +33,7 @@ def parameter_groups(model, task, args):
 
 def build_schedule(optimizer, args, steps_per_epoch):
     """The learning rate of each step, as a factor of the group's rate."""
-    total, drop = args.epochs * steps_per_epoch, args.lr_drop * steps_per_epoch
+    total = args.epochs * steps_per_epoch
     warmup = max(1, total // 10)
 
     def onecycle(step):  # a tenth of the steps up along a line, the rest down along a cosine
@@ -41,7 +41,7 @@ def build_schedule(optimizer, args, steps_per_epoch):
         return min((step + 1) / warmup, (1 + math.cos(math.pi * down)) / 2)
 
     def step(step):
-        return 0.1 ** (step // drop)
+        return 0.1 ** (step // (args.lr_drop * steps_per_epoch))
     return torch.optim.lr_scheduler.LambdaLR(optimizer, {"onecycle": onecycle, "step": step}[args.lr_schedule])
 
 

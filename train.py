@@ -98,8 +98,8 @@ def build_parser():
     data("--workers", type=natural, metavar="N", help="loader processes (default: 0 on the CPU, else up to 8)")
     data("--prefetch", type=count, default=4, metavar="N", help="batches that a loader process holds ready (default %(default)s)")
     data("--pin_memory", action=switch, help="load into memory that is copied to a GPU faster (default: with a GPU)")
-    data("--repeat_factor", type=share, metavar="P", help="show images more often whose classes are in less than this share of all, "
-         "as for LVIS, 0.01 say (default: off)")
+    data("--repeat_factor", type=isaid.number(float, most=1), metavar="P",
+         help="show images more often whose classes are in less than this share of all, as for LVIS, 0.01 say (default: off)")
     data("--skip_bad", action=switch, default=False, help="read every image before the first step and leave out those that cannot be read")
     data("--hflip", action=switch, default=True, help="random horizontal flips (default on)")
     data("--vflip", action=switch, default=False, help="random vertical flips")
@@ -159,7 +159,7 @@ def build_parser():
           help="average the weights over steps, 0.999 say; the averages are evaluated and are best.pt's (default: off)")
     optim("--lr_schedule", choices=("onecycle", "step"), default="onecycle",
           help="up and down again, or one drop to a tenth (default %(default)s)")
-    optim("--lr_drop", type=count, default=40, metavar="EPOCH", help="epochs before the drop of `step` (default %(default)s)")
+    optim("--lr_drop", type=count, metavar="EPOCH", help="epochs before the drop of `step` (default 40)")
     optim("--eval_every", type=count, default=1, metavar="N", help="epochs between evaluations (default %(default)s)")
     return parser
 
@@ -184,6 +184,7 @@ def parse(argv):
     settle({"ssl_weight": 1.0}, args.setting == "multitask", "--setting multitask")
     settle(dict.fromkeys(("cls_loss_coef", "bbox_loss_coef", "giou_loss_coef")), args.setting != "pretrain",
            "--setting detect or multitask")
+    settle({"lr_drop": 40}, args.lr_schedule == "step", "--lr_schedule step")
     settle({"repeat_factor": None}, args.setting != "pretrain", "--setting detect or multitask")
     settle({"data_unlabeled": None}, args.setting == "pretrain", "--setting pretrain")
     settle({"init_parts": None}, args.init, "--init")
@@ -261,9 +262,9 @@ def keep_memory():
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         return
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, -1)
+    mmap_max, trim_threshold = -4, -1  # the numbers of these options in malloc.h
+    mallopt(mmap_max, 0)  # nothing apart from the heap …
+    mallopt(trim_threshold, -1)  # … and nothing of the heap given back: the largest number
 
 
 def train_mode(model, args):

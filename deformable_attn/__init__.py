@@ -89,6 +89,8 @@ def _check(value, spatial_shapes, locations, weights):
     """Shapes and dtypes fit, or one message that names the argument."""
     if isinstance(spatial_shapes, torch.Tensor):
         raise ValueError("spatial_shapes is a tensor; give (height, width) integers, which need no copy from the device")
+    if any(size < 1 for shape in spatial_shapes for size in shape):
+        raise ValueError(f"spatial_shapes is {list(spatial_shapes)}; expected (height, width) of at least 1")
     if value.dim() != 4 or locations.dim() != 6:
         raise ValueError(f"value has shape {tuple(value.shape)} and locations {tuple(locations.shape)}; "
                          "expected (N, S, M, D) and (N, Q, M, L, P, 2)")

@@ -8,7 +8,8 @@ Shapes: E, the encoder, and D, the decoder, of Deformable DETR with four levels 
 themselves. Times are medians; on a GPU of graphs of calls, so that Python is not timed. "x ref" is the reference's time over this
 one's. "floor" is the share of the time that the machine needs at least: on the CPU for the multiplications (at the rate of its
 matrix product), on a GPU for moving every operand once (at the rate of its copies). "memory" is the peak of forward and backward
-beyond the operands. "error" is the relative distance from the fp64 reference: output, worst gradient.
+beyond the operands (–: not told, or what the process had was enough). "error" is the relative distance from the fp64 reference:
+output, worst gradient.
 """
 import argparse
 import ctypes
@@ -16,6 +17,7 @@ import functools
 import math
 import re
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -258,6 +260,14 @@ def compile_only(archs):
                   f"{found['backward'][0]:>20} {found['backward'][1]:>7}")
 
 
+def positive(text):
+    """An argparse type."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", nargs="+", metavar="ARCH", help="only compile the CUDA kernel for these, such as sm_90")
@@ -265,10 +275,13 @@ def main():
                         help="(default here: %(default)s)")
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES), help="(default: all)")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), help="(default: fp32; on a GPU all)")
-    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="after one to warm up (default %(default)s)")
+    parser.add_argument("--repeats", type=positive, default=9, metavar="N", help="after one to warm up (default %(default)s)")
     args = parser.parse_args()
     if args.compile:
-        return compile_only(args.compile)
+        try:
+            return compile_only(args.compile)
+        except RuntimeError as error:
+            sys.exit(f"error: {error}")
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{device}; torch {torch.__version__}; {': '.join(backend(args.device))}; median of {args.repeats}\n")
     print(f"| shape | dtype | {'backend':10} | forward ms | backward ms | x ref forward | x ref both | floor forward | backward "
@@ -296,7 +309,7 @@ def print_rows(name, dtype_name, args):
         base = base or (forward, backward)
         print(f"{start} {forward * 1e3:10.3f} | {backward * 1e3:11.3f} "
               f"| {base[0] / forward:13.1f} | {sum(base) / (forward + backward):10.1f} "
-              f"| {least[0] / forward:13.0%} | {least[1] / backward:8.0%} | {'–' if memory is None else f'{memory / 1e6:.0f}':>9} "
+              f"| {least[0] / forward:13.0%} | {least[1] / backward:8.0%} | {f'{memory / 1e6:.0f}' if memory else '–':>9} "
               f"| {errors[0]:.0e}, {errors[1]:.0e} |", flush=True)
 
 

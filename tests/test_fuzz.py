@@ -103,7 +103,7 @@ def test_coco_files(folder, content):
         assert all(boxes.isfinite().all() for boxes in data.boxes)
     attempt("checks", isaid.check, folder, folder / "a.json")
     found = attempt("official annotations", patches.read_annotations, folder / "a.json")
-    for annotation in [a for each in (found or {}).values() for a in each]:
+    for annotation in [a for _, each in (found or {}).values() for a in each]:
         mask = attempt("segmentations", patches.local_mask, annotation, 7, 9)
         if mask:
             patches.clip_objects([(*mask, annotation)], (0, 7, 0, 9))

@@ -139,6 +139,7 @@ BROKEN = {
     "category_id 99": lambda f: edit(f, lambda c: c["annotations"][0].update(category_id=99)),
     "image_id 77": lambda f: edit(f, lambda c: c["annotations"][0].update(image_id=77)),
     "id 1 occurs twice": lambda f: edit(f, lambda c: c["images"][0].update(id=1)),
+    "name 'a.nb', which is not printable": lambda f: edit(f, lambda c: c["categories"][0].update(name="a\nb")),
     "has no images": lambda f: edit(f, lambda c: c.update(images=[], annotations=[])),
     "has no categories": lambda f: edit(f, lambda c: c.update(categories=[], annotations=[])),
     "1 of 6 images are missing": lambda f: (f / "train/images/scene_000002.png").unlink(),
@@ -181,8 +182,8 @@ def test_check_command(folder, capsys):
         isaid.main(["check", str(folder)])
     out = capsys.readouterr().out
     assert stop.value.code == 1 and "images   6," in out and "images   3," in out and "64 x 64 (4), 30 x 20 (1)" in out
-    assert re.search("another size than said +1, the first: scene_000001.png", out)
-    assert re.search("cannot be read +1, the first: .*scene_000002.png: is damaged", out)
+    assert re.search("another size than said +1\n    scene_000001.png", out)
+    assert re.search("cannot be read +1\n    .*scene_000002.png: is damaged", out)
     assert "DETR's 100 queries  1 (16.7%)" in out and "300 queries  0 (0.0%)" in out
     with pytest.raises(SystemExit) as stop:
         isaid.main(["check", "--images", str(folder / "val/images"), "--json", str(isaid.split_files(folder, "val")[1])])
@@ -206,7 +207,7 @@ def test_check_names_every_fault(folder, capsys):
             isaid.main(["check", str(folder)])
         return stop.value.code, capsys.readouterr().out
     status, out = check()
-    assert status == 1 and "4 faults" in out
+    assert status == 1 and "faults, 4" in out
     for text in ("category_id 99, which is not among the categories", "image_id 77, which is not among the images",
                  "id 1 occurs twice among the images", "id 2 occurs twice among the categories"):
         assert text in out
@@ -222,9 +223,18 @@ def test_check_names_every_fault(folder, capsys):
     status, out = check()
     assert status == 0
     assert re.search(r"without area, removed +2\n.*outside, clipped +1\n.*\n.*ids used again +1\n", out)
-    (folder / "train/images/scene_000002.png").unlink()
-    with pytest.raises(SystemExit, match="1 of 6 images are missing, the first is .*scene_000002.png"):
-        isaid.main(["check", str(folder)])
+    edit(folder, lambda coco: coco["categories"][0].update(name="boat"))
+    status, out = check()
+    assert status == 1 and "the splits have different classes: 1 boat" in out
+    edit(folder, lambda coco: coco["annotations"][0].update(bbox="x", category_id=99))
+    assert "bbox 'x', which is not a list" in (out := check()[1]) and "category_id 99" in out  # one fault hides no other
+    edit(folder, mend)
+    for n in (2, 5):
+        (folder / f"train/images/scene_00000{n}.png").unlink()
+    status, out = check()
+    assert status == 1 and all(f"scene_00000{n}.png is missing" in out for n in (2, 5))
+    shutil.rmtree(folder / "val")
+    assert "there is no val; to train with --data both are needed" in check()[1]
 
 
 # ---------------------------------------------------------------- augmentation

@@ -89,6 +89,24 @@ def test_what_is_not_cut_wins():
     assert len(joined) == len(kept) == 0
 
 
+@pytest.mark.parametrize("side, step", [(90, 25), (60, 15), (40, 8)])
+def test_rows_that_overlap(side, step):
+    """Parallel things side by side, as parked lorries: boxes that overlap by half and more stay as many as they are."""
+    rng, width = np.random.default_rng(0), 1000
+    truth = np.array([[x, 60, x + side, 60 + side] for x in range(5, width - side, step)], float)
+    places = np.array([(x0, 0, x1, 256) for x0, x1 in large_images.patches.spans(width, 256, 64)], float)
+    boxes, windows = [], []
+    for place in places:
+        seen = large_images.intersect(truth, place)
+        seen = seen[large_images.area(seen) > 0.2 * side ** 2]
+        boxes.append(large_images.intersect(seen + rng.normal(0, 0.5, seen.shape), place))
+        windows.append(np.tile(place, (len(seen), 1)))
+    boxes, windows = np.concatenate(boxes), np.concatenate(windows)
+    joined, _ = large_images.join(boxes, np.zeros(len(boxes), int), rng.random(len(boxes)), windows, (width, 256), margin=4)
+    distance = np.abs(joined[:, None] - truth).max(-1)
+    assert distance.min(1).max() < 4 and sorted(distance.argmin(1)) == list(range(len(truth)))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
@@ -113,15 +131,20 @@ def test_the_command(run, tmp_path, capsys):
     for row, annotation in zip(rows, coco["annotations"]):
         assert row["class"] == names[annotation["category_id"]] and float(row["score"]) == annotation["score"]
         assert [float(row[key]) for key in ("x", "y", "width", "height")] == annotation["bbox"]
-    for name in ("a.jpg", "deep/b.jpg"):
+    for name in ("a.png.boxes.jpg", "deep/b.jpg.boxes.jpg"):
         with Image.open(tmp_path / "out" / name) as picture:
             assert picture.width > picture.height * 0.5 and max(picture.size) >= 800
+    files = {path: path.read_bytes() for path in (tmp_path / "in").rglob("*.*")}
+    for _ in range(2):  # pictures beside the images neither replace them nor are taken for images
+        evaluation.main(["predict", str(run), str(tmp_path / "in"), "--out", str(tmp_path / "in")])
+        assert len(json.loads((tmp_path / "in/predictions.json").read_text())["images"]) == 2
+    assert all(path.read_bytes() == content for path, content in files.items())
     evaluation.main(["predict", str(run), str(tmp_path / "in/a.png"), "--score", "1"])
     assert json.loads((run / "predictions/predictions.json").read_text())["annotations"] == []
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["none.png"], "none.png: is not an image that can be read"), (["bad"], "1 of 1 images cannot be used, the first: bad/a.png"),
+    (["none.png"], "1 of 1 images cannot be used: none.png: is not an image that can be read"), (["bad"], "1 of 1 images cannot be used: bad/a.png"),
     (["empty"], "holds no images"), (["bad", "--overlap", "64"], "--overlap 64 must be smaller than the window of 64")])
 def test_mistakes_get_one_line(flags, message, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -107,8 +107,7 @@ def test_equals_full_masks(tmp_path, devkit):
         y0, y1, x0, x1 = window
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/train/images" / image["file_name"])), whole[y0:y1, x0:x1])
     assert (dropped > 0) == devkit
-    with pytest.raises(SystemExit, match="0"):
-        isaid.main(["check", str(tmp_path / "out")])
+    assert not isaid.check(*isaid.split_files(tmp_path / "out", "train"))[1]
 
 
 @pytest.mark.skipif(not RAW.is_dir(), reason="needs real raw samples, which are not part of the project")
@@ -171,6 +170,28 @@ def test_from_official_annotations(tmp_path, polygons):
         assert found == expected
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"segmentation": [[1, 1, 9, 9]]}, "a polygon needs three points"),
+    ({"segmentation": [[1, 1, 9, 9, float("nan"), 4]]}, "of finite numbers"),
+    ({"segmentation": {"size": [9, 9], "counts": "1"}}, "its size is [9, 9], the image's [170, 210]"),
+    ({"segmentation": [[500, 1, 600, 1, 600, 50]]}, None), ({"segmentation": None}, "has no segmentation"), ({}, "says 99 x 99 pixels")])
+def test_official_files_with_faults(change, message, tmp_path, capsys):
+    """Refused with the number of the annotation; what lies outside its image is counted."""
+    ids, kinds = draw_raw(tmp_path / "raw/val/images", "P0002", 170, 210, 5)
+    official_file(tmp_path / "a.json", ids, kinds)
+    coco = json.loads((tmp_path / "a.json").read_text())
+    coco["annotations"][1].update(change)
+    if not change:
+        coco["images"][0].update(width=99, height=99)
+    (tmp_path / "a.json").write_text(json.dumps(coco))
+    status = prepare(tmp_path / "raw", tmp_path / "out", *SMALL, "--splits", "val", "--annotations", tmp_path / "a.json")
+    printed = capsys.readouterr()
+    if message is None:
+        assert status == 0 and "1 objects of the official file are in no patch" in printed.out
+    else:
+        assert status and message in f"{status}{printed.err}"
+
+
 def test_interrupted_and_called_again(tmp_path):
     """Killed in the middle, continued: the same bytes as at once."""
     for i in range(12):
@@ -185,17 +206,18 @@ def test_interrupted_and_called_again(tmp_path):
     process.wait()
     assert not (tmp_path / "out/train/instancesonly_filtered_train.json").exists()
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/train/images").glob("P0000_*.png")}
-    assert "was begun with" in prepare(tmp_path / "raw", tmp_path / "out", *SMALL, "--devkit")
+    assert "was prepared with devkit False, not True" in prepare(tmp_path / "raw", tmp_path / "out", *SMALL, "--devkit")
     assert prepare(tmp_path / "raw", tmp_path / "out", *SMALL) == 0
     assert prepare(tmp_path / "raw", tmp_path / "once", *SMALL[:-1], 2) == 0
     files = sorted(path.relative_to(tmp_path / "once") for path in (tmp_path / "once").rglob("*") if path.is_file())
-    assert len(files) == 12 * 25 + 1 and not list((tmp_path / "out").rglob("parts"))
+    assert len(files) == 12 * 25 + 2 and not list((tmp_path / "out").rglob("parts"))
     for name in files:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
     assert finished and all(path.stat().st_mtime_ns == before for path, before in finished.items())
     leftover = [path for path in (tmp_path / "out").rglob("*.tmp")]
     assert len(leftover) <= 1
     assert prepare(tmp_path / "raw", tmp_path / "out", *SMALL) == 0  # nothing left to do
+    assert "was prepared with limit None, not 1" in prepare(tmp_path / "raw", tmp_path / "out", *SMALL, "--limit", 1)
 
 
 def test_faults_are_named(tmp_path, capsys):
@@ -219,6 +241,9 @@ def test_faults_are_named(tmp_path, capsys):
     assert prepare(tmp_path / "raw", tmp_path / "out", *SMALL, "--skip_bad") == 0
     coco = json.loads((tmp_path / "out/train/instancesonly_filtered_train.json").read_text())
     assert {image["file_name"][:5] for image in coco["images"]} == {"P0001"}
+    (folder / "P0001.png").unlink()  # none is left
+    assert prepare(tmp_path / "raw", tmp_path / "other", *SMALL, "--skip_bad") == 1
+    assert "0 of 4 images are cut" in capsys.readouterr().out and not list((tmp_path / "other").rglob("instancesonly*"))
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -227,7 +252,7 @@ def test_faults_are_named(tmp_path, capsys):
     (["raw", "out", "--patch", "100", "--overlap", "100"], "--overlap 100 must be smaller than --patch 100"),
     (["raw", "out", "--splits", "val", "--annotations", "none.json"], "none.json: cannot be read"),
     (["raw", "out", "--splits", "val", "--annotations", "classes.json"], "its class 'submarine' is none of iSAID's"),
-    (["raw", "raw/val/images/P0001.png"], "cannot be written")])
+    (["raw", "raw"], "is where the images come from"), (["raw", "raw/val/images/P0001.png"], "cannot be written")])
 def test_mistakes_get_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw_raw(Path("raw/val/images"), "P0001", 30, 30, 2)
