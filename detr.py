@@ -213,6 +213,7 @@ class DETR(nn.Module):
                  dec_layers=6, dim_feedforward=2048, dropout=0.1, num_queries=100, frozen_bn=True, backbone_weights=None):
         super().__init__()
         check_sizes(hidden_dim, nheads, 4, num_classes=num_classes, num_queries=num_queries, dec_layers=dec_layers)
+        self.num_queries = num_queries
         layer = hidden_dim, nheads, dim_feedforward, dropout
         self.transformer = nn.Module()
         self.transformer.encoder = Stack(DETREncoderLayer(*layer) for _ in range(enc_layers))
@@ -525,15 +526,15 @@ def set_losses(logits, boxes, targets, focal, totals=None):
 
     logits (N, B, Q, K), boxes (N, B, Q, 4); targets: per image {"labels": (T,), "boxes": (T, 4) cxcywh in 0..1}, best
     left on the host. Class term: cross-entropy with "no object", or focal loss; the others over matched pairs only.
-    totals: the `loss_counts` of a larger batch that this one is a part of.
+    totals: the `loss_counts` of a larger batch that this one is a part of, at least 1.
     """
     N, B, Q, K = logits.shape
     counts = [len(target["labels"]) for target in targets]
     labels = pad_sequence([target["labels"] for target in targets], batch_first=True).to(logits.device)  # (B, T)
     target_boxes = pad_sequence([target["boxes"] for target in targets], batch_first=True).to(logits.device)  # (B, T, 4)
     layer, image, query, target = match(logits, boxes, labels, target_boxes, counts, focal)
-    totals = totals or loss_counts(targets, Q, focal)
-    num_boxes, num_queries = (max(totals[name], 1) for name in ("objects", "queries"))
+    totals = totals or {name: max(count, 1) for name, count in loss_counts(targets, Q, focal).items()}
+    num_boxes, num_queries = totals["objects"], totals["queries"]
     if focal:
         wanted = torch.zeros_like(logits)
         wanted[layer, image, query, labels[image, target]] = 1
@@ -554,7 +555,7 @@ def set_losses(logits, boxes, targets, focal, totals=None):
 def detection_losses(outputs, targets, focal, totals=None):
     """Every loss of a decoder's outputs, unweighted, by name: {"loss_…": (N,)}; "loss_…_enc": (1,) for proposals.
 
-    totals: the `loss_counts` of a larger batch that this one is a part of.
+    totals: as for `set_losses`.
     """
     losses = set_losses(outputs["logits"], outputs["boxes"], targets, focal, totals)
     if "proposal_logits" in outputs:  # proposals tell objects from background only: every object has label 0

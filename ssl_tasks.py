@@ -172,10 +172,11 @@ class Task(nn.Module):
         return prediction, target, *self.errors(prediction, target)
 
     def loss(self, memory, images, corruption, total=None):
-        """The mean error of the counted patches; 0 if there are none. total: their number in a larger batch that this one is a part of."""
+        """The mean error of the counted patches; 0 if there are none. total: their number in a larger batch that this one is a part of,
+        at least 1."""
         _, _, error, _ = self.compare(memory, images, corruption)
         counted = self.counted(corruption)
-        return (error * counted).sum() / max(counted.sum() if total is None else total, 1)
+        return (error * counted).sum() / (total or max(counted.sum(), 1))
 
     def panels(self, images, prediction, target, corruption):
         """Rows of the picture: {title: (images (B, 3, H, W), patches to frame (B, P) or None, right or not or None)}."""

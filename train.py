@@ -447,8 +447,7 @@ class Learner(torch.nn.Module):
 
 def counts(model, task, targets, corruption):
     """What the losses of a batch are divided by; see detr.loss_counts."""
-    found = detr.loss_counts(targets, getattr(model, "num_queries", 0) or model.query_embed.num_embeddings, model.focal)
-    return {**found, "patches": int(task.counted(corruption).sum()) if task else 0}
+    return {**detr.loss_counts(targets, model.num_queries, model.focal), "patches": int(task.counted(corruption).sum()) if task else 0}
 
 
 def steps_of(loader, task, args):
@@ -468,7 +467,8 @@ def take_step(learner, batches, run, args):
     totals = collections.Counter()
     for _, _, targets, corruption in batches:
         totals.update(counts(model, task, targets, corruption))
-    totals = {name: value / parallel.world() for name, value in parallel.total(totals).items()}  # gradients are averaged over processes
+    # gradients are averaged over processes, so each divides by its share of what all have
+    totals = {name: max(value, 1) / parallel.world() for name, value in parallel.total(totals).items()}
     weights, sums = loss_weights(args), collections.Counter()
     run.optimizer.zero_grad()
     for i, batch in enumerate(batches):
