@@ -1,6 +1,7 @@
 """Times and checks deformable attention on this machine: every backend, and on a GPU others' implementations too.
 
     python -m deformable_attn.bench                              a table
+    python -m deformable_attn.bench --check                      the operator's tests first, on a GPU under compute-sanitizer too
     python -m deformable_attn.bench --compile sm_80 sm_90        only compile the CUDA kernel: registers, spills, seconds; needs no GPU
 
 Shapes: E, the encoder, and D, the decoder, of Deformable DETR with four levels of stride 8 to 64, for images of 512 x 512 pixels
@@ -16,7 +17,9 @@ import ctypes
 import functools
 import math
 import re
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -260,6 +263,21 @@ def compile_only(archs):
                   f"{found['backward'][0]:>20} {found['backward'][1]:>7}")
 
 
+def check(device):
+    """Run the tests of the operator, on a GPU also under compute-sanitizer where that is installed; ends the program if one fails."""
+    tests = [sys.executable, "-m", "pytest", "-q", "tests/test_deformable_attn.py", "-p", "no:cacheprovider"]
+    commands, sanitizer = [tests], shutil.which("compute-sanitizer")
+    if device == "cuda" and sanitizer:
+        commands += [[sanitizer, "--tool", tool, "--error-exitcode", "1", *tests, "-k", "cuda and (reference or precision or gradients)"]
+                     for tool in ("memcheck", "racecheck")]
+    elif device == "cuda":
+        print("compute-sanitizer is not installed: no check of memory and races")
+    for command in commands:
+        print(" ".join(command), flush=True)
+        if subprocess.run(command, cwd=Path(__file__).resolve().parents[1]).returncode:
+            sys.exit("error: a test failed; nothing was timed")
+
+
 def positive(text):
     """An argparse type."""
     number = int(text)
@@ -271,6 +289,7 @@ def positive(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", nargs="+", metavar="ARCH", help="only compile the CUDA kernel for these, such as sm_90")
+    parser.add_argument("--check", action="store_true", help="run the tests of the operator before")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
                         help="(default here: %(default)s)")
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES), help="(default: all)")
@@ -282,6 +301,8 @@ def main():
             return compile_only(args.compile)
         except RuntimeError as error:
             sys.exit(f"error: {error}")
+    if args.check:
+        check(args.device)
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{device}; torch {torch.__version__}; {': '.join(backend(args.device))}; median of {args.repeats}\n")
     print(f"| shape | dtype | {'backend':10} | forward ms | backward ms | x ref forward | x ref both | floor forward | backward "

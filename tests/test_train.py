@@ -251,7 +251,7 @@ def test_schedules(epochs):
         factors = {}
         for name in ("onecycle", "step"):
             optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
-            args = train.parse(["--lr_schedule", name, "--lr_drop", "4", "--epochs", str(epochs)])
+            args = train.parse(["--lr_schedule", name, *(["--lr_drop", "4"] if name == "step" else []), "--epochs", str(epochs)])
             schedule, factors[name] = run_state.build_schedule(optimizer, args, steps), []
             for _ in range(epochs * steps):
                 factors[name].append(optimizer.param_groups[0]["lr"])
