@@ -188,11 +188,10 @@ def faults(coco):
     for key, fields in FIELDS.items():
         for i, entry in enumerate(coco[key]):
             yield from (f"entry {i} of {key!r} {fault}" for fault in entry_faults(entry, fields))
-    ids, known = {}, {}
+    known = {}
     for key in ("images", "categories"):
-        ids[key] = [entry["id"] for entry in coco[key] if isinstance(entry.get("id"), int)]
-        known[key] = set(ids[key])
-        yield from (f"id {number} occurs twice among the {key}" for number, n in collections.Counter(ids[key]).items() if n > 1)
+        known[key] = collections.Counter(entry["id"] for entry in coco[key] if isinstance(entry.get("id"), int))
+        yield from (f"id {number} occurs twice among the {key}" for number, n in known[key].items() if n > 1)
     if not coco["categories"]:
         yield "has no categories"
         return

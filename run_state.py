@@ -100,7 +100,7 @@ class Run:
     def load(self, state, path):
         """Go on from a checkpoint. Raises ValueError if it is of another run."""
         try:
-            self.model.load_state_dict({**self.model.state_dict(), **state["model"]} if self.args.setting == "pretrain" else state["model"])
+            self.model.load_state_dict({**self.model.state_dict(), **state["model"]})  # a pretraining has no decoder there
             if self.task:
                 self.task.load_state_dict(state["task"]["state"])
             if self.ema:
@@ -139,6 +139,8 @@ def check_disk(out, model):
     need = 8 * sum(p.numel() * p.element_size() for p in model.parameters())
     free = shutil.disk_usage(out).free
     if free < need:
+        if not any(out.iterdir()):
+            out.rmdir()  # the same command should work once there is room
         raise ValueError(f"--out {out}: {free / 1e6:,.0f} MB are free on its disk, checkpoints need up to {need / 1e6:,.0f}; make room or "
                          "name another folder")
 

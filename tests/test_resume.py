@@ -149,6 +149,7 @@ def test_a_disk_that_is_too_small_is_met_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(run_state.shutil, "disk_usage", lambda _: SimpleNamespace(free=10 ** 6))
     with pytest.raises(SystemExit, match="1 MB are free on its disk, checkpoints need up to"):
         train.main([*TINY, "--epochs", "1", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_folders_that_cannot_be_written(tmp_path):
