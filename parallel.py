@@ -57,6 +57,13 @@ def total(values):
     return dict(zip(values, sums.tolist()))
 
 
+def share_buffers(module):
+    """Batch statistics, which every process has its own of, become those of the first one: the ones that are saved."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def stop():
     if dist.is_initialized():
         dist.destroy_process_group()

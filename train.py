@@ -629,8 +629,9 @@ def main(argv=None):
     except FloatingPointError as error:
         run_state.save(out / "failed.pt", run.state(alone=True))
         again = [flag for flag in argv if flag != "--resume"] + ([] if "--out" in argv else ["--out", str(out)])
+        launcher = "python" if parallel.world() == 1 else f"torchrun --nproc_per_node {parallel.world()}"
         sys.exit(f"error: {error}; try a lower --lr. The step was not taken. The same batch again: "
-                 f"python train.py {shlex.join(again)} --resume failed.pt")
+                 f"{launcher} train.py {shlex.join(again)} --resume failed.pt")
     except KeyboardInterrupt as interrupt:
         print(f"\nstopped in epoch {run.epoch} after {run.step} of {run.steps} steps; the weights are in {out / 'last.pt'}; to go on, the "
               f"same command with --out {out} --resume")
@@ -670,6 +671,7 @@ def fit(args, out, run, train_set, val_set):
             line = epoch_line(run, args)
             if run.epoch % args.eval_every == 0 or run.epoch == args.epochs:
                 start = time.perf_counter()
+                parallel.share_buffers(run.best_model)
                 metrics = evaluate(run.best_model, run.task, val_set, args, out)
                 line.update({name: metrics[name] for name in (*evaluation.METRICS, "ssl_loss", "ssl_acc") if name in metrics})
                 line["eval_seconds"] = round(time.perf_counter() - start, 2)

@@ -14,6 +14,7 @@ import isaid
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--hidden_dim", "32", "--nheads", "2", "--enc_layers", "1", "--dec_layers", "1", "--dim_feedforward", "32", "--num_queries", "8",
         "--image_size", "64", "--limit_train", "16", "--limit_val", "7", "--batch_size", "4"]
+TASK = ["--setting", "multitask", "--ssl_task", "mim-continuous", "--ssl_patch", "16"]
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 
 
@@ -52,14 +53,15 @@ def test_gradients_of_parts_are_those_of_the_whole(processes, accumulate, alone,
 def run(tmp_path_factory):
     """A run in two processes, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    done = command(2, "train.py", *TINY, "--epochs", 2, "--out", out)
+    done = command(2, "train.py", *TINY, *TASK, "--epochs", 2, "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
 
 def test_one_run_folder(run):
     out, printed = run
-    assert sorted(path.name for path in out.iterdir()) == ["best.pt", "config.json", "curves.png", "detections.png", "last.pt", "log.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == ["best.pt", "config.json", "curves.png", "detections.png", "last.pt", "log.jsonl",
+                                                         "ssl.png"]
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     assert printed.count("epoch   1/2") == 1 and "8 images a step, 2 steps an epoch, 2 epochs: 32 images in all" in printed
@@ -72,9 +74,12 @@ def test_evaluation_counts_every_image_once(run):
         done = command(processes, "eval.py", run[0])
         assert done.returncode == 0 and done.stdout.count("AP50") == 2, done.stderr
         metrics.append(json.loads((run[0] / "metrics.json").read_text()))
-    assert metrics[0]["images"] == 7 and metrics[0] == metrics[1] == metrics[2]
-    best = max(json.loads(line)["ap"] for line in (run[0] / "log.jsonl").read_text().splitlines())
-    assert metrics[0]["ap"] == pytest.approx(best, abs=1e-9)
+    tasks = [found.pop("ssl_loss") for found in metrics]
+    assert metrics[0]["images"] == 7 and metrics[0] == metrics[1] == metrics[2] and tasks == pytest.approx([tasks[0]] * 3, rel=1e-6)
+    log = [json.loads(line) for line in (run[0] / "log.jsonl").read_text().splitlines()]
+    best = max(log, key=lambda line: line["ap"])  # its weights and batch statistics are best.pt's
+    assert (metrics[0]["ap"], metrics[0]["ar"]) == pytest.approx((best["ap"], best["ar"]), abs=1e-9)
+    assert tasks[0] == pytest.approx(best["ssl_loss"], rel=1e-6)
 
 
 def test_an_error_in_one_process_ends_all(tmp_path):
