@@ -90,12 +90,12 @@ class Run:
 
     def state(self, alone=False):
         """What it takes to go on; a process that failed asks alone."""
-        random = self.random or self.random_state()
+        sums = {name: torch.as_tensor(value).cpu() for name, value in self.sums.items()}
+        own = {"random": self.random or self.random_state(), "sums": sums}
         return {**self.product(self.model), "ema": self.ema and self.weights(self.ema.module), "averaged": self.ema and self.ema.n_averaged,
                 "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(),
-                "random": [random] if alone else parallel.gather(random), "place": {"epoch": self.epoch, "step": self.step},
-                "sums": {name: torch.as_tensor(value).cpu() for name, value in self.sums.items()}, "waited": self.waited,
-                "seconds": self.seconds, "log": self.log, "best": self.best}
+                "processes": [own] if alone else parallel.gather(own), "place": {"epoch": self.epoch, "step": self.step},
+                "steps": self.steps, "waited": self.waited, "seconds": self.seconds, "log": self.log, "best": self.best}
 
     def load(self, state, path):
         """Go on from a checkpoint. Raises ValueError if it is of another run."""
@@ -109,12 +109,16 @@ class Run:
             for name in ("optimizer", "schedule", "scaler"):
                 getattr(self, name).load_state_dict(state[name])
             self.epoch, self.step = state["place"]["epoch"], state["place"]["step"]
-            self.sums = {name: value.to(self.args.device) for name, value in state["sums"].items()}
             self.waited, self.seconds, self.log, self.best = (state[name] for name in ("waited", "seconds", "log", "best"))
-            self.random = state["random"][parallel.rank() % len(state["random"])]
+            own = state["processes"][parallel.rank() % len(state["processes"])]
+            self.random, self.sums = own["random"], {name: value.to(self.args.device) for name, value in own["sums"].items()}
+            steps = state["steps"]
         except (KeyError, TypeError, RuntimeError, AttributeError) as error:
             raise ValueError(f"{path}: is not a checkpoint to go on from ({str(error).splitlines()[0]}); start from its weights with "
                              "--init") from None
+        if steps != self.steps:
+            raise ValueError(f"{path}: was made with {steps} steps an epoch, here there are {self.steps}; a run goes on with the same "
+                             "data and number of processes")
 
 
 MAY_DIFFER = {"resume", "out", "workers", "prefetch", "pin_memory", "save_every", "device"}  # between a run and what resumes it

@@ -8,21 +8,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_resume import same_run, wait_for
 
 import isaid
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--hidden_dim", "32", "--nheads", "2", "--enc_layers", "1", "--dec_layers", "1", "--dim_feedforward", "32", "--num_queries", "8",
         "--image_size", "64", "--limit_train", "16", "--limit_val", "7", "--batch_size", "4"]
-TASK = ["--setting", "multitask", "--ssl_task", "mim-continuous", "--ssl_patch", "16"]
+TASK = ["--setting", "multitask", "--ssl_task", "mim-continuous", "--ssl_patch", "16", "--dropout", "0.1"]
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 
 
-def command(processes, script, *flags):
+def start(processes, script, *flags):
     """A script in that many processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    return subprocess.run([sys.executable, *launcher, script, *map(str, flags)], cwd=ROOT, text=True, capture_output=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen([sys.executable, *launcher, script, *map(str, flags)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def command(*how):
+    process = start(*how)
+    out, errors = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(how, process.returncode, out, errors)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +87,21 @@ def test_evaluation_counts_every_image_once(run):
     best = max(log, key=lambda line: line["ap"])  # its weights and batch statistics are best.pt's
     assert (metrics[0]["ap"], metrics[0]["ar"]) == pytest.approx((best["ap"], best["ar"]), abs=1e-9)
     assert tasks[0] == pytest.approx(best["ssl_loss"], rel=1e-6)
+
+
+def test_stopped_and_resumed_is_undisturbed(run, tmp_path):
+    """SIGTERM to the launcher, as a cluster sends it; then the same bits, and each process's own losses in the log."""
+    out, flags = tmp_path / "run", [*TINY, *TASK, "--epochs", 2, "--save_every", 1]
+    process = start(2, "train.py", *flags, "--out", out)
+    wait_for(process, (out / "last.pt").exists)
+    process.terminate()
+    printed, _ = process.communicate(timeout=100)
+    assert "to go on, the same command" in printed
+    done = command(2, "train.py", *flags, "--out", out, "--resume")
+    assert done.returncode == 0 and "resumed     in epoch 1" in done.stdout, done.stderr
+    same_run(run[0], out, epochs=2)
+    done = command(1, "train.py", *flags, "--out", out, "--resume")
+    assert done.returncode == 1 and "was made with 2 steps an epoch, here there are 4" in done.stderr
 
 
 def test_an_error_in_one_process_ends_all(tmp_path):
