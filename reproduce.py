@@ -166,7 +166,7 @@ def draw(path, results):
                 epochs = [line["epoch"] for line in logs[0]]
                 ap = torch.tensor([[line["ap"] or 0.0 for line in log] for log in logs])  # (seeds, epochs)
                 style = {"color": "black"} if name.endswith("scratch") else {"linestyle": "--" if "multitask" in name else "-"}
-                line, = axes.plot(epochs, ap.mean(0), label=name.removeprefix(f"{model}-"), **style)
+                line, = axes.plot(epochs, ap.mean(0), marker=".", label=name.removeprefix(f"{model}-"), **style)
                 if len(runs) > 1:
                     axes.fill_between(epochs, ap.mean(0) - ap.std(0), ap.mean(0) + ap.std(0), alpha=0.15,
                                       color=line.get_color())

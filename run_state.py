@@ -127,6 +127,8 @@ MAY_DIFFER = {"resume", "out", "workers", "prefetch", "pin_memory", "save_every"
 def open_checkpoint(args):
     """The checkpoint to resume from, or None if there is none yet. Raises ValueError if it was made with other flags."""
     path = Path(args.out, args.resume)
+    if not all(seen := parallel.gather(path.exists())) and any(seen):
+        raise ValueError(f"{path}: not every process can see it; --resume needs a disk that all machines share")
     if not path.exists() and args.resume == "last.pt":
         return None
     state = detr.load_checkpoint(path)

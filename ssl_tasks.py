@@ -268,10 +268,10 @@ class JigsawPositions(ClassTask):
         return corruption.source.unflatten(1, corruption.grid)
 
     def panels(self, images, prediction, target, corruption):
-        """The patches are put back where all predictions together, as one assignment, want them."""
+        """The patches that count are put back where all predictions together, as one assignment, want them."""
         guess = corruption.source.clone()
-        for scores, source, whole in zip(prediction.flatten(2).log_softmax(1), guess, corruption.whole):
-            patches = whole.nonzero()[:, 0]
+        for scores, source, counted in zip(prediction.flatten(2).log_softmax(1), guess, self.counted(corruption)):
+            patches = counted.nonzero()[:, 0]  # the moved ones or all: in both cases they change places among themselves
             place, origin = linear_sum_assignment(-scores[patches][:, patches].T.cpu().numpy())  # both over `patches`
             source[patches[place]] = patches[origin]
         put_back = corruption._replace(source=guess).undone()

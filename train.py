@@ -579,7 +579,8 @@ def prepare(args):
     task = build_task(args, model, train_set, fit=not state).to(args.device) if args.setting != "detect" else None
     out = Path(parallel.first(str(make_run_folder(args)) if parallel.rank() == 0 else None))
     args.out = str(out)
-    run_state.check_disk(out, model)
+    if parallel.rank() == 0:
+        run_state.check_disk(out, model)
     model.to(args.device, memory_format=torch.channels_last)  # convolutions are faster so
     content = {"detector": config, "categories": train_set.categories, "window": window_size(train_set)}
     run = run_state.Run(model, task, args, content, steps)
