@@ -1,6 +1,4 @@
 """Options of training that do not change what is learnt, or only by rounding: precision, compiled models, averaged weights, less memory."""
-import json
-
 import pytest
 import torch
 
@@ -96,11 +94,9 @@ def test_averaged_weights(tmp_path):
         history.append(run.model.state_dict()[name].clone())
     assert len(history) == 2  # the average starts at the first step's weights
     torch.testing.assert_close(run.ema.module.state_dict()[name], 0.5 * history[0] + 0.5 * history[1])
-    train.main([*TINY, "--ema", "0.9", "--epochs", "2", "--out", str(tmp_path / "b")])
+    train.main([*TINY, "--ema", "0.9", "--epochs", "1", "--out", str(tmp_path / "b")])
     last, best = (torch.load(tmp_path / f"b/{kind}.pt", weights_only=True) for kind in ("last", "best"))
     assert not torch.equal(last["ema"][name], last["model"][name])
-    lines = [json.loads(line) for line in (tmp_path / "b/log.jsonl").read_text().splitlines()]
-    if max(line["ap"] for line in lines[:1]) < lines[1]["ap"]:
-        assert torch.equal(best["model"][name], last["ema"][name])
+    assert torch.equal(best["model"][name], last["ema"][name])
     model = train.evaluation.load_run(tmp_path / "b/last.pt", "cpu")[0]
     assert torch.equal(model.state_dict()[name], last["ema"][name])

@@ -24,7 +24,7 @@ def test_python_snippets(capsys):
     assert capsys.readouterr().out == "torch.Size([6, 2, 50, 15]) torch.Size([6, 2, 50, 4])\ntorch.Size([1, 5, 256])\n"
 
 
-@pytest.mark.parametrize("line", re.findall(r"^    (?:.* && )?python train\.py ?(.*)$", TEXT, re.M))
+@pytest.mark.parametrize("line", re.findall(r"^    (?:.* && )?(?:python|torchrun .*)? *train\.py ?(.*)$", TEXT, re.M))
 def test_train_commands_parse(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     train.parse(shlex.split(line))
