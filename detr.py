@@ -16,6 +16,7 @@ import argparse
 import copy
 import hashlib
 import math
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -614,11 +615,13 @@ def load_checkpoint(path):
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint file")
     try:
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch does not compare the checksums
+            raise ValueError(f"checksum of {damaged}")
         with torch.serialization.safe_globals([argparse.Namespace]):  # the official files keep their arguments in one
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise ValueError(f"{path}: not a checkpoint of tensors and plain values, or damaged "
-                         f"({type(error).__name__})") from None
+                         f"({error if isinstance(error, ValueError) else type(error).__name__})") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint

@@ -35,7 +35,7 @@ def predict(model, data, batch_size, workers=0, device="cpu", top=100):
     """What the model finds in every image of a dataset, as COCO results.
 
     Returns [{"image_id", "category_id", "bbox": [x, y, w, h] pixels of the file, "score"}], ids as in the dataset; in every process
-    those of all.
+    those of all. Raises FloatingPointError if it is NaN.
     """
     model.eval()
     results = []
@@ -43,6 +43,8 @@ def predict(model, data, batch_size, workers=0, device="cpu", top=100):
     for images, padding, targets in tqdm(loader, "evaluating", leave=False, disable=parallel.hidden()):
         outputs = model(images.to(device), padding.to(device))
         outputs = {name: outputs[name][-1:].cpu() for name in ("logits", "boxes")}
+        if not all(output.isfinite().all() for output in outputs.values()):
+            raise FloatingPointError(f"{data.name}: what the model finds is NaN or infinite; its training diverged, or its file is damaged")
         found = detr.detections(outputs, [target["size"] for target in targets], model.focal, top)
         for target, detection in zip(targets, found):
             boxes = detection["boxes"]
@@ -173,7 +175,9 @@ def ssl_metrics(model, task, data, batch_size, workers=0, device="cpu"):
         errors += (error * counted).sum()
         hits += 0 if right is None else (right & counted).sum()
         patches += counted.sum()
-        panels = panels or task.panels(images, prediction, target, corruption)
+        if not panels:
+            panels = {title: (isaid.unnormalise(rows).masked_fill(padding[:, None], 1), *marks)
+                      for title, (rows, *marks) in task.panels(images, prediction, target, corruption).items()}
     sums = parallel.total({"errors": errors, "hits": hits, "patches": patches})
     if not sums["patches"]:
         raise isaid.DataError(f"{data.name}: no patch of {task.patch} pixels was corrupted; take larger images, a smaller "
@@ -228,21 +232,22 @@ def draw_detections(path, data, results, n=6, score=0.3, side=320):
     sheet.save(path)
 
 
-def draw_ssl(path, panels, patch, n=6, side=256):
+def draw_ssl(path, panels, patch, n=6):
     """What a self-supervised task does to the first n images, a row for each panel.
 
-    panels: {title: (images (B, 3, H, W) normalised, patches to frame (B, P) or None, right or not (B, P) or None)}; frames
-    are white, or green where right and red where wrong.
+    panels: {title: (images (B, 3, H, W) in 0..1, patches to frame (B, P) or None, right or not (B, P) or None)}; frames
+    are white, or green where right and red where wrong. Between small patches of one colour there is no line.
     """
     n = min(n, *(len(images) for images, _, _ in panels.values()))
     H, W = next(iter(panels.values()))[0].shape[-2:]
-    scale, columns = side / max(H, W), -(-W // patch)
+    columns, rows = -(-W // patch), -(-H // patch)
+    scale = (256 if max(columns, rows) <= 16 else 512) / max(H, W)
     w, h = round(W * scale), round(H * scale)
     sheet, font = Image.new("RGB", (n * (w + 4), len(panels) * (h + 20)), "white"), ImageFont.load_default(14)
     pen = ImageDraw.Draw(sheet)
     for row, (title, (images, framed, right)) in enumerate(panels.items()):
         pen.text((4, row * (h + 20) + 1), title, fill="black", font=font)
-        images = (isaid.unnormalise(images[:n]) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+        images = (images[:n] * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
         for column, image in enumerate(images):
             x, y = column * (w + 4), row * (h + 20) + 18
             sheet.paste(Image.fromarray(image).resize((w, h), Image.Resampling.NEAREST), (x, y))
@@ -267,7 +272,8 @@ def draw_curves(path, log):
             if points:
                 axes.plot(*zip(*points), marker=".", label=name.removeprefix("train_"))
         axes.set(xlabel="epoch", ylabel=label)
-        axes.set_ylim(bottom=0, top=1 if label.endswith("AP") else None)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=110)
@@ -329,7 +335,7 @@ def main(argv=None):
             large_images.main(argv[1:])
         else:
             evaluate_run(argv)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {isaid.one_line(error)}")
 
 
@@ -364,6 +370,8 @@ def evaluate_run(argv):
     if args.limit_val:
         setattr(flags, f"limit_{args.split}", args.limit_val)
     data = isaid.open_split(args.split, flags, train=False)
+    if data.bad:
+        print(f"left out: {len(data.bad)} images that cannot be read, the first: {data.bad[0]}")
     if flags.setting != "pretrain" and data.categories != categories:
         raise isaid.DataError(f"{data.name}: its classes {isaid.class_names(data.categories)} are not the model's "
                               f"{isaid.class_names(categories)}")
@@ -389,7 +397,7 @@ def evaluate_run(argv):
         return
     if args.split != "test":
         (path.parent / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        print(f"\nwritten: {path.parent / 'metrics.json'}")
+        print(f"\nwritten: {path.parent / 'metrics.json'}" + (f", {path.parent / 'ssl.png'}" if task else ""))
     if args.export:
         Path(args.export).write_text(json.dumps(results))
         print(f"written: {args.export}, {len(results):,} detections")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -60,6 +60,7 @@ class Detection(torch.utils.data.Dataset):
 
     def __init__(self, name, coco, read, transform, seed=0):
         self.name, self.read, self.transform, self.seed, self.epoch, self.at_least = name, read, transform, seed, 0, None
+        self.bad = []  # what is wrong with images that were left out
         self.images = coco["images"]
         self.categories = sorted(({"id": c["id"], "name": str(c["name"])} for c in coco["categories"]), key=lambda c: c["id"])
         self.annotations, self.clipped, self.removed = clean_boxes(self.images, coco["annotations"])
@@ -102,21 +103,20 @@ class Detection(torch.utils.data.Dataset):
 
 
 def leave_out_unreadable(data):
-    """Read every image and leave those out that cannot be read; returns what is wrong with them. Raises DataError if none is left."""
-    kept, bad = [], []
+    """Read every image and leave those out that cannot be read; data.bad says what is wrong with them. Raises DataError if none is left."""
+    kept, data.bad = [], []
     for i in tqdm(range(len(data)), f"reading {data.name}", leave=False, disable=parallel.hidden()):
         try:
             data.read(i, data.at_least)
             kept.append(i)
         except DataError as error:
-            bad.append(str(error))
-    if bad and not kept:
-        raise DataError(f"{data.name}: none of its images can be read, the first: {bad[0]}")
+            data.bad.append(str(error))
+    if data.bad and not kept:
+        raise DataError(f"{data.name}: none of its images can be read, the first: {data.bad[0]}")
     data.read = functools.partial(_read_kept, data.read, kept)
     data.images, data.boxes, data.labels = ([values[i] for i in kept] for values in (data.images, data.boxes, data.labels))
     ids = {image["id"] for image in data.images}
     data.annotations = [annotation for annotation in data.annotations if annotation["image_id"] in ids]
-    return bad
 
 
 def _read_kept(read, kept, i, at_least=None):
@@ -297,7 +297,7 @@ def class_names(categories):
 def open_split(split, args, train):
     """The split that a run's flags name: a folder (data), COCO files ({split}_images, {split}_json), or synthetic scenes.
 
-    args also holds image_size, limit_{split}, seed, hflip, vflip, quarter_turns. With the setting "pretrain" the images are
+    args also holds image_size, limit_{split}, seed, skip_bad, hflip, vflip, quarter_turns. With the setting "pretrain" the images are
     taken without annotations, from the same places or from data_unlabeled. Raises DataError.
     """
     limit = getattr(args, f"limit_{split}", None)
@@ -312,12 +312,16 @@ def open_split(split, args, train):
     else:
         data = load_coco(*files, augmentation, limit, args.seed)
     data.at_least = args.image_size
+    if args.skip_bad:
+        leave_out_unreadable(data)
     return data
 
 
 def open_image(path):
     try:
         return Image.open(path)
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: is not an image that can be read (an unknown format, or damaged)") from None
     except (OSError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: is not an image that can be read ({error})") from None
 

@@ -47,6 +47,20 @@ def first(value):
     return values[0]
 
 
+def from_first(function, *arguments):
+    """What a function returns in the first process, for all of them; or in all of them its ValueError, so that none waits for it."""
+    value = error = None
+    if rank() == 0:
+        try:
+            value = function(*arguments)
+        except ValueError as caught:
+            error = str(caught)
+    value, error = first((value, error))
+    if error:
+        raise ValueError(error)
+    return value
+
+
 def total(values):
     """Sums over all processes of a dict of numbers."""
     if not dist.is_initialized():

@@ -5,7 +5,8 @@
 
 A table is a text file with a row a line, `name: flags of train.py`; {name} in the flags is the run folder of another row.
 The log of each run is kept in results/TABLE/NAME-SEED.json with its command, versions and revision; what is there is not run
-again, so delete it to repeat it. The runs themselves are in runs/TABLE. Beside the logs, table.md and curves.png are written.
+again, so delete it to repeat it. The runs themselves are in runs/TABLE. Beside the logs, table.md and curves.png are written;
+rows whose names agree up to the first hyphen share a panel, rows without one are left out there if others have one.
 """
 import argparse
 import concurrent.futures
@@ -66,6 +67,28 @@ def missing_after(table, name, rows, seed):
                for other in after)
 
 
+def command_of(table, name, rows, seed):
+    """The command of a row, without the interpreter."""
+    runs = os.path.relpath(RUNS / table, ROOT)
+    flags = [re.sub(r"{(.*?)}", lambda match: f"{runs}/{match[1]}-{seed}", flag) for flag in rows[name]]
+    return ["train.py", *flags, "--seed", str(seed), "--out", f"{runs}/{name}-{seed}"]
+
+
+def read_results(table, rows):
+    """{row: {seed: content of its result file}} of what is there. Raises ValueError if it was made with other flags."""
+    results = {name: {} for name in rows}
+    for path in sorted((RESULTS / table).glob("*.json")):
+        name, _, seed = path.stem.rpartition("-")
+        if name in rows and seed.isdecimal():
+            content = json.loads(path.read_text())
+            wanted = f"python {' '.join(command_of(table, name, rows, int(seed)))}"
+            if content["command"] != wanted:
+                raise ValueError(f"{path} is of another command than its row now has; delete it to run the row anew\n"
+                                 f"then  {content['command']}\nnow   {wanted}")
+            results[name][int(seed)] = content
+    return {name: runs for name, runs in results.items() if runs}
+
+
 def run_row(table, name, rows, seed, threads):
     """Run one row with one seed unless its result is there, or, as a start of others, is not needed any more.
 
@@ -74,9 +97,7 @@ def run_row(table, name, rows, seed, threads):
     result, run = RESULTS / table / f"{name}-{seed}.json", RUNS / table / f"{name}-{seed}"
     if result.exists() and (run.exists() or not missing_after(table, name, rows, seed)):
         return
-    flags = [re.sub(r"{(.*?)}", lambda match: os.path.relpath(run.with_name(f"{match[1]}-{seed}"), ROOT), flag)
-             for flag in rows[name]]
-    command = ["train.py", *flags, "--seed", str(seed), "--out", os.path.relpath(run, ROOT)]
+    command = command_of(table, name, rows, seed)
     if run.exists():  # of an earlier, interrupted call
         shutil.rmtree(run)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -154,9 +175,10 @@ def tables(results):
 
 
 def draw(path, results):
-    """AP by epoch, a line for each row MODEL-NAME with its spread over seeds; a panel for each model."""
+    """AP by epoch, a line for each row with its spread over seeds; a panel for each first part of the names, the model."""
     from matplotlib.figure import Figure
-    rows = {name: runs for name, runs in results.items() if "ap" in runs[0]["log"][-1] and "-" in name}
+    rows = {name: runs for name, runs in results.items() if "ap" in runs[0]["log"][-1]}
+    rows = {name: runs for name, runs in rows.items() if "-" in name} or rows
     models = sorted({name.split("-")[0] for name in rows})
     figure = Figure(figsize=(7 * len(models), 5), layout="constrained")
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models):
@@ -188,7 +210,10 @@ def main(argv=None):
     try:
         rows = read_table(args.table)
         table = Path(args.table).stem
+        read_results(table, rows)
         wanted = {name for name in rows if not args.rows or any(text in name for text in args.rows)}
+        if rows and not wanted:
+            raise ValueError(f"--rows {' '.join(args.rows)}: {args.table} has no row with that in its name")
         for name in reversed(rows):  # a row comes after what it starts from
             wanted |= set(starts_of(rows[name])) if name in wanted else set()
         threads = max(1, torch.get_num_threads() // args.jobs)
@@ -196,13 +221,12 @@ def main(argv=None):
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             for wave in () if args.no_run else range(1 + max((depth(rows, name) for name in rows), default=0)):
                 list(pool.map(lambda job: run_row(*job), [job for job in jobs if depth(rows, job[1]) == wave]))
+        results = {name: list(runs.values()) for name, runs in read_results(table, rows).items()}
+        folder = RESULTS / table
+        if not results:
+            raise ValueError(f"{folder} has no results of these rows")
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    folder = RESULTS / table
-    results = {name: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-[0-9]*.json"))] for name in rows}
-    results = {name: runs for name, runs in results.items() if runs}
-    if not results:
-        sys.exit(f"error: {folder} has no results of these rows")
     text = tables(results)
     print(text)
     (folder / "table.md").write_text(text + "\n")

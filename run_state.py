@@ -1,5 +1,6 @@
 """The state of a run: what a checkpoint holds, how it is written, and how a run stops and goes on."""
 import collections
+import contextlib
 import math
 import os
 import shutil
@@ -92,7 +93,8 @@ class Run:
         """What it takes to go on; a process that failed asks alone."""
         sums = {name: torch.as_tensor(value).cpu() for name, value in self.sums.items()}
         own = {"random": self.random or self.random_state(), "sums": sums}
-        return {**self.product(self.model), "ema": self.ema and self.weights(self.ema.module), "averaged": self.ema and self.ema.n_averaged,
+        return {**self.product(self.model), "world": parallel.world(),
+                "ema": self.ema and self.weights(self.ema.module), "averaged": self.ema and self.ema.n_averaged,
                 "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(),
                 "processes": [own] if alone else parallel.gather(own), "place": {"epoch": self.epoch, "step": self.step},
                 "steps": self.steps, "waited": self.waited, "seconds": self.seconds, "log": self.log, "best": self.best}
@@ -112,16 +114,17 @@ class Run:
             self.waited, self.seconds, self.log, self.best = (state[name] for name in ("waited", "seconds", "log", "best"))
             own = state["processes"][parallel.rank() % len(state["processes"])]
             self.random, self.sums = own["random"], {name: value.to(self.args.device) for name, value in own["sums"].items()}
-            steps = state["steps"]
+            before, now = (state["steps"], state["world"]), (self.steps, parallel.world())
         except (KeyError, TypeError, RuntimeError, AttributeError) as error:
             raise ValueError(f"{path}: is not a checkpoint to go on from ({str(error).splitlines()[0]}); start from its weights with "
                              "--init") from None
-        if steps != self.steps:
-            raise ValueError(f"{path}: was made with {steps} steps an epoch, here there are {self.steps}; a run goes on with the same "
-                             "data and number of processes")
+        if before != now:
+            raise ValueError(f"{path}: was made with {before[0]} steps an epoch in {before[1]} processes, not {now[0]} in {now[1]}; a run "
+                             "goes on with the same data and number of processes")
 
 
-MAY_DIFFER = {"resume", "out", "workers", "prefetch", "pin_memory", "save_every", "device"}  # between a run and what resumes it
+MAY_DIFFER = {"resume", "out", "workers", "prefetch", "pin_memory", "save_every", "device", "data", "data_unlabeled", "train_images",
+              "train_json", "val_images", "val_json"}  # between a run and what resumes it; the data may have been copied elsewhere
 
 
 def open_checkpoint(args):
@@ -130,6 +133,8 @@ def open_checkpoint(args):
     if not all(seen := parallel.gather(path.exists())) and any(seen):
         raise ValueError(f"{path}: not every process can see it; --resume needs a disk that all machines share")
     if not path.exists() and args.resume == "last.pt":
+        if (path.parent / "log.jsonl").exists():
+            raise ValueError(f"{path}: is gone, but its run has been going; put it back or name another folder")
         return None
     state = detr.load_checkpoint(path)
     before, now = state.get("args", {}), vars(args)
@@ -140,31 +145,71 @@ def open_checkpoint(args):
     return state
 
 
-def check_disk(out, model):
-    """Raises ValueError if the checkpoints would not fit: two with the optimizer's state while one replaces the other, and the best."""
-    need = 8 * sum(p.numel() * p.element_size() for p in model.parameters())
+_entered = {}  # the run folder that this process is in: its lock file, open
+
+
+def enter(out):
+    """Keep other processes out of a run folder. Raises BlockingIOError if one is in it, OSError if nothing can be written there."""
+    file = open(out / ".lock", "w")
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError):  # Windows; network file systems without locks
+        pass
+    _entered[out] = file
+
+
+def leave(out):
+    """The opposite. A folder that holds nothing but what every run starts with is removed, so that the same command works again."""
+    if out not in _entered:
+        return
+    _entered.pop(out).close()
+    (out / ".lock").unlink(missing_ok=True)
+    if all(path.name == "config.json" for path in out.iterdir()):
+        (out / "config.json").unlink(missing_ok=True)
+        out.rmdir()
+
+
+def check_disk(out, model, ema):
+    """Raises ValueError if the checkpoints would not fit: one that replaces last.pt, and last.pt and best.pt where they are not there."""
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    last = weights * (4 if ema else 3)  # with the optimizer's two averages
+    need = last + (0 if (out / "last.pt").exists() else last) + (0 if (out / "best.pt").exists() else weights)
     free = shutil.disk_usage(out).free
     if free < need:
-        if not any(out.iterdir()):
-            out.rmdir()  # the same command should work once there is room
         raise ValueError(f"--out {out}: {free / 1e6:,.0f} MB are free on its disk, checkpoints need up to {need / 1e6:,.0f}; make room or "
                          "name another folder")
 
 
 class Signals:
-    """Within this context SIGINT and SIGTERM are noted, for the loop to look at after its step; a second one interrupts at once, as the
-    first one does while `at_once` is set."""
+    """Within this context SIGINT and SIGTERM are noted, for the loop to look at after its step. A second one interrupts at once, as the
+    first one does while `at_once` is set; but nothing does within `held`."""
 
     def __enter__(self):
-        self.caught, self.at_once = 0, False
+        self.caught, self.number, self.at_once, self.holding = 0, 0, False, False
         here = threading.current_thread() is threading.main_thread()
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM) if here}
         return self
 
     def note(self, number, frame):
-        again, self.caught = self.caught, number
-        if again or self.at_once:
-            raise KeyboardInterrupt(128 + number)  # the exit status
+        self.caught, self.number = number, self.number + 1
+        self.check()
+
+    def check(self):
+        if self.caught and not self.holding and (self.at_once or self.number > 1):
+            raise KeyboardInterrupt(128 + self.caught)  # the exit status
+
+    @contextlib.contextmanager
+    def held(self):
+        """For what must not be interrupted, such as writing a file."""
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding = False
+        self.check()
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -182,4 +227,5 @@ def save(path, content):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch raises the latter for a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
+        why = error.strerror if isinstance(error, OSError) else f"is the disk full? {str(error).splitlines()[0]}"
+        raise OSError(f"{path}: cannot be written ({why})") from None

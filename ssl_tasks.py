@@ -92,9 +92,10 @@ def encode(model, task, images, padding, corruption, clean=False):
                  model.features(task.corrupt_images(images, corruption), padding))
     if not clean:
         return model.encode(corrupted), None
-    memory = model.encode([type(a)(*map(torch.cat, zip(a, b))) for a, b in zip(corrupted, levels)])
+    # a level is a named tuple of tensors, all with the batch first: .features, .padding, .position
+    memory = model.encode([a._make(map(torch.cat, zip(a, b))) for a, b in zip(corrupted, levels)])
     B = len(images)
-    return [type(x)(*(t[:B] for t in x)) for x in memory], [type(x)(*(t[B:] for t in x)) for x in memory]
+    return [x._make(t[:B] for t in x) for x in memory], [x._make(t[B:] for t in x) for x in memory]
 
 
 # ---------------------------------------------------------------- what all tasks share
@@ -106,6 +107,15 @@ class Task(nn.Module):
     ratio: share of an image's patches that is corrupted. on: "features" or "image". loss_on: "corrupted" or "all"
     patches count. image_size: pixels a side if all images have one size, else None. tokenizer: of visual_tokens.py.
     Raises ValueError for values that do not go together.
+
+    A task defines the following, of which PixelTask and ClassTask have all but `corrupt`, `target` and the latter's `outputs`:
+
+        corrupt(rng, patches, grid, masked, source)    mark what happens to the patches of one image
+        outputs()                           -> how many numbers the head predicts at each cell
+        predict(x (B, C, H/s, W/s), (H, W)) -> prediction, from the memory by way of self.head
+        target(images, corruption)          -> what it is compared with; PixelTask (B, 3, H, W), ClassTask (B, h, w) int64
+        errors(prediction, target)          -> the error of each patch (B, P), and whether it is right (B, P) or None
+        panels(…)                           -> rows of its picture
     """
 
     corrupts = True  # else the clean images will do, and every patch counts
@@ -118,9 +128,10 @@ class Task(nn.Module):
         self.count_all = loss_on == "all" or not self.corrupts
         self.image_size, self.tokenizer = image_size, tokenizer
         if self.patch % strides[0] or any(self.patch % s and s % self.patch for s in strides):
-            raise ValueError(f"a patch of {self.patch} pixels does not cover whole cells of the maps (strides "
-                             f"{', '.join(map(str, strides))}); take --ssl_patch {strides[0]} times a power of 2")
-        number = round(ratio * (image_size // patch) ** 2) if image_size else 2
+            cells = ", ".join(map(str, strides))
+            raise ValueError(f"a patch of {self.patch} pixels does not cover whole cells of the maps (strides {cells}); take --ssl_patch "
+                             f"{cells} or a multiple of {strides[-1]}")
+        number = round(ratio * (image_size // patch) ** 2) if image_size and self.corrupts else 2
         if number < 2 and not self.count_all or image_size and image_size < patch:
             raise ValueError(f"of images of {image_size} pixels, {number} patches of {patch} would be corrupted; take a larger "
                              "--image_size or --ssl_ratio, or a smaller --ssl_patch")
@@ -167,9 +178,10 @@ class Task(nn.Module):
 
     def compare(self, memory, images, corruption):
         """Predict and compare: (prediction, target, error of each patch (B, P), right or not (B, P) or None)."""
-        prediction = self.predict(memory[0].features + memory[0].position, images.shape[-2:])
-        target = self.target(images, corruption)
-        return prediction, target, *self.errors(prediction, target)
+        finest = memory[0].features + memory[0].position  # as the detector's own layers see it
+        prediction, target = self.predict(finest, images.shape[-2:]), self.target(images, corruption)
+        error, right = self.errors(prediction, target)
+        return prediction, target, error, right
 
     def loss(self, memory, images, corruption, total=None):
         """The mean error of the counted patches; 0 if there are none. total: their number in a larger batch that this one is a part of,
@@ -182,6 +194,7 @@ class Task(nn.Module):
         """Rows of the picture: {title: (images (B, 3, H, W), patches to frame (B, P) or None, right or not or None)}."""
         corrupted, moved = self.corrupt_images(images, corruption), corruption.changed() & ~corruption.masked
         title = "corrupted" if self.on == "image" else "corrupted (here the image, for the task its feature maps)"
+        title += "; white: moved" if moved.any() else ""
         return {"original": (images, None, None), **({title: (corrupted, moved, None)} if self.corrupts else {})}
 
 
@@ -204,8 +217,9 @@ class PixelTask(Task):
     def panels(self, images, prediction, target, corruption):
         counted = self.counted(corruption)
         here = spread(counted.unflatten(1, corruption.grid), self.patch, images.shape[-2:])[:, None]
-        predicted = torch.where(here, prediction, target), counted, None
-        return {**super().panels(images, prediction, target, corruption), "predicted": predicted}
+        shown = {} if target is images else {"target": (target, counted, None)}
+        return {**super().panels(images, prediction, target, corruption), **shown,
+                "predicted in the frames, the rest as it is": (torch.where(here, prediction, target), counted, None)}
 
 
 class ClassTask(Task):
@@ -217,6 +231,11 @@ class ClassTask(Task):
     def errors(self, prediction, target):
         error = F.cross_entropy(prediction, target, reduction="none")
         return error.flatten(1), (prediction.argmax(1) == target).flatten(1)
+
+    def panels(self, images, prediction, target, corruption):
+        right = (prediction.argmax(1) == target).flatten(1)
+        return {**super().panels(images, prediction, target, corruption), "predicted; green: right, red: wrong": (
+            self.corrupt_images(images, corruption), self.counted(corruption), right)}
 
 
 # ---------------------------------------------------------------- the five tasks
@@ -249,9 +268,9 @@ class MaskedTokens(ClassTask):
     def panels(self, images, prediction, target, corruption):
         counted, predicted = self.counted(corruption), prediction.argmax(1)
         tokens = torch.where(counted.unflatten(1, corruption.grid), predicted, target)
-        return {**super().panels(images, prediction, target, corruption),
+        return {**Task.panels(self, images, prediction, target, corruption),
                 "its visual tokens": (self.tokenizer.paint(target, images.shape[-2:]), counted, None),
-                "predicted tokens": (self.tokenizer.paint(tokens, images.shape[-2:]), counted,
+                "predicted tokens; green: right, red: wrong": (self.tokenizer.paint(tokens, images.shape[-2:]), counted,
                                      (predicted == target).flatten(1))}
 
 
@@ -277,8 +296,8 @@ class JigsawPositions(ClassTask):
         put_back = corruption._replace(source=guess).undone()
         solved = corrupt_map(self.corrupt_images(images, corruption), put_back, self.patch, images.new_zeros(3))
         right = put_back.source == corruption.undone().source
-        return {**super().panels(images, prediction, target, corruption),
-                "put back where the model thinks": (solved, put_back.changed() | ~right, right)}
+        return {**Task.panels(self, images, prediction, target, corruption),
+                "put back where the model thinks; green: right, red: wrong": (solved, put_back.changed() | ~right, right)}
 
 
 TASKS = {"reconstruct": Reconstruct, "mim-continuous": MaskedPixels, "mim-discrete": MaskedTokens,

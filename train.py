@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -45,7 +44,8 @@ import ssl_tasks
 # flags that belong to one kind of model, setting or task, with their defaults there
 DEFORMABLE = {"num_feature_levels": 3, "enc_n_points": 4, "dec_n_points": 4, "with_box_refine": True, "two_stage": False,
               "attn": "auto"}
-SSL = {"ssl_task": "mim-continuous", "ssl_on": "features", "ssl_ratio": 0.5, "ssl_patch": None, "ssl_loss_on": "corrupted"}
+SSL = {"ssl_task": "mim-continuous", "ssl_on": "features", "ssl_patch": None}
+CORRUPTION = {"ssl_ratio": 0.5, "ssl_loss_on": "corrupted"}
 TOKENS = {"tokenizer": "kmeans", "tokenizer_images": 256}
 
 
@@ -133,7 +133,7 @@ def build_parser():
     ssl("--ssl_on", choices=("features", "image"), help="corrupt the feature maps or the image (default features)")
     ssl("--ssl_ratio", type=share, metavar="P", help="share of the patches that is corrupted (default 0.5)")
     ssl("--ssl_patch", type=count, metavar="N", help="pixels a side of a patch (default: a cell of the coarsest feature map)")
-    ssl("--ssl_loss_on", choices=("corrupted", "all"), help="patches that count (default corrupted; reconstruct: all)")
+    ssl("--ssl_loss_on", choices=("corrupted", "all"), help="patches that count (default corrupted)")
     ssl("--ssl_weight", type=factor, metavar="F", help="multitask: weight of the task's loss (default 1)")
     ssl("--tokenizer", choices=("kmeans", "dalle"), help="where mim-discrete has its visual tokens from (default kmeans)")
     ssl("--tokenizer_weights", metavar="FILE", help="dalle: the encoder.pkl that OpenAI published")
@@ -176,11 +176,12 @@ def parse(argv):
         """Fill in the defaults of flags that belong to this run; refuse the others."""
         for name, default in flags.items():
             if getattr(args, name) is not None and not belongs:
-                parser.error(f"--{name} belongs to {where}; leave it out")
+                parser.error(f"--{name} belongs to {where}; add that or leave this out")
             if getattr(args, name) is None and belongs:
                 setattr(args, name, default)
     settle(DEFORMABLE, args.model == "deformable_detr", "--model deformable_detr")
     settle(SSL, args.setting != "detect", "--setting pretrain or multitask")
+    settle(CORRUPTION, args.ssl_task and ssl_tasks.TASKS[args.ssl_task].corrupts, "an --ssl_task that corrupts something")
     settle({"ssl_weight": 1.0}, args.setting == "multitask", "--setting multitask")
     settle(dict.fromkeys(("cls_loss_coef", "bbox_loss_coef", "giou_loss_coef")), args.setting != "pretrain",
            "--setting detect or multitask")
@@ -198,11 +199,8 @@ def parse(argv):
     trained = detr.PARTS if args.setting == "detect" else ("backbone", "encoder")  # a task reaches no further
     if set(trained) <= set(args.freeze):
         parser.error("--freeze leaves nothing to train; name fewer parts")
-    given = set(args.init_parts or detr.PARTS) if args.init else set()
-    if args.backbone_weights == "imagenet":
-        given.add("backbone")
-    if set(args.freeze) - given:
-        parser.error(f"--freeze {(set(args.freeze) - given).pop()} keeps random weights; start it from a run with --init")
+    if set(args.freeze) - set(trained):
+        parser.error("--freeze decoder: a pretraining has no decoder; leave it out")
     files = [name for name in ("train_images", "train_json", "val_images", "val_json") if getattr(args, name)]
     sources = [name for name in ("data", "data_unlabeled", *files[:1]) if getattr(args, name)]
     if len(sources) > 1:
@@ -213,7 +211,7 @@ def parse(argv):
         parser.error("--train_images, --train_json, --val_images and --val_json go together")
     if not isaid.has_files(args):
         args.image_size = args.image_size or isaid.SCENE_SIZE
-    if args.frozen_bn and "backbone" not in given:
+    if args.frozen_bn and args.backbone_weights == "none" and "backbone" not in ((args.init_parts or detr.PARTS) if args.init else ()):
         parser.error("--frozen_bn keeps random layers frozen here; add --backbone_weights imagenet or --init")
     if args.resume and not args.out:
         parser.error("--resume needs --out, the run folder to go on with")
@@ -314,9 +312,9 @@ def epoch_loader(data, args, epoch, done=0):
 
 
 def leave_signals(_):
-    """In a loader process: an interrupt is the main process's business, to terminate is to terminate."""
+    """In a loader process: signals, which launchers and terminals send to all processes, are the main process's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def repeated(factors, offset):
@@ -354,10 +352,11 @@ def make_run_folder(args):
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=bool(args.resume))
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
+        run_state.enter(out)
     except FileExistsError:
         raise ValueError(f"--out {out} exists already; name a new folder, remove it, or go on with it: --resume") from None
+    except BlockingIOError:
+        raise ValueError(f"--out {out}: another process is training in it; wait for its end, or stop it") from None
     except OSError as error:
         raise ValueError(f"--out {out} cannot be made ({error.strerror})") from None
     return out
@@ -388,18 +387,24 @@ def introduce(args, run, notes, train_set, val_set):
           + (f" and {frozen / 1e6:.1f} M not trained" if frozen else ""))
     print("\n".join(notes))
     batch = args.batch_size * args.accumulate * parallel.world()
-    print(f"batch       {batch} images a step, {run.steps} steps an epoch, "
+    size = f"{args.image_size} x {args.image_size} pixels" if args.image_size else "480 to 800 pixels, the shorter side,"
+    print(f"batch       {batch} images of {size} a step, {run.steps} steps an epoch, "
           f"{args.epochs} epochs: {run.steps * args.epochs * batch:,} images in all "
           + ("(the paper's pretraining: 10 epochs of iSAID or ImageNet)" if args.setting == "pretrain" else
              "(the paper's recipe: 50 epochs of iSAID, 1,400,000)"))
     if task:
         where = "the image" if task.on == "image" else "the feature maps"
+        number = (args.image_size or 480) ** 2 // task.patch ** 2
         print(f"task        {args.ssl_task}, patches of {task.patch} pixels"
-              + (f", {task.ratio:.0%} of them corrupted in {where}" if task.corrupts else "")
+              + (f", {task.ratio:.0%} of them corrupted in {where}" if task.corrupts else ", none is corrupted: --ssl_on does not matter")
               + (f", {len(task.tokenizer.codes):,} visual tokens ({args.tokenizer})" if task.tokens else ""))
+        if task.corrupts and number < 16:
+            print(f"            an image has only {number} patches; a larger --image_size or a smaller --ssl_patch gives more")
+        if task.corrupts and task.on == "features" and task.patch < max(task.strides):
+            print("            a cell of a coarser map that touches a corrupted patch is masked: of such maps little is left")
     for name, data in (("train", train_set), ("val", val_set)):
         if args.setting == "pretrain":
-            print(f"{name:11} {data.name}: {len(data):,} images, their annotations are not used")
+            print(f"{name:11} {data.name}: {len(data):,} images" + ("" if args.data_unlabeled else ", their annotations are not used"))
             continue
         print(f"{name:11} {data.name}: {len(data):,} images, {sum(data.counts()):,} boxes"
               + (f", {data.clipped:,} clipped to their image" if data.clipped else "")
@@ -417,6 +422,10 @@ def introduce(args, run, notes, train_set, val_set):
 
 
 # ---------------------------------------------------------------- training
+
+class BadStep(Exception):
+    """A loss or gradient that is NaN or infinite; the run is as it was before the step."""
+
 
 class Learner(torch.nn.Module):
     """The losses of a batch; where detectors and self-supervised tasks meet. (A module, so that several processes can share it.)"""
@@ -510,7 +519,7 @@ def train_epoch(learner, run, train_set, args, bar, pause):
             names = {image["id"]: image["file_name"] for image in train_set.images}
             names = [names[target["image_id"]] for _, _, targets, _ in batches for target in targets]
             run.random = before
-            raise FloatingPointError(f"{error} in step {run.step + 1} of epoch {run.epoch}, with the images {', '.join(names)}") from None
+            raise BadStep(f"{error} in step {run.step + 1} of epoch {run.epoch}, with the images {', '.join(names)}") from None
         for name, value in sums.items():
             run.sums[name] = run.sums.get(name, 0) + value
         run.step += 1
@@ -556,7 +565,7 @@ def prepare(args):
     """
     held_out = "train" if args.overfit else "val"
     train_set, val_set = isaid.open_split("train", args, train=not args.overfit), isaid.open_split(held_out, args, train=False)
-    bad = [problem for data in (train_set, val_set) if args.skip_bad for problem in isaid.leave_out_unreadable(data)]
+    bad = train_set.bad + val_set.bad
     if train_set.categories != val_set.categories:
         raise isaid.DataError(f"the classes of {train_set.name} ({isaid.class_names(train_set.categories)}) are not those "
                               f"of {val_set.name} ({isaid.class_names(val_set.categories)})")
@@ -567,20 +576,23 @@ def prepare(args):
                          f"{parallel.world()} processes; lower --batch_size or --accumulate")
     state = run_state.open_checkpoint(args) if args.resume else None
     config = detector_config(args, max(1, len(train_set.categories)))
-    model = build_model(config, "none" if state or args.init and not args.init_parts else args.backbone_weights)
+    weights = "none" if state or args.init and not args.init_parts else args.backbone_weights
+    model, loaded = build_model(config, weights), {"backbone"} if weights == "imagenet" else set()
     notes = [f"skipped     {len(bad)} images that cannot be read, the first: {bad[0]}"] if bad else []
     if args.init and not state:
         taken, left, dropped = detr.load_weights(model, evaluation.checkpoint_file(args.init), args.init_parts)
+        loaded = {*loaded, *taken} - {detr.part_of(name) for name in dropped}
         notes.append(f"init        {args.init}: {' and '.join(taken)} taken"
                      + (f"; {' and '.join(left)} not" if left else "")
                      + (f"; of another number of classes and dropped: {', '.join(dropped)}" if dropped else ""))
+    if not state and (random := set(args.freeze) - loaded):
+        raise ValueError(f"--freeze {random.pop()} keeps random weights; start it from a run with --init")
     freeze(model, args)
     notes.insert(0, f"attention   {choose_attention(model, args)}")
     task = build_task(args, model, train_set, fit=not state).to(args.device) if args.setting != "detect" else None
-    out = Path(parallel.first(str(make_run_folder(args)) if parallel.rank() == 0 else None))
+    out = parallel.from_first(make_run_folder, args)
     args.out = str(out)
-    if parallel.rank() == 0:
-        run_state.check_disk(out, model)
+    parallel.from_first(run_state.check_disk, out, model, args.ema)
     model.to(args.device, memory_format=torch.channels_last)  # convolutions are faster so
     content = {"detector": config, "categories": train_set.categories, "window": window_size(train_set)}
     run = run_state.Run(model, task, args, content, steps)
@@ -613,6 +625,7 @@ def main(argv=None):
     try:
         out, run, train_set, val_set, notes = prepare(args)
     except ValueError as error:
+        run_state.leave(Path(args.out or ""))
         sys.exit(f"error: {isaid.one_line(error)}" if parallel.rank() == 0 else 1)
     torch.manual_seed(args.seed + parallel.rank())  # dropout differs between processes
     introduce(args, run, notes, train_set, val_set)
@@ -623,22 +636,38 @@ def main(argv=None):
     try:
         fit(args, out, run, train_set, val_set)
     except (isaid.DataError, OSError) as error:
-        kept = (out / "last.pt").exists()
-        if not kept and parallel.world() == 1:
-            shutil.rmtree(out)  # nothing worth keeping, and the same command should work once its input is mended
-        sys.exit(f"error: {isaid.one_line(error)}" + (f"; what was saved before is in {out}" if kept else ""))
+        sys.exit(f"error: {isaid.one_line(error)}" + what_is_left(out))
     except FloatingPointError as error:
-        run_state.save(out / "failed.pt", run.state(alone=True))
-        again = [flag for flag in argv if flag != "--resume"] + ([] if "--out" in argv else ["--out", str(out)])
-        launcher = "python" if parallel.world() == 1 else f"torchrun --nproc_per_node {parallel.world()}"
-        sys.exit(f"error: {error}; try a lower --lr. The step was not taken. The same batch again: "
-                 f"{launcher} train.py {shlex.join(again)} --resume failed.pt")
+        sys.exit(f"error: {error}; start anew with a lower --lr")
+    except BadStep as error:
+        name = f"failed{f'-{parallel.rank()}' if parallel.rank() else ''}.pt"
+        run_state.save(out / name, run.state(alone=True))
+        again = shlex.join([*argv, *([] if "--out" in argv else ["--out", str(out)]), "--resume", name])
+        sys.exit(f"error: {error}; start anew with a lower --lr. The step was not taken. The same batch again: {launcher()} {again}")
     except KeyboardInterrupt as interrupt:
-        print(f"\nstopped in epoch {run.epoch} after {run.step} of {run.steps} steps; the weights are in {out / 'last.pt'}; to go on, the "
-              f"same command with --out {out} --resume")
+        print(f"\nstopped in epoch {run.epoch} after {run.step} of {run.steps} steps" + what_is_left(out))
         sys.exit(interrupt.args[0] if interrupt.args else 130)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit("error: a loader process was killed, perhaps for want of memory (fewer --workers need less)" + what_is_left(out))
     finally:
+        run_state.leave(out)
         parallel.stop()
+
+
+def what_is_left(out):
+    if not (out / "last.pt").exists():
+        return "; nothing was saved yet"
+    return f"; what was saved is in {out / 'last.pt'}; to go on, the same command with --out {out} --resume"
+
+
+def launcher():
+    """How this process was started, up to the flags."""
+    if parallel.world() == 1:
+        return "python train.py"
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return f"torchrun --nproc_per_node {here} train.py" if here == str(parallel.world()) else "torchrun (as before) train.py"
 
 
 def fit(args, out, run, train_set, val_set):
@@ -647,10 +676,11 @@ def fit(args, out, run, train_set, val_set):
     if parallel.world() > 1:
         learner = torch.nn.parallel.DistributedDataParallel(learner)
 
-    def save_state(name="last.pt"):
+    def save_state():
         state = run.state()
         if first:
-            run_state.save(out / name, state)
+            with signals.held():
+                run_state.save(out / "last.pt", state)
 
     def pause():
         """After each step: is it time to save or to stop?"""
@@ -665,10 +695,11 @@ def fit(args, out, run, train_set, val_set):
     with run_state.Signals() as signals, bar:
         while run.epoch <= args.epochs:
             train_epoch(learner, run, train_set, args, bar, pause)
-            if not all(parameter.isfinite().all() for parameter in run.model.parameters()):
+            if not all(tensor.isfinite().all() for tensor in run.model.state_dict().values()):
                 raise FloatingPointError("the model's weights became NaN or infinite")
             save_state()
             signals.at_once = True  # nothing is lost from here on
+            signals.check()
             line = epoch_line(run, args)
             if run.epoch % args.eval_every == 0 or run.epoch == args.epochs:
                 start = time.perf_counter()
@@ -680,7 +711,8 @@ def fit(args, out, run, train_set, val_set):
                 if score > run.best:
                     run.best = score
                     if first:
-                        run_state.save(out / "best.pt", run.product(run.best_model))
+                        with signals.held():
+                            run_state.save(out / "best.pt", run.product(run.best_model))
             run.log.append(line)
             if first:
                 write_log(out, run.log)
@@ -720,7 +752,8 @@ def conclude(args, out, metrics):
     pictures = " and ".join(str(path) for name in ("detections", "ssl", "curves") if (path := out / f"{name}.png").exists())
     print(f"\nlook at   {pictures}\nevaluate  python eval.py {out}")
     if args.setting == "pretrain":
-        print(f"next      python train.py --init {out} with the same flags of model and data, without those of the task")
+        data = "--data DIR and the same flags of the model" if args.data_unlabeled else "the same flags of model and data"
+        print(f"next      python train.py --init {out} with {data}, without those of the task")
     elif not isaid.has_files(args):
         if args.model == "deformable_detr":
             print("next      DETR on smaller scenes: python train.py @recipes/scenes_detr.txt")

@@ -46,7 +46,7 @@ class KMeans(Tokenizer):
         sample = torch.cat([thumbnails(images, self.patch)[taken] for images, taken in batches]).numpy()  # (n, 48)
         if len(sample) < len(self.codes):
             raise ValueError(f"the sample of the tokenizer has {len(sample)} patches, fewer than --vocabulary "
-                             f"{len(self.codes)}; lower it or raise --tokenizer_images")
+                             f"{len(self.codes)}; lower it, raise --tokenizer_images or take more images")
         codes, start = len(self.codes), "++" if len(self.codes) <= 256 else "points"  # k-means++ takes minutes beyond
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a code without patches stays where it is

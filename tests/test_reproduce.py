@@ -56,6 +56,18 @@ def test_a_table(table, tmp_path, capsys):
     table_before = (results / "table.md").read_text()
     reproduce.main([str(table), "--no_run", "--rows", "scratch"])
     assert (results / "table.md").read_text() == table_before
+    shutil.copy(results / "start-0.json", results / "start-0-0.json")  # of another row, start-0
+    reproduce.main([str(table), "--no_run"])
+    assert (results / "table.md").read_text() == table_before
+    table.write_text(table.read_text().replace("--vocabulary 4", "--vocabulary 5"))
+    with pytest.raises(SystemExit, match="(?s)start-0.json is of another command than its row now has.*vocabulary 4.*vocabulary 5"):
+        reproduce.main([str(table)])
+
+
+def test_names_without_hyphens_are_drawn(table, tmp_path):
+    table.write_text(f"one: {TINY} --epochs 1\n")
+    reproduce.main([str(table)])
+    assert (tmp_path / "results/small/curves.png").exists()
 
 
 def test_a_row_that_dies_silently(table, monkeypatch):
@@ -87,5 +99,7 @@ def test_mistakes_get_one_line(text, message, table):
     with pytest.raises(SystemExit) as stop:
         reproduce.main([str(table)])
     assert message in str(stop.value.code) and "Traceback" not in str(stop.value.code)
+    with pytest.raises(SystemExit, match="error: --rows none: .* has no row" if "a: --epochs" in text else "error: "):
+        reproduce.main([str(table), "--rows", "none"])
     with pytest.raises(SystemExit, match="cannot be read as a table"):
         reproduce.main([str(table.with_name("none.txt"))])

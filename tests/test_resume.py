@@ -187,7 +187,8 @@ def test_unreadable_images_are_left_out_if_asked(tmp_path, capsys):
     assert "skipped     2 images that cannot be read, the first: " in printed and "instancesonly_filtered_train.json: 8 images" in printed
     data = isaid.load_coco(*isaid.split_files(tmp_path / "data", "train"), isaid.transforms(False, 64))
     whole = [data.images[i]["file_name"] for i in range(9) if i != 3]
-    assert len(isaid.leave_out_unreadable(data)) == 1 and [image["file_name"] for image in data.images] == whole
+    isaid.leave_out_unreadable(data)
+    assert len(data.bad) == 1 and [image["file_name"] for image in data.images] == whole
     assert data[3][1]["image_id"] == 4 and {a["image_id"] for a in data.annotations} <= set(range(9)) - {3}
 
 
