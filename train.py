@@ -10,6 +10,7 @@ task's held-out loss), curves.png, detections.png, ssl.png.
 Without flags everything has the demonstration's small sizes; recipes hold the large ones.
 """
 import argparse
+import atexit
 import collections
 import contextlib
 import ctypes
@@ -18,6 +19,7 @@ import functools
 import inspect
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import shlex
@@ -317,6 +319,13 @@ def leave_signals(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+@atexit.register
+def end_loaders():
+    """Loader processes ignore SIGTERM, with which multiprocessing would end those that are left after an error, and wait for them."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 def repeated(factors, offset):
     """Items of an epoch that shows image i factors[i] times on average, in every epoch as many in all; see isaid.Detection for items."""
     total = factors.double().cumsum(0)
@@ -387,11 +396,12 @@ def introduce(args, run, notes, train_set, val_set):
           + (f" and {frozen / 1e6:.1f} M not trained" if frozen else ""))
     print("\n".join(notes))
     batch = args.batch_size * args.accumulate * parallel.world()
-    size = f"{args.image_size} x {args.image_size} pixels" if args.image_size else "480 to 800 pixels, the shorter side,"
-    print(f"batch       {batch} images of {size} a step, {run.steps} steps an epoch, "
+    size = f"{args.image_size} x {args.image_size} pixels" if args.image_size else "the shorter side 480 to 800 pixels"
+    print(f"batch       {batch} images a step, {run.steps} steps an epoch, "
           f"{args.epochs} epochs: {run.steps * args.epochs * batch:,} images in all "
           + ("(the paper's pretraining: 10 epochs of iSAID or ImageNet)" if args.setting == "pretrain" else
              "(the paper's recipe: 50 epochs of iSAID, 1,400,000)"))
+    print(f"size        {size}")
     if task:
         where = "the image" if task.on == "image" else "the feature maps"
         number = (args.image_size or 480) ** 2 // task.patch ** 2
