@@ -664,8 +664,10 @@ def load_weights(model, path, parts=None):
                  if name in state and name not in dropped and state[name].shape != own[name].shape]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"{path} does not fit this model: {'; '.join(problems[:4])}{more}. "
-                         "Build the model with the flags it was trained with.")
+        made = checkpoint.get("detector")
+        kind = f", a {made['name']} with {made.get('backbone')}" if isinstance(made, dict) and "name" in made else ""
+        raise ValueError(f"{path}{kind}, does not fit this model: {'; '.join(problems[:4])}{more}. Build the model with the flags it was "
+                         "trained with, or take the parts that fit: --init_parts.")
     model.load_state_dict({name: tensor for name, tensor in state.items() if part_of(name) in parts and name not in dropped},
                           strict=False)
     return parts, [part for part in PARTS if part not in parts], dropped

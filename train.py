@@ -247,6 +247,21 @@ def build_model(config, backbone_weights):
                          f"put them into {torch.hub.get_dir()}/checkpoints or leave --backbone_weights out") from None
 
 
+def start_model(config, args):
+    """The model with the weights that a run starts from, and what to say of them. Raises ValueError if frozen parts would be random."""
+    weights = "none" if args.init and not args.init_parts else args.backbone_weights
+    model, loaded, notes = build_model(config, weights), {"backbone"} if weights == "imagenet" else set(), []
+    if args.init:
+        taken, left, dropped = detr.load_weights(model, evaluation.checkpoint_file(args.init), args.init_parts)
+        loaded = {*loaded, *taken} - {detr.part_of(name) for name in dropped}
+        notes.append(f"init        {args.init}: {' and '.join(taken)} taken"
+                     + (f"; {' and '.join(left)} not" if left else "")
+                     + (f"; of another number of classes and dropped: {', '.join(dropped)}" if dropped else ""))
+    if random := set(args.freeze) - loaded:
+        raise ValueError(f"--freeze {random.pop()} keeps random weights; start it from a run with --init")
+    return model, notes
+
+
 def freeze(model, args):
     """Parts that are not trained get no gradient; a pretraining never runs the decoder."""
     frozen = {*args.freeze, *(["decoder"] if args.setting == "pretrain" else [])}
@@ -586,19 +601,11 @@ def prepare(args):
                          f"{parallel.world()} processes; lower --batch_size or --accumulate")
     state = run_state.open_checkpoint(args) if args.resume else None
     config = detector_config(args, max(1, len(train_set.categories)))
-    weights = "none" if state or args.init and not args.init_parts else args.backbone_weights
-    model, loaded = build_model(config, weights), {"backbone"} if weights == "imagenet" else set()
-    notes = [f"skipped     {len(bad)} images that cannot be read, the first: {bad[0]}"] if bad else []
-    if args.init and not state:
-        taken, left, dropped = detr.load_weights(model, evaluation.checkpoint_file(args.init), args.init_parts)
-        loaded = {*loaded, *taken} - {detr.part_of(name) for name in dropped}
-        notes.append(f"init        {args.init}: {' and '.join(taken)} taken"
-                     + (f"; {' and '.join(left)} not" if left else "")
-                     + (f"; of another number of classes and dropped: {', '.join(dropped)}" if dropped else ""))
-    if not state and (random := set(args.freeze) - loaded):
-        raise ValueError(f"--freeze {random.pop()} keeps random weights; start it from a run with --init")
+    model, notes = (build_model(config, "none"), []) if state else start_model(config, args)
     freeze(model, args)
     notes.insert(0, f"attention   {choose_attention(model, args)}")
+    if bad:
+        notes.append(f"skipped     {len(bad)} images that cannot be read, the first: {bad[0]}")
     task = build_task(args, model, train_set, fit=not state).to(args.device) if args.setting != "detect" else None
     out = parallel.from_first(make_run_folder, args)
     args.out = str(out)

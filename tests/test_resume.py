@@ -136,8 +136,9 @@ def test_a_complete_run_and_other_flags(undisturbed, tmp_path):
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):
-    code = "import sys, run_state; from pathlib import Path; run_state.enter(Path(sys.argv[1])); print('in', flush=True); sys.stdin.read()"
-    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    code = "import sys, run_state, pathlib; run_state.enter(pathlib.Path(sys.argv[1])); print('in', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
     assert other.stdout.readline() == "in\n"
     with pytest.raises(SystemExit, match="another process is training in it"):
         train.main([*TINY, "--epochs", "1", "--out", str(tmp_path), "--resume"])
