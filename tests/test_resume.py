@@ -267,7 +267,7 @@ def test_unreadable_images_are_left_out_if_asked(tmp_path, capsys):
 
 def test_overfitting_four_scenes(tmp_path):
     """The smoke test that the README offers: the demonstration's model learns four scenes by heart."""
-    train.main(["--overfit", "4", "--image_size", "64", "--epochs", "5", "--eval_every", "5", "--out", str(tmp_path / "run")])
+    train.main(["--overfit", "4", "--image_size", "64", "--epochs", "3", "--eval_every", "3", "--out", str(tmp_path / "run")])
     line = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
     assert line["ap"] > 0.9
     data = train.prepare(train.parse(["--overfit", "4", "--out", str(tmp_path / "again")]))
