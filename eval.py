@@ -236,7 +236,7 @@ def draw_ssl(path, panels, patch, n=6):
     """What a self-supervised task does to the first n images, a row for each panel.
 
     panels: {title: (images (B, 3, H, W) in 0..1, patches to frame (B, P) or None, right or not (B, P) or None)}; frames
-    are white, or green where right and red where wrong. Between small patches of one colour there is no line.
+    are white, or green where right and red where wrong.
     """
     n = min(n, *(len(images) for images, _, _ in panels.values()))
     H, W = next(iter(panels.values()))[0].shape[-2:]

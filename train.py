@@ -665,12 +665,18 @@ def main(argv=None):
         print(f"\nstopped in epoch {run.epoch} after {run.step} of {run.steps} steps" + what_is_left(out))
         sys.exit(interrupt.args[0] if interrupt.args else 130)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        known = [text for sign, text in FAILURES.items() if sign in str(error)]
+        if not known:
             raise
-        sys.exit("error: a loader process was killed, perhaps for want of memory (fewer --workers need less)" + what_is_left(out))
+        sys.exit(f"error: {known[0]}{what_is_left(out)}")
     finally:
         run_state.leave(out)
         parallel.stop()
+
+
+FAILURES = {"DataLoader worker": "a loader process was killed, perhaps for want of memory; fewer --workers need less",
+            "Connection closed by peer": "another process has ended, its message says why",
+            "out of memory": "the device's memory is too small; a lower --batch_size, --amp bf16 and --checkpoint_activations need less"}
 
 
 def what_is_left(out):

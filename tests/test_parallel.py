@@ -111,5 +111,6 @@ def test_an_error_in_one_process_ends_all(tmp_path):
     done = command(2, "train.py", *TINY, "--data", tmp_path / "data", "--limit_train", 8, "--epochs", 1, "--out", tmp_path / "run")
     assert done.returncode and "scene_000003.png: is not an image that can be read" in done.stderr
     assert time.monotonic() - start < 100
+    assert not (tmp_path / "run").exists()  # nothing was learnt, and the same command works once the image is mended
     done = command(2, "train.py", *TINY, "--data", tmp_path / "none", "--out", tmp_path / "other")
     assert done.returncode and done.stderr.count("error: ") == 1 and "cannot be read" in done.stderr
