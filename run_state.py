@@ -227,5 +227,7 @@ def save(path, content):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch raises the latter for a full disk
         temporary.unlink(missing_ok=True)
+        if "DataLoader worker" in str(error.__context__):  # the death of a loader process, noticed here by chance
+            raise error.__context__ from None
         why = error.strerror if isinstance(error, OSError) else f"is the disk full? {str(error).splitlines()[0]}"
         raise OSError(f"{path}: cannot be written ({why})") from None

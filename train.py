@@ -653,7 +653,8 @@ def main(argv=None):
     try:
         fit(args, out, run, train_set, val_set)
     except (isaid.DataError, OSError) as error:
-        sys.exit(f"error: {isaid.one_line(error)}" + what_is_left(out))
+        where = f"{out}: " if getattr(error, "errno", None) and not error.filename else ""  # a disk that is full
+        sys.exit(f"error: {where}{isaid.one_line(error)}{what_is_left(out)}")
     except FloatingPointError as error:
         sys.exit(f"error: {error}; start anew with a lower --lr")
     except BadStep as error:
