@@ -59,7 +59,8 @@ def held_out_loader(data, batch_size, workers):
     """The images in order; of several processes each takes its share, every image is taken once."""
     mine = torch.utils.data.Subset(data, range(parallel.rank(), len(data), parallel.world()))
     generator = torch.Generator()  # a loader's own: those of the model are left alone
-    return DataLoader(mine, batch_size, collate_fn=isaid.collate, num_workers=workers, generator=generator)
+    return DataLoader(mine, batch_size, collate_fn=isaid.collate, num_workers=workers, generator=generator,
+                      worker_init_fn=isaid.leave_signals)
 
 
 def collapsed(data, results):

@@ -8,13 +8,16 @@ Boxes in files are xywh pixels; an item's boxes are cxcywh in 0..1; masks of pad
     python isaid.py scenes OUT --train 20 --val 5  synthetic scenes as a dataset on disk
 """
 import argparse
+import atexit
 import collections
 import functools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -345,6 +348,19 @@ def read_image(path, at_least=None):
 
 def _read(paths, i, at_least=None):
     return read_image(paths[i], at_least)
+
+
+def leave_signals(_):
+    """In a loader process: signals, which launchers and terminals send to all processes, are the main process's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def end_loaders():
+    """Loader processes ignore SIGTERM, with which multiprocessing would end those that are left after an error, and wait for them."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def collate(batch):

@@ -10,7 +10,6 @@ task's held-out loss), curves.png, detections.png, ssl.png.
 Without flags everything has the demonstration's small sizes; recipes hold the large ones.
 """
 import argparse
-import atexit
 import collections
 import contextlib
 import ctypes
@@ -19,7 +18,6 @@ import functools
 import inspect
 import itertools
 import json
-import multiprocessing
 import os
 import platform
 import shlex
@@ -325,20 +323,7 @@ def epoch_loader(data, args, epoch, done=0):
     data.epoch = epoch
     return DataLoader(data, batch_sampler=epoch_batches(data, args, epoch)[done:], num_workers=args.workers, collate_fn=isaid.collate,
                       pin_memory=args.pin_memory, prefetch_factor=args.prefetch if args.workers else None,
-                      generator=torch.Generator(), worker_init_fn=leave_signals)  # the model's random numbers are left alone
-
-
-def leave_signals(_):
-    """In a loader process: signals, which launchers and terminals send to all processes, are the main process's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-@atexit.register
-def end_loaders():
-    """Loader processes ignore SIGTERM, with which multiprocessing would end those that are left after an error, and wait for them."""
-    for process in multiprocessing.active_children():
-        process.kill()
+                      generator=torch.Generator(), worker_init_fn=isaid.leave_signals)  # the model's random numbers are left alone
 
 
 def repeated(factors, offset):
@@ -748,7 +733,7 @@ def fit(args, out, run, train_set, val_set):
             run.begin_epoch()
             signals.at_once = False
         save_state()
-    conclude(args, out, metrics)
+    conclude(args, out, metrics, train_set.bad + val_set.bad)
 
 
 def epoch_line(run, args):
@@ -769,11 +754,13 @@ def write_log(out, log):
         evaluation.draw_curves(out / "curves.png", log)
 
 
-def conclude(args, out, metrics):
+def conclude(args, out, metrics, bad):
     """What to look at and to do next."""
     if metrics and args.setting != "pretrain":
         print(f"\n{evaluation.table(metrics)}")
     pictures = " and ".join(str(path) for name in ("detections", "ssl", "curves") if (path := out / f"{name}.png").exists())
+    if bad:
+        print(f"\nleft out  {len(bad)} images that cannot be read, the first: {bad[0]}")
     print(f"\nlook at   {pictures}\nevaluate  python eval.py {out}")
     if args.setting == "pretrain":
         data = "--data DIR and the same flags of the model" if args.data_unlabeled else "the same flags of model and data"

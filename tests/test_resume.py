@@ -255,6 +255,7 @@ def test_unreadable_images_are_left_out_if_asked(tmp_path, capsys):
         train.main([*flags, "--out", str(tmp_path / "a")])
     train.main([*flags, "--out", str(tmp_path / "b"), "--skip_bad", "--workers", "1"])
     printed = capsys.readouterr().out
+    assert "left out  2 images that cannot be read, the first: " in printed
     evaluation.main([str(tmp_path / "b")])
     assert "left out: 1 images that cannot be read, the first: " in capsys.readouterr().out
     assert "skipped     2 images that cannot be read, the first: " in printed and "instancesonly_filtered_train.json: 8 images" in printed
