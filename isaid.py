@@ -359,7 +359,10 @@ def leave_signals(_):
 @atexit.register
 def end_loaders():
     """Loader processes ignore SIGTERM, with which multiprocessing would end those that are left after an error, and wait for them."""
-    for process in multiprocessing.active_children():
+    left = multiprocessing.active_children()
+    if left and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for an error
+    for process in left:
         process.kill()
 
 
