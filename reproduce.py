@@ -74,6 +74,12 @@ def command_of(table, name, rows, seed):
     return ["train.py", *flags, "--seed", str(seed), "--out", f"{runs}/{name}-{seed}"]
 
 
+def starts_before(table, name, rows, seed):
+    """The commands of the rows that a row starts from, directly or not."""
+    return [command for start in starts_of(rows[name])
+            for command in (*starts_before(table, start, rows, seed), f"python {' '.join(command_of(table, start, rows, seed))}")]
+
+
 def read_results(table, rows):
     """{row: {seed: content of its result file}} of what is there. Raises ValueError if it was made with other flags."""
     results = {name: {} for name in rows}
@@ -85,6 +91,8 @@ def read_results(table, rows):
             if content["command"] != wanted:
                 raise ValueError(f"{path} is of another command than its row now has; delete it to run the row anew\n"
                                  f"then  {content['command']}\nnow   {wanted}")
+            if content["starts"] != starts_before(table, name, rows, int(seed)):
+                raise ValueError(f"{path} started from a row that has another command now; delete it to run the row anew")
             results[name][int(seed)] = content
     return {name: runs for name, runs in results.items() if runs}
 
@@ -107,7 +115,8 @@ def run_row(table, name, rows, seed, threads):
         raise RuntimeError(f"python {' '.join(command)}\n{said.splitlines()[-1]}")
     config = json.loads((run / "config.json").read_text())
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    content = {"command": f"python {' '.join(command)}", "revision": config["revision"], "versions": config["versions"],
+    content = {"command": f"python {' '.join(command)}", "starts": starts_before(table, name, rows, seed),
+               "revision": config["revision"], "versions": config["versions"],
                "guess": guess(run) if "ssl_loss" in log[-1] else None, "log": log}
     result.parent.mkdir(parents=True, exist_ok=True)
     temporary = result.with_suffix(".tmp")

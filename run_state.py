@@ -115,9 +115,12 @@ class Run:
             own = state["processes"][parallel.rank() % len(state["processes"])]
             self.random, self.sums = own["random"], {name: value.to(self.args.device) for name, value in own["sums"].items()}
             before, now = (state["steps"], state["world"]), (self.steps, parallel.world())
+            classes = state["categories"]
         except (KeyError, TypeError, RuntimeError, AttributeError) as error:
             raise ValueError(f"{path}: is not a checkpoint to go on from ({str(error).splitlines()[0]}); start from its weights with "
                              "--init") from None
+        if classes != self.content["categories"]:
+            raise ValueError(f"{path}: was made with other classes than the data's; a run goes on with the same data")
         if before != now:
             raise ValueError(f"{path}: was made with {before[0]} steps an epoch in {before[1]} processes, not {now[0]} in {now[1]}; a run "
                              "goes on with the same data and number of processes")
@@ -145,11 +148,12 @@ def open_checkpoint(args):
     return state
 
 
-_entered = {}  # the run folder that this process is in: its lock file, open
+_entered = {}  # the run folder that this process is in: (its lock file, open, whether nothing else was there before)
 
 
 def enter(out):
     """Keep other processes out of a run folder. Raises BlockingIOError if one is in it, OSError if nothing can be written there."""
+    new = not any(path.name != ".lock" for path in out.iterdir())
     file = open(out / ".lock", "w")
     try:
         import fcntl
@@ -158,16 +162,17 @@ def enter(out):
         raise
     except (ImportError, OSError):  # Windows; network file systems without locks
         pass
-    _entered[out] = file
+    _entered[out] = file, new
 
 
 def leave(out):
-    """The opposite. A folder that holds nothing but what every run starts with is removed, so that the same command works again."""
+    """The opposite. A folder in which nothing came of a run is removed, so that the same command works again."""
     if out not in _entered:
         return
-    _entered.pop(out).close()
+    file, new = _entered.pop(out)
+    file.close()
     (out / ".lock").unlink(missing_ok=True)
-    if all(path.name == "config.json" for path in out.iterdir()):
+    if new and all(path.name == "config.json" for path in out.iterdir()):
         (out / "config.json").unlink(missing_ok=True)
         out.rmdir()
 

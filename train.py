@@ -662,6 +662,7 @@ def main(argv=None):
 
 FAILURES = {"DataLoader worker": "a loader process was killed, perhaps for want of memory; fewer --workers need less",
             "Connection closed by peer": "another process has ended, its message says why",
+            "Connection reset by peer": "another process has ended, its message says why",
             "out of memory": "the device's memory is too small; a lower --batch_size, --amp bf16 and --checkpoint_activations need less"}
 
 

@@ -60,6 +60,10 @@ def test_a_table(table, tmp_path, capsys):
     reproduce.main([str(table), "--no_run"])
     assert (results / "table.md").read_text() == table_before
     table.write_text(table.read_text().replace("--vocabulary 4", "--vocabulary 5"))
+    with pytest.raises(SystemExit, match="deformable-pretrained-0.json started from a row that has another command now"):
+        reproduce.main([str(table)])
+    for path in results.glob("deformable-pretrained-*.json"):
+        path.unlink()
     with pytest.raises(SystemExit, match="(?s)start-0.json is of another command than its row now has.*vocabulary 4.*vocabulary 5"):
         reproduce.main([str(table)])
 
