@@ -219,7 +219,7 @@ def main(argv=None):
     try:
         rows = read_table(args.table)
         table = Path(args.table).stem
-        read_results(table, rows)
+        read_results(table, rows)  # refuses before anything is run
         wanted = {name for name in rows if not args.rows or any(text in name for text in args.rows)}
         if rows and not wanted:
             raise ValueError(f"--rows {' '.join(args.rows)}: {args.table} has no row with that in its name")

@@ -396,12 +396,11 @@ def introduce(args, run, notes, train_set, val_set):
           + (f" and {frozen / 1e6:.1f} M not trained" if frozen else ""))
     print("\n".join(notes))
     batch = args.batch_size * args.accumulate * parallel.world()
-    size = f"{args.image_size} x {args.image_size} pixels" if args.image_size else "the shorter side 480 to 800 pixels"
     print(f"batch       {batch} images a step, {run.steps} steps an epoch, "
           f"{args.epochs} epochs: {run.steps * args.epochs * batch:,} images in all "
           + ("(the paper's pretraining: 10 epochs of iSAID or ImageNet)" if args.setting == "pretrain" else
              "(the paper's recipe: 50 epochs of iSAID, 1,400,000)"))
-    print(f"size        {size}")
+    print("size        " + (f"{args.image_size} x {args.image_size} pixels" if args.image_size else "the shorter side 480 to 800 pixels"))
     if task:
         where = "the image" if task.on == "image" else "the feature maps"
         number = (args.image_size or 480) ** 2 // task.patch ** 2
@@ -645,8 +644,9 @@ def main(argv=None):
     except BadStep as error:
         name = f"failed{f'-{parallel.rank()}' if parallel.rank() else ''}.pt"
         run_state.save(out / name, run.state(alone=True))
+        launcher = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}" if parallel.world() > 1 else "python"
         again = shlex.join([*argv, *([] if "--out" in argv else ["--out", str(out)]), "--resume", name])
-        sys.exit(f"error: {error}; start anew with a lower --lr. The step was not taken. The same batch again: {launcher()} {again}")
+        sys.exit(f"error: {error}; start anew with a lower --lr. The step was not taken. The same batch again: {launcher} train.py {again}")
     except KeyboardInterrupt as interrupt:
         print(f"\nstopped in epoch {run.epoch} after {run.step} of {run.steps} steps" + what_is_left(out))
         sys.exit(interrupt.args[0] if interrupt.args else 130)
@@ -670,14 +670,6 @@ def what_is_left(out):
     if not (out / "last.pt").exists():
         return "; nothing was saved yet"
     return f"; what was saved is in {out / 'last.pt'}; to go on, the same command with --out {out} --resume"
-
-
-def launcher():
-    """How this process was started, up to the flags."""
-    if parallel.world() == 1:
-        return "python train.py"
-    here = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return f"torchrun --nproc_per_node {here} train.py" if here == str(parallel.world()) else "torchrun (as before) train.py"
 
 
 def fit(args, out, run, train_set, val_set):

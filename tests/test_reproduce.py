@@ -77,6 +77,8 @@ def test_a_row_that_dies_silently(table, monkeypatch):
     monkeypatch.setattr(reproduce.subprocess, "run", lambda *args, **options: SimpleNamespace(returncode=-9, stderr=""))
     with pytest.raises(SystemExit, match="(?s)--epochs 2.*exit status -9"):
         reproduce.main([str(table), "--rows", "scratch"])
+    with pytest.raises(SystemExit, match="error: --rows none: .* has no row with that in its name"):
+        reproduce.main([str(table), "--rows", "none"])
 
 
 def test_the_mean_patch_by_hand(tmp_path):
@@ -102,7 +104,5 @@ def test_mistakes_get_one_line(text, message, table):
     with pytest.raises(SystemExit) as stop:
         reproduce.main([str(table)])
     assert message in str(stop.value.code) and "Traceback" not in str(stop.value.code)
-    with pytest.raises(SystemExit, match="error: --rows none: .* has no row" if "a: --epochs" in text else "error: "):
-        reproduce.main([str(table), "--rows", "none"])
     with pytest.raises(SystemExit, match="cannot be read as a table"):
         reproduce.main([str(table.with_name("none.txt"))])

@@ -123,6 +123,11 @@ def test_a_complete_run_and_other_flags(undisturbed, tmp_path):
     said = finish(start(out, *KINDS["detect"], "--resume", "--lr", "1e-3", "--epochs", "4"), 1)
     assert "last.pt: was made with --epochs 3, not 4, --lr 0.0005, not 0.001; a run goes on with" in said
     assert "--out " in finish(start(out, *KINDS["detect"]), 1)  # without --resume it is not touched
+    state = torch.load(out / "last.pt", weights_only=True)
+    state["categories"][0]["name"] = "boat"
+    torch.save(state, out / "other.pt")
+    with pytest.raises(SystemExit, match="other.pt: was made with other classes than the data's"):
+        train.main([*TINY, "--epochs", "3", "--out", str(out), *KINDS["detect"], "--resume", "other.pt"])
     whole = bytearray((out / "last.pt").read_bytes())
     whole[len(whole) // 2] ^= 255
     (out / "last.pt").write_bytes(whole)
@@ -209,6 +214,30 @@ def test_a_disk_that_is_too_small_is_met_before_training(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="1 MB are free on its disk, checkpoints need up to"):
         train.main([*TINY, "--epochs", "1", "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_that_are_replaced_need_no_room_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_state.shutil, "disk_usage", lambda _: SimpleNamespace(free=13 * 10 ** 6))
+    model = torch.nn.Linear(1000, 1000)  # 4 MB; with the optimizer's averages 12
+    with pytest.raises(ValueError, match="13 MB are free on its disk, checkpoints need up to 28"):
+        run_state.check_disk(tmp_path, model, None)
+    for name in ("last.pt", "best.pt"):
+        (tmp_path / name).touch()
+    run_state.check_disk(tmp_path, model, None)
+    with pytest.raises(ValueError, match="need up to 16"):
+        run_state.check_disk(tmp_path, model, 0.9)
+
+
+@pytest.mark.parametrize("said, message", [
+    ("DataLoader worker (pid 9) is killed by signal: Killed.", "a loader process was killed"),
+    ("[gloo/transport/tcp/pair.cc:5] Connection reset by peer", "another process has ended"),
+    ("CUDA out of memory. Tried to allocate 2 GiB", "the device's memory is too small")])
+def test_failures_of_the_surroundings_get_one_line(said, message, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError(said)
+    monkeypatch.setattr(train, "fit", fail)
+    with pytest.raises(SystemExit, match=f"error: {message}.*nothing was saved yet"):
+        train.main([*TINY, "--epochs", "1", "--out", str(tmp_path / "run")])
 
 
 def test_folders_that_cannot_be_written(tmp_path):
