@@ -1,6 +1,6 @@
 """Evaluation: COCO metrics in total and per class, result files; the pictures of train.py.
 
-    python eval.py RUN [--data DIR] [--split val] [--limit_val N] [--export FILE]
+    python eval.py RUN [--data DIR | --images DIR --json FILE] [--split val] [--limit_val N] [--export FILE]
     python eval.py predict RUN IMAGE_OR_FOLDER [--out DIR] [--score 0.3]       images of any size
 
 RUN is a run folder of train.py (its best.pt, else last.pt) or a checkpoint file.
@@ -344,6 +344,8 @@ def evaluate_run(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder of train.py, or a checkpoint file")
     parser.add_argument("--data", metavar="DIR", help="another dataset than the run's, in the patches layout")
+    parser.add_argument("--images", metavar="DIR", help="or one with COCO annotations: its folder of images …")
+    parser.add_argument("--json", metavar="FILE", help="… and its annotations")
     parser.add_argument("--split", choices=("train", "val", "test"), default="val",
                         help="test: without ground truth, for --export (default %(default)s)")
     parser.add_argument("--limit_val", type=isaid.number(int), metavar="N", help="only the first N images")
@@ -359,13 +361,20 @@ def evaluate_run(argv):
     args.device = parallel.start(args.device)
     if args.export and (Path(args.export).is_dir() or not Path(args.export).resolve().parent.is_dir()):
         parser.error(f"--export {args.export}: is a folder, or there is no folder {Path(args.export).resolve().parent}")
+    if args.images and args.data:
+        parser.error("--data and --images name two datasets; give one of them")
+    if args.json and not args.images:
+        parser.error("--json needs --images, the folder of the images")
     if args.split == "test" and not args.export:
         parser.error("--split test has no ground truth; add --export FILE for what is found")
     model, task, flags, categories, path = load_run(args.run, args.device)
     if args.export and flags.setting == "pretrain":
         raise ValueError(f"--export: {path} is of a pretraining, it detects nothing")
-    if args.data:
+    if args.images and not args.json and flags.setting != "pretrain":
+        raise ValueError("--images needs --json, their COCO annotations")
+    if args.data or args.images:
         flags.data, flags.data_unlabeled, flags.limit_train, flags.limit_val = args.data, None, None, None
+        flags.train_images, flags.train_json = flags.val_images, flags.val_json = args.images, args.json
     if args.split == "test" and not flags.data:
         raise ValueError("--split test is of a dataset in the patches layout; name it with --data")
     if args.limit_val:
@@ -378,30 +387,34 @@ def evaluate_run(argv):
                               f"{isaid.class_names(categories)}")
     print(f"{path} on {data.name}")
     how = args.batch_size or flags.batch_size, args.workers, args.device
-    metrics = {"checkpoint": str(path), "data": data.name}
+    metrics, text, mark = {"checkpoint": str(path), "data": data.name}, [], "" if args.split == "val" else f"_{args.split}"
     if task:
         found, panels = ssl_metrics(model, task, data, *how)
         metrics.update(found)
-        if parallel.rank() == 0:
-            draw_ssl(path.parent / "ssl.png", panels, task.patch)
-        print(f"{flags.ssl_task}: " + ssl_text(found))
+        text.append(f"{flags.ssl_task}: {ssl_text(found)}")
     if flags.setting != "pretrain":
         results = predict(model, data, *how, max(100, args.max_dets))
     if flags.setting != "pretrain" and args.split != "test":
         metrics.update(coco_metrics(data, results))
-        print(table(metrics))
+        text.append(table(metrics))
         if (args.max_dets, args.areas) != (100, "coco"):
             others = coco_metrics(data, results, max_dets=args.max_dets, areas=args.areas)
             metrics["other"] = {"max_dets": args.max_dets, "areas": args.areas, **others}
-            print(f"\nwith {args.max_dets} detections an image and {args.areas}'s areas: {totals(others)}")
+            text.append(f"\nwith {args.max_dets} detections an image and {args.areas}'s areas: {totals(others)}")
     if parallel.rank():
         return
+    written = []  # first of all, so that nothing is lost where the text is piped into something that ends early
     if args.split != "test":
-        (path.parent / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        print(f"\nwritten: {path.parent / 'metrics.json'}" + (f", {path.parent / 'ssl.png'}" if task else ""))
+        written.append(path.parent / f"metrics{mark}.json")
+        written[-1].write_text(json.dumps(metrics, indent=1))
+    if task:
+        written.append(path.parent / f"ssl{mark}.png")
+        draw_ssl(written[-1], panels, task.patch)
     if args.export:
+        written.append(args.export)
         Path(args.export).write_text(json.dumps(results))
-        print(f"written: {args.export}, {len(results):,} detections")
+        text.append(f"{len(results):,} detections exported")
+    print("\n".join(text) + f"\n\nwritten: {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

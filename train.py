@@ -504,7 +504,8 @@ def take_step(learner, batches, run, args):
     run.scaler.unscale_(run.optimizer)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_max_norm)
-    if not (run.scaler.is_enabled() or norm.isfinite()):  # with fp16 the scaler leaves such a step out
+    # with fp16 the scaler leaves such a step out and scales by less, but where it does not scale any more that is no help
+    if not norm.isfinite() and run.scaler.get_scale() <= 1:
         raise FloatingPointError("the gradient is NaN or infinite")
     run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -710,7 +711,7 @@ def fit(args, out, run, train_set, val_set):
                 line.update({name: metrics[name] for name in (*evaluation.METRICS, "ssl_loss", "ssl_acc") if name in metrics})
                 line["eval_seconds"] = round(time.perf_counter() - start, 2)
                 score = -metrics["ssl_loss"] if args.setting == "pretrain" else metrics["ap"] or 0.0
-                if score > run.best:
+                if score >= run.best:  # of equals the last: AP may stay at zero for a while
                     run.best = score
                     if first:
                         with signals.held():

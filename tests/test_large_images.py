@@ -141,6 +141,8 @@ def test_the_command(run, tmp_path, capsys):
     assert all(path.read_bytes() == content for path, content in files.items())
     evaluation.main(["predict", str(run), str(tmp_path / "in/a.png"), "--score", "1"])
     assert json.loads((run / "predictions/predictions.json").read_text())["annotations"] == []
+    Image.new("RGB", (9, 7)).save(tmp_path / "tiny.png")
+    evaluation.main(["predict", str(run), str(tmp_path / "tiny.png")])  # one cell on the coarsest map
 
 
 @pytest.mark.parametrize("flags, message", [

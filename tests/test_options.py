@@ -52,6 +52,16 @@ def test_fp16_leaves_an_infinite_step_out(tmp_path):
     assert all(map(torch.equal, before, run.model.parameters())) and run.scaler.get_scale() == 2.0 ** 119
 
 
+def test_fp16_stops_where_scaling_is_no_help(tmp_path):
+    args = train.parse([*TINY, "--amp", "fp16", "--out", str(tmp_path / "run")])
+    _, run, data, _, _ = train.prepare(args)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    next(run.model.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+    step = next(train.steps_of(train.epoch_loader(data, args, 1), None, args))
+    with pytest.raises(FloatingPointError, match="the gradient is NaN or infinite"):
+        train.take_step(train.Learner(run.model, None, args), step, run, args)
+
+
 @pytest.mark.parametrize("model", ["detr", "deformable_detr"])
 def test_computing_layers_twice_changes_nothing(model, tmp_path):
     plain = one_step(tmp_path, "--model", model, "--dropout", "0.1", name="a")

@@ -60,6 +60,9 @@ def test_a_run_leaves_what_it_promises(run):
     assert re.search(r"revision +\w+", printed) and "M parameters" in printed and "8 images" in printed
     assert all(f"{i + 1:>4} {name}" in printed for i, name in enumerate(isaid.CLASSES))
     checkpoint = torch.load(out / "last.pt", weights_only=True)
+    aps = [json.loads(line)["ap"] for line in (out / "log.jsonl").read_text().splitlines()]
+    best = max((ap, epoch) for epoch, ap in enumerate(aps, 1))[1]  # of equals the last one
+    assert torch.load(out / "best.pt", weights_only=True)["epoch"] == best
     assert checkpoint["epoch"] == 2 and [c["name"] for c in checkpoint["categories"]] == list(isaid.CLASSES)
 
 
@@ -74,7 +77,20 @@ def test_evaluating_the_run(run, folder, tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert len(found) == 3 * 100 and found[0].keys() == {"image_id", "category_id", "bbox", "score"}
     evaluation.main([str(out / "last.pt"), "--data", str(folder), "--split", "train", "--limit_val", "2"])
-    assert json.loads((out / "metrics.json").read_text())["images"] == 2
+    assert json.loads((out / "metrics_train.json").read_text())["images"] == 2
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+
+
+def test_evaluating_on_coco_files(run, folder, tmp_path):
+    """Any images with their annotations; what is written is there although nobody reads what is printed."""
+    images, annotations = isaid.split_files(folder, "train")
+    flags = map(str, [run[0], "--images", images, "--json", annotations, "--export", tmp_path / "found.json"])
+    process = subprocess.Popen([sys.executable, "-u", "eval.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process.stdout.readline()
+    process.stdout.close()  # as `| head -1` does
+    process.wait()
+    metrics = json.loads((run[0] / "metrics.json").read_text())
+    assert metrics["images"] == 8 and str(annotations) in metrics["data"] and len(json.loads((tmp_path / "found.json").read_text())) == 800
 
 
 @pytest.mark.parametrize("flags", [
@@ -238,10 +254,12 @@ def test_other_classes_are_refused(folder, run, tmp_path, capsys):
         with pytest.raises(SystemExit, match=message):
             evaluation.main([str(wrong)])
     for flag, value, message in (("--export", tmp_path / "none/x.json", "there is no folder"), ("--limit_val", "0", "greater"),
-                                 ("--device", "toaster", "cannot be used")):
+                                 ("--device", "toaster", "cannot be used"), ("--json", path, "--json needs --images")):
         with pytest.raises(SystemExit):
             evaluation.main([str(run[0]), flag, str(value)])
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--images needs --json"):
+        evaluation.main([str(run[0]), "--images", str(other)])
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 5, 10, 11])
