@@ -527,7 +527,7 @@ def set_losses(logits, boxes, targets, focal, totals=None):
 
     logits (N, B, Q, K), boxes (N, B, Q, 4); targets: per image {"labels": (T,), "boxes": (T, 4) cxcywh in 0..1}, best
     left on the host. Class term: cross-entropy with "no object", or focal loss; the others over matched pairs only.
-    totals: the `loss_counts` of a larger batch that this one is a part of, at least 1.
+    totals: the `loss_counts` of a larger batch that this one is a part of, greater than 0.
     """
     N, B, Q, K = logits.shape
     counts = [len(target["labels"]) for target in targets]
@@ -645,7 +645,7 @@ def load_weights(model, path, parts=None):
     another number of classes). Raises ValueError if anything else does not fit, or a part is not in the file.
     """
     checkpoint = load_checkpoint(path)
-    state, own = checkpoint.get("model", checkpoint), model.state_dict()
+    state, own = checkpoint.get("ema") or checkpoint.get("model", checkpoint), model.state_dict()  # averages, as eval.py takes them
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: holds no weights under \"model\"")
     there = {part_of(name) for name in state if name in own or not parts}

@@ -1,6 +1,6 @@
 """Evaluation: COCO metrics in total and per class, result files; the pictures of train.py.
 
-    python eval.py RUN [--data DIR | --images DIR --json FILE] [--split val] [--limit_val N] [--export FILE]
+    python eval.py RUN [--data DIR | --images DIR --json FILE] [--split val] [--limit_val N] [--out DIR] [--export FILE]
     python eval.py predict RUN IMAGE_OR_FOLDER [--out DIR] [--score 0.3]       images of any size
 
 RUN is a run folder of train.py (its best.pt, else last.pt) or a checkpoint file.
@@ -12,12 +12,12 @@ import importlib.util
 import io
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import detr
@@ -58,9 +58,7 @@ def predict(model, data, batch_size, workers=0, device="cpu", top=100):
 def held_out_loader(data, batch_size, workers):
     """The images in order; of several processes each takes its share, every image is taken once."""
     mine = torch.utils.data.Subset(data, range(parallel.rank(), len(data), parallel.world()))
-    generator = torch.Generator()  # a loader's own: those of the model are left alone
-    return DataLoader(mine, batch_size, collate_fn=isaid.collate, num_workers=workers, generator=generator,
-                      worker_init_fn=isaid.leave_signals)
+    return isaid.loader(mine, workers, batch_size=batch_size)
 
 
 def collapsed(data, results):
@@ -108,7 +106,7 @@ def coco_metrics(data, results, evaluator=None, max_dets=100, areas="coco"):
             coco.dataset = {"images": data.images, "categories": data.categories, "annotations": annotations}
             coco.createIndex()
         run = COCOeval(truth, predicted, "bbox")
-        run.params.maxDets = [1, 10, max_dets]
+        run.params.maxDets = [max_dets]
         sides = AREAS[areas]
         run.params.areaRng = [[0, 1e10], *([low ** 2, high ** 2] for low, high in zip(sides, sides[1:]))]
         run.evaluate()
@@ -138,7 +136,7 @@ def show(value):
 def ssl_text(metrics):
     """The metrics of a self-supervised task as text."""
     accuracy = "" if metrics["ssl_acc"] is None else f", accuracy {metrics['ssl_acc']:.3f}"
-    return f"held-out loss {metrics['ssl_loss']:.3f}{accuracy}"
+    return f"loss {metrics['ssl_loss']:.3f}{accuracy}"
 
 
 def totals(metrics):
@@ -270,14 +268,21 @@ def draw_curves(path, log):
     for axes, (label, names) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         for name in names:
             points = [(line["epoch"], line[name]) for line in log if line.get(name) is not None]
-            if points:
-                axes.plot(*zip(*points), marker=".", label=name.removeprefix("train_"))
+            if points:  # the total is drawn broad: it may be the same as its only term
+                style = {"linewidth": 5, "alpha": 0.4} if name == "train_loss" else {}
+                axes.plot(*zip(*points), marker=".", label=name.removeprefix("train_"), **style)
         axes.set(xlabel="epoch", ylabel=label)
-        axes.set_ylim(bottom=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        scale_axes(axes)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=110)
+
+
+def scale_axes(axes):
+    """Whole epochs below, and values from zero to a little more than the largest, also where all are alike."""
+    axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1)
+    axes.set_xlim(axes.dataLim.x0 - 0.5, axes.dataLim.x1 + 0.5)
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 # ---------------------------------------------------------------- the command
@@ -287,7 +292,8 @@ def default_device():
 
 
 def usable_device(name):
-    """An argparse type: a device that exists here."""
+    """An argparse type: a device that exists here. "cuda" is the GPU of this process: others' are not touched."""
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
         torch.empty(1, device=name).tolist()
     except (RuntimeError, AssertionError) as error:
@@ -337,7 +343,9 @@ def main(argv=None):
         else:
             evaluate_run(argv)
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {isaid.one_line(error)}")
+        sys.exit(f"error: {isaid.one_line(error)}" if parallel.rank() == 0 else 1)
+    finally:
+        parallel.stop()
 
 
 def evaluate_run(argv):
@@ -346,8 +354,8 @@ def evaluate_run(argv):
     parser.add_argument("--data", metavar="DIR", help="another dataset than the run's, in the patches layout")
     parser.add_argument("--images", metavar="DIR", help="or one with COCO annotations: its folder of images …")
     parser.add_argument("--json", metavar="FILE", help="… and its annotations")
-    parser.add_argument("--split", choices=("train", "val", "test"), default="val",
-                        help="test: without ground truth, for --export (default %(default)s)")
+    parser.add_argument("--split", choices=("train", "val", "test"),
+                        help="test: without ground truth, for --export (default: the run's held-out images, val)")
     parser.add_argument("--limit_val", type=isaid.number(int), metavar="N", help="only the first N images")
     parser.add_argument("--batch_size", type=isaid.number(int), metavar="N", help="images at a time (default: the run's)")
     parser.add_argument("--workers", type=isaid.number(int, zero=True), default=0, metavar="N",
@@ -356,6 +364,8 @@ def evaluate_run(argv):
     parser.add_argument("--max_dets", type=isaid.number(int), default=100, metavar="N", help="detections an image that count (default "
                         "%(default)s, as COCO has it; iSAID's devkit: 1000)")
     parser.add_argument("--areas", choices=tuple(AREAS), default="coco", help="what small, medium and large mean (default %(default)s)")
+    parser.add_argument("--out", metavar="DIR", help="where metrics.json and ssl.png go (default: the run folder; of other images than "
+                        "all those that the run held out: its folder `other`)")
     parser.add_argument("--export", metavar="FILE", help="write what was found as COCO results (xywh, the dataset's ids)")
     args = parser.parse_args(argv)
     args.device = parallel.start(args.device)
@@ -367,7 +377,11 @@ def evaluate_run(argv):
         parser.error("--json needs --images, the folder of the images")
     if args.split == "test" and not args.export:
         parser.error("--split test has no ground truth; add --export FILE for what is found")
-    model, task, flags, categories, path = load_run(args.run, args.device)
+    model, task, flags, categories, path = parallel.everywhere(load_run, args.run, args.device)
+    held_out = "train" if flags.overfit else "val"
+    own = args.split in (None, held_out) and not (args.data or args.images or args.limit_val)
+    out = Path(args.out or (path.parent if own else path.parent / "other"))
+    args.split = args.split or held_out
     if args.export and flags.setting == "pretrain":
         raise ValueError(f"--export: {path} is of a pretraining, it detects nothing")
     if args.images and not args.json and flags.setting != "pretrain":
@@ -379,21 +393,23 @@ def evaluate_run(argv):
         raise ValueError("--split test is of a dataset in the patches layout; name it with --data")
     if args.limit_val:
         setattr(flags, f"limit_{args.split}", args.limit_val)
-    data = isaid.open_split(args.split, flags, train=False)
+    data = parallel.everywhere(isaid.open_split, args.split, flags, False)
     if data.bad:
-        print(f"left out: {len(data.bad)} images that cannot be read, the first: {data.bad[0]}")
+        print(f"left out: {len(data.bad)} images that cannot be used, the first: {data.bad[0]}")
     if flags.setting != "pretrain" and data.categories != categories:
         raise isaid.DataError(f"{data.name}: its classes {isaid.class_names(data.categories)} are not the model's "
                               f"{isaid.class_names(categories)}")
     print(f"{path} on {data.name}")
     how = args.batch_size or flags.batch_size, args.workers, args.device
-    metrics, text, mark = {"checkpoint": str(path), "data": data.name}, [], "" if args.split == "val" else f"_{args.split}"
+    metrics, text, written = {"checkpoint": str(path), "data": data.name}, [], []
     if task:
         found, panels = ssl_metrics(model, task, data, *how)
         metrics.update(found)
         text.append(f"{flags.ssl_task}: {ssl_text(found)}")
     if flags.setting != "pretrain":
         results = predict(model, data, *how, max(100, args.max_dets))
+    if parallel.rank():
+        return
     if flags.setting != "pretrain" and args.split != "test":
         metrics.update(coco_metrics(data, results))
         text.append(table(metrics))
@@ -401,20 +417,19 @@ def evaluate_run(argv):
             others = coco_metrics(data, results, max_dets=args.max_dets, areas=args.areas)
             metrics["other"] = {"max_dets": args.max_dets, "areas": args.areas, **others}
             text.append(f"\nwith {args.max_dets} detections an image and {args.areas}'s areas: {totals(others)}")
-    if parallel.rank():
-        return
-    written = []  # first of all, so that nothing is lost where the text is piped into something that ends early
+    if task or args.split != "test":
+        out.mkdir(parents=True, exist_ok=True)
     if args.split != "test":
-        written.append(path.parent / f"metrics{mark}.json")
+        written.append(out / "metrics.json")
         written[-1].write_text(json.dumps(metrics, indent=1))
     if task:
-        written.append(path.parent / f"ssl{mark}.png")
+        written.append(out / "ssl.png")
         draw_ssl(written[-1], panels, task.patch)
     if args.export:
         written.append(args.export)
         Path(args.export).write_text(json.dumps(results))
         text.append(f"{len(results):,} detections exported")
-    print("\n".join(text) + f"\n\nwritten: {', '.join(map(str, written))}")
+    print("\n".join(text) + f"\n\nwritten: {', '.join(map(str, written))}")  # last: where it is piped to may have closed
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -53,18 +54,18 @@ class Detection(torch.utils.data.Dataset):
     {"image_id": int, "size": (height, width) before resizing, "labels": (T,) int64, "boxes": (T, 4) cxcywh in 0..1,
     "seed": int, for whatever else is random about this image in this epoch}.
 
-    coco: {"images", "annotations", "categories"} as in a COCO file, every image with its size. read(i, at_least) returns the PIL
-    image, which may be smaller than its file if that leaves at_least pixels a side, and the (width, height) of the file. Boxes
-    are clipped to their image; those left without area are removed. `clipped` and `removed` count them.
+    coco: {"images", "annotations", "categories"} as in a COCO file, every image that has annotations with its size.
+    read(i, at_least) returns the PIL image, which may be smaller than its file if that leaves at_least pixels a side, and the
+    (width, height) of the file. bad: what is wrong with images that were left out.
+    Boxes are clipped to their image; those left without area are removed. `clipped` and `removed` count them.
     Crowd regions (iscrowd 1) are kept for the evaluation, which ignores them, and are no training targets.
     Augmentation depends on (seed, epoch, i) alone, not on workers or order; set `epoch` before each pass. Item i + k * len(self) is
     image i once more, with another augmentation.
     """
 
-    def __init__(self, name, coco, read, transform, seed=0):
+    def __init__(self, name, coco, read, transform, seed=0, bad=()):
         self.name, self.read, self.transform, self.seed, self.epoch, self.at_least = name, read, transform, seed, 0, None
-        self.bad = []  # what is wrong with images that were left out
-        self.images = coco["images"]
+        self.images, self.bad = coco["images"], list(bad)
         self.categories = sorted(({"id": c["id"], "name": str(c["name"])} for c in coco["categories"]), key=lambda c: c["id"])
         self.annotations, self.clipped, self.removed = clean_boxes(self.images, coco["annotations"])
         label = {category["id"]: i for i, category in enumerate(self.categories)}
@@ -86,14 +87,12 @@ class Detection(torch.utils.data.Dataset):
     def __getitem__(self, i):
         number, i = i, i % len(self)
         image, (picture, (w, h)) = self.images[i], self.read(i, self.at_least)
-        if (w, h) != (image.get("width", w), image.get("height", h)):  # the boxes would be in other places
-            raise DataError(f"{self.name}: {image['file_name']} should have {image['width']} x {image['height']} pixels, "
-                            f"the file has {w} x {h}")
+        check_size(image, f"{self.name}: {image['file_name']}", (w, h))
         shrink = torch.tensor(picture.size * 2) / torch.tensor([w, h, w, h])
         boxes = tv_tensors.BoundingBoxes(self.boxes[i] * shrink, format="XYWH", canvas_size=picture.size[::-1])
         sample = {"image": picture, "boxes": boxes, "labels": self.labels[i]}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, number]).generate_state(1)[0]))
+            torch.default_generator.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, number]).generate_state(1)[0]))
             sample, seed = self.transform(sample), int(torch.randint(2 ** 62, ()))
         height, width = sample["image"].shape[-2:]
         boxes = sample["boxes"].as_subclass(torch.Tensor) / torch.tensor([width, height, width, height])
@@ -104,26 +103,14 @@ class Detection(torch.utils.data.Dataset):
         """Number of boxes of each class, in the order of the labels."""
         return np.bincount(torch.cat(self.labels).numpy(), minlength=len(self.categories)).tolist()
 
-
-def leave_out_unreadable(data):
-    """Read every image and leave those out that cannot be read; data.bad says what is wrong with them. Raises DataError if none is left."""
-    kept, data.bad = [], []
-    for i in tqdm(range(len(data)), f"reading {data.name}", leave=False, disable=parallel.hidden()):
-        try:
-            data.read(i, data.at_least)
-            kept.append(i)
-        except DataError as error:
-            data.bad.append(str(error))
-    if data.bad and not kept:
-        raise DataError(f"{data.name}: none of its images can be read, the first: {data.bad[0]}")
-    data.read = functools.partial(_read_kept, data.read, kept)
-    data.images, data.boxes, data.labels = ([values[i] for i in kept] for values in (data.images, data.boxes, data.labels))
-    ids = {image["id"] for image in data.images}
-    data.annotations = [annotation for annotation in data.annotations if annotation["image_id"] in ids]
-
-
-def _read_kept(read, kept, i, at_least=None):
-    return read(kept[i], at_least)
+    def tiny(self, image_size):
+        """Number of boxes that are under a pixel, and dropped, once images are image_size x image_size (None: shorter side 480)."""
+        n = 0
+        for image, boxes in zip(self.images, self.boxes):
+            if len(boxes):
+                size = torch.tensor([image["width"], image["height"]])
+                n += int((boxes[:, 2:] * ((image_size or 480) / (size if image_size else size.min())) < 1).any(1).sum())
+        return n
 
 
 def repeat_factors(data, threshold):
@@ -134,8 +121,8 @@ def repeat_factors(data, threshold):
     present = torch.zeros(len(data), len(data.categories))
     for i, labels in enumerate(data.labels):
         present[i, labels] = 1
-    factors = (threshold / present.mean(0)).sqrt().clamp(min=1)  # of the classes
-    return (present * factors.nan_to_num(1, 1, 1)).amax(1).clamp(min=1)
+    factors = (threshold / present.mean(0)).sqrt().nan_to_num(posinf=0)  # of the classes
+    return (present * factors).amax(1).clamp(min=1)
 
 
 def clean_boxes(images, annotations):
@@ -157,7 +144,7 @@ def clean_boxes(images, annotations):
         clipped += outside
         kept.append({"id": len(kept) + 1,  # pycocotools takes id 0 for "none"
                      "image_id": annotation["image_id"], "category_id": annotation["category_id"],
-                     "bbox": inside if outside else box, "area": annotation.get("area") or bw * bh,
+                     "bbox": inside if outside else box, "area": annotation.get("area") or inside[2] * inside[3],
                      "iscrowd": int(annotation.get("iscrowd") or 0)})
     return kept, clipped, removed
 
@@ -166,6 +153,10 @@ FIELDS = {"images": {"id": int, "file_name": str}, "categories": {"id": int, "na
           "annotations": {"image_id": int, "category_id": int, "bbox": list}}
 OPTIONAL = {"width", "height", "area", "iscrowd"}
 WORDS = {int: "a whole number", str: "text", list: "a list"}
+
+
+def _relative(box):
+    return isinstance(box, list) and all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in box)
 
 
 def _sensible(value, low=-10 ** 9):
@@ -204,6 +195,8 @@ def faults(coco):
             if isinstance(number, int) and number not in known[key]:
                 yield (f"annotation {annotation.get('id')} has {field} {number}, which is not among the {key}"
                        + (f" {sorted(known[key])}" if len(known[key]) < 30 else ""))
+    if coco["annotations"] and all(_relative(annotation.get("bbox")) for annotation in coco["annotations"]):
+        yield "has boxes within 0..1 only; COCO's are in pixels, so multiply them by width and height of their image"
 
 
 def entry_faults(entry, fields):
@@ -230,15 +223,16 @@ def load_json(path):
     return coco
 
 
-def load_coco(images_dir, json_path, transform, limit=None, seed=0):
-    """The dataset of a folder of images and a COCO file; `limit` takes the first images only. Raises DataError."""
+def load_coco(images_dir, json_path, transform, limit=None, seed=0, skip_bad=False):
+    """The dataset of a folder of images and a COCO file; `limit` takes the first images only, `skip_bad` leaves out those that cannot be
+    used. Raises DataError."""
     images_dir, coco = Path(images_dir), load_json(json_path)
     if not images_dir.is_dir():
         raise DataError(f"{images_dir}: no such folder; the images of {json_path} are expected there")
     images = coco["images"][:limit]
     if not images:
         raise DataError(f"{json_path}: has no images")
-    paths = [images_dir / image["file_name"] for image in images]
+    images, paths, bad = look_at(images, [images_dir / image["file_name"] for image in images], json_path, skip_bad)
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise DataError(f"{json_path}: {len(missing)} of {len(paths)} images are missing, the first is {missing[0]}")
@@ -246,7 +240,33 @@ def load_coco(images_dir, json_path, transform, limit=None, seed=0):
         if not image.get("width") or not image.get("height"):  # as in some of iSAID's own files
             with open_image(path) as opened:
                 image["width"], image["height"] = opened.size
-    return Detection(str(json_path), {**coco, "images": images}, functools.partial(_read, paths), transform, seed)
+    return Detection(str(json_path), {**coco, "images": images}, functools.partial(_read, paths), transform, seed, bad)
+
+
+def look_at(images, paths, name, skip_bad):
+    """Read every image, if skip_bad, and leave out those that cannot be used: (images, paths, what is wrong with the others).
+
+    Raises DataError if none is left.
+    """
+    if not skip_bad:
+        return images, paths, []
+    kept, bad = [], []
+    for image, path in tqdm(list(zip(images, paths)), f"reading {name}", leave=False, disable=parallel.hidden()):
+        try:
+            check_size(image, path, read_image(path)[1])
+            kept.append((image, path))
+        except DataError as error:
+            bad.append(str(error))
+    if not kept:
+        raise DataError(f"{name}: none of its images can be used, the first: {bad[0]}")
+    return *map(list, zip(*kept)), bad
+
+
+def check_size(image, name, size):
+    """Raises DataError if an image has another size than its annotations say: the boxes would be in other places."""
+    said = image.get("width") or size[0], image.get("height") or size[1]
+    if said != size:
+        raise DataError(f"{name} should have {said[0]} x {said[1]} pixels, the file has {size[0]} x {size[1]}")
 
 
 def split_files(root, split):
@@ -285,12 +305,12 @@ def unlabeled_files(folder, split):
     return f"{folder} ({split})", held_out if split == "val" else [path for i, path in enumerate(paths) if i % 20]
 
 
-def load_images(name, paths, transform, limit=None, seed=0):
-    """The dataset of images without annotations; `limit` takes the first images only."""
-    paths = paths[:limit]
-    images = [{"id": i, "file_name": str(path)} for i, path in enumerate(paths)]
+def load_images(name, paths, transform, limit=None, seed=0, skip_bad=False):
+    """The dataset of images without annotations; `limit` takes the first images only, `skip_bad` leaves out those that cannot be used."""
+    images = [{"id": i, "file_name": str(path)} for i, path in enumerate(paths[:limit])]
+    images, paths, bad = look_at(images, paths[:limit], name, skip_bad)
     return Detection(str(name), {"images": images, "annotations": [], "categories": []}, functools.partial(_read, paths),
-                     transform, seed)
+                     transform, seed, bad)
 
 
 def class_names(categories):
@@ -309,20 +329,20 @@ def open_split(split, args, train):
         return synthetic(split, limit or SCENES[split], args.image_size, augmentation, args.seed)
     files = split_files(args.data, split) if args.data else (getattr(args, f"{split}_images"), getattr(args, f"{split}_json"))
     if args.data_unlabeled:
-        data = load_images(*unlabeled_files(args.data_unlabeled, split), augmentation, limit, args.seed)
+        data = load_images(*unlabeled_files(args.data_unlabeled, split), augmentation, limit, args.seed, args.skip_bad)
     elif args.setting == "pretrain":
-        data = load_images(files[0], image_files(files[0]), augmentation, limit, args.seed)
+        data = load_images(files[0], image_files(files[0]), augmentation, limit, args.seed, args.skip_bad)
     else:
-        data = load_coco(*files, augmentation, limit, args.seed)
+        data = load_coco(*files, augmentation, limit, args.seed, args.skip_bad)
     data.at_least = args.image_size
-    if args.skip_bad:
-        leave_out_unreadable(data)
     return data
 
 
 def open_image(path):
     try:
         return Image.open(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: is missing") from None
     except UnidentifiedImageError:
         raise DataError(f"{path}: is not an image that can be read (an unknown format, or damaged)") from None
     except (OSError, Image.DecompressionBombError) as error:
@@ -375,6 +395,11 @@ def collate(batch):
         _, h, w = image.shape
         batch[i, :, :h, :w], padding[i, :h, :w] = image, False
     return batch, padding, list(targets)
+
+
+def loader(data, workers, **options):
+    """Batches of a dataset, in loader processes if workers > 0; the model's random numbers are left alone."""
+    return DataLoader(data, num_workers=workers, collate_fn=collate, generator=torch.Generator(), worker_init_fn=leave_signals, **options)
 
 
 def unnormalise(images):
@@ -448,12 +473,8 @@ def synthetic(split, n, size, transform, seed=0):
 
 
 @functools.lru_cache(maxsize=4096)
-def _cached_scene(seed, n, size):
-    return draw_scene(seed, n, size)
-
-
 def _read_scene(seed, start, size, i, at_least=None):
-    return _cached_scene(seed, start + i, size), (size, size)
+    return draw_scene(seed, start + i, size), (size, size)
 
 
 # ---------------------------------------------------------------- commands
@@ -482,28 +503,17 @@ def first_of(faults, indent="  "):
 def check(images_dir, json_path):
     """What is in a dataset and what is wrong with it: (text, whether training on it would stop).
 
-    Reads every image. Raises DataError if the dataset cannot be opened at all.
+    Reads every image; the figures are of those that can be used. Raises DataError if there are none.
     """
     coco = read_json(json_path)
-    wrong = list(faults(coco))
-    wrong += [] if wrong else [f"{image['file_name']} is missing" for image in coco["images"]
-                               if not (Path(images_dir) / image["file_name"]).is_file()]
-    if wrong:
+    if wrong := list(faults(coco)):
         return "\n".join([f"{json_path}: faults, {len(wrong):,}", *first_of(wrong)]), True
     numbered = [str(a["id"]) for a in coco["annotations"] if a.get("id") is not None]
-    data = load_coco(images_dir, json_path, transform=None)
-    sizes, unlike, broken = collections.Counter(), [], []
-    for i, image in enumerate(tqdm(data.images, "reading images", leave=False, disable=parallel.hidden())):
-        try:
-            _, size = data.read(i)
-        except DataError as error:
-            broken.append(error)
-            continue
-        sizes[size] += 1
-        if size != (image["width"], image["height"]):
-            unlike.append(image["file_name"])
+    data = load_coco(images_dir, json_path, transform=None, skip_bad=True)
+    sizes = collections.Counter((image["width"], image["height"]) for image in data.images)
     objects = np.array([len(labels) for labels in data.labels])
-    lines = [f"{json_path}", f"  images   {len(data):,}, {np.sum(objects == 0):,} of them without objects",
+    lines = [f"{json_path}", f"  images   {len(data):,}, {np.sum(objects == 0):,} of them without objects"
+             + (f"; {len(data.bad):,} more cannot be used" if data.bad else ""),
              "  sizes    " + ", ".join(f"{w} x {h} ({n:,})" for (w, h), n in sizes.most_common(5))
              + (f" and {len(sizes) - 5} more" if len(sizes) > 5 else ""),
              f"  objects  {objects.sum():,}; per image: median {np.median(objects):.0f}, 95 % up to "
@@ -520,11 +530,10 @@ def check(images_dir, json_path):
               f"  boxes reaching outside, clipped   {data.clipped:,}",
               f"  crowd regions, not trained on     {sum(a['iscrowd'] for a in data.annotations):,}",
               f"  annotation ids used again         {len(numbered) - len(set(numbered)):,}",
-              f"  images that cannot be read        {len(broken):,}", *first_of(broken, "    "),
-              f"  images of another size than said  {len(unlike):,}", *first_of(unlike, "    ")]
+              f"  images that cannot be used        {len(data.bad):,}", *first_of(data.bad, "    ")]
     lines += [f"  images with more objects than {name}'s {n} queries  {(objects > n).sum():,} ({(objects > n).mean():.1%})"
               for name, n in QUERIES.items()]
-    return "\n".join(lines), bool(broken or unlike)
+    return "\n".join(lines), bool(data.bad)
 
 
 def print_checks(datasets):

@@ -8,6 +8,7 @@ Boxes here are xyxy in pixels of the whole image.
 import argparse
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -188,6 +189,9 @@ def main(argv):
                         help="loader processes (default %(default)s)")
     parser.add_argument("--device", type=evaluation.usable_device, default=evaluation.default_device(), help="(default here: %(default)s)")
     args = parser.parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("predict runs in one process; start it without torchrun")
+    args.device = parallel.start(args.device)
     model, _, flags, categories, path = evaluation.load_run(args.run, args.device)
     if flags.setting == "pretrain":
         raise ValueError(f"{path}: is of a pretraining, it detects nothing")
@@ -198,6 +202,8 @@ def main(argv):
     if overlap >= window:
         raise ValueError(f"--overlap {overlap} must be smaller than the window of {window} pixels")
     folder = Path(args.images)
+    if not folder.exists():
+        raise ValueError(f"{folder}: no such image or folder of images")
     files = [file for file in isaid.image_files(folder) if not file.name.endswith(PICTURE)] if folder.is_dir() else [folder]
     folder, out = folder if folder.is_dir() else folder.parent, Path(args.out or path.parent / "predictions")
     out.mkdir(parents=True, exist_ok=True)

@@ -8,10 +8,11 @@ import torch.distributed as dist
 
 def start(device):
     """Join the other processes, if torchrun started this one; returns the device to use. Only the first one speaks."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if device.startswith("cuda"):
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if device.startswith("cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if several else device
+        torch.cuda.set_device(device)
+    if several and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         if rank():
             sys.stdout = open(os.devnull, "w")
@@ -47,18 +48,22 @@ def first(value):
     return values[0]
 
 
-def from_first(function, *arguments):
-    """What a function returns in the first process, for all of them; or in all of them its ValueError, so that none waits for it."""
+def everywhere(function, *arguments):
+    """What a function returns here; or, if it raises a ValueError in any process, that in all of them, so that none waits for it."""
     value = error = None
-    if rank() == 0:
-        try:
-            value = function(*arguments)
-        except ValueError as caught:
-            error = str(caught)
-    value, error = first((value, error))
-    if error:
-        raise ValueError(error)
+    try:
+        value = function(*arguments)
+    except ValueError as caught:
+        error = str(caught)
+    errors = [text for text in gather(error) if text]
+    if errors:
+        raise ValueError(errors[0])
     return value
+
+
+def from_first(function, *arguments):
+    """What a function returns in the first process, for all of them; or in all of them its ValueError."""
+    return first(everywhere(lambda: function(*arguments) if rank() == 0 else None))
 
 
 def total(values):

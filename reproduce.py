@@ -103,7 +103,7 @@ def run_row(table, name, rows, seed, threads):
     Raises RuntimeError if train.py fails.
     """
     result, run = RESULTS / table / f"{name}-{seed}.json", RUNS / table / f"{name}-{seed}"
-    if result.exists() and (run.exists() or not missing_after(table, name, rows, seed)):
+    if result.exists() and (not missing_after(table, name, rows, seed) or read_log(run) == json.loads(result.read_text())["log"]):
         return
     command = command_of(table, name, rows, seed)
     if run.exists():  # of an earlier, interrupted call
@@ -114,7 +114,7 @@ def run_row(table, name, rows, seed, threads):
         said = done.stderr.strip() or f"exit status {done.returncode}"
         raise RuntimeError(f"python {' '.join(command)}\n{said.splitlines()[-1]}")
     config = json.loads((run / "config.json").read_text())
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = read_log(run)
     content = {"command": f"python {' '.join(command)}", "starts": starts_before(table, name, rows, seed),
                "revision": config["revision"], "versions": config["versions"],
                "guess": guess(run) if "ssl_loss" in log[-1] else None, "log": log}
@@ -123,6 +123,12 @@ def run_row(table, name, rows, seed, threads):
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, result)
     print(f"{name + '-' + str(seed):60} {sum(line['seconds'] for line in log):6.0f} s of training", flush=True)
+
+
+def read_log(run):
+    """The log of a run as far as it has gone, a dict an epoch."""
+    log = run / "log.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 @torch.no_grad()
@@ -171,14 +177,10 @@ def tables(results):
     if any(runs[0]["guess"] for runs in results.values()):
         text += ["| task | held-out loss | mean patch | accuracy | most frequent | chance |", "|---|---|---|---|---|---|"]
         for name, runs in results.items():
-            blind, last = runs[0]["guess"], [log[-1] for log in logs[name]]
-            if blind:
-                cells = [mean_and_deviation([line["ssl_loss"] for line in last]), "", "", "", ""]
-                if "loss" in blind:
-                    cells[1] = f"{blind['loss']:.3f}"
-                else:
-                    accuracy = mean_and_deviation([line["ssl_acc"] for line in last])
-                    cells[2:] = accuracy, f"{blind['acc']:.3f}", f"{blind['chance']:.3f}"
+            if runs[0]["guess"]:
+                last = [{**log[-1], **run["guess"]} for log, run in zip(logs[name], runs)]
+                columns = [[line.get(key) for line in last] for key in ("ssl_loss", "loss", "ssl_acc", "acc")]
+                cells = ["" if None in values else mean_and_deviation(values) for values in (*columns, [last[0].get("chance")])]
                 text.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(text)
 
@@ -202,7 +204,7 @@ def draw(path, results):
                     axes.fill_between(epochs, ap.mean(0) - ap.std(0), ap.mean(0) + ap.std(0), alpha=0.15,
                                       color=line.get_color())
         axes.set(title=model, xlabel="epoch", ylabel="AP on held-out images")
-        axes.set_ylim(bottom=0)
+        evaluation.scale_axes(axes)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)

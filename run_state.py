@@ -127,7 +127,7 @@ class Run:
 
 
 MAY_DIFFER = {"resume", "out", "workers", "prefetch", "pin_memory", "save_every", "device", "data", "data_unlabeled", "train_images",
-              "train_json", "val_images", "val_json"}  # between a run and what resumes it; the data may have been copied elsewhere
+              "train_json", "val_images", "val_json", "tokenizer_weights"}  # between a run and what resumes it; files may have moved
 
 
 def open_checkpoint(args):
@@ -140,11 +140,13 @@ def open_checkpoint(args):
             raise ValueError(f"{path}: is gone, but its run has been going; put it back or name another folder")
         return None
     state = detr.load_checkpoint(path)
-    before, now = state.get("args", {}), vars(args)
+    before, now = state.get("args"), vars(args)
+    if not isinstance(before, dict):
+        raise ValueError(f"{path}: is not a checkpoint of train.py; start from its weights with --init")
     differ = [name for name in before.keys() & now.keys() - MAY_DIFFER if before[name] != now[name]]
     if differ:
         raise ValueError(f"{path}: was made with " + ", ".join(f"--{name} {before[name]}, not {now[name]}" for name in sorted(differ))
-                         + "; a run goes on with the flags it was started with")
+                         + "; a run goes on with the flags and the data it was started with")
     return state
 
 

@@ -108,7 +108,7 @@ class Task(nn.Module):
     patches count. image_size: pixels a side if all images have one size, else None. tokenizer: of visual_tokens.py.
     Raises ValueError for values that do not go together.
 
-    A task defines the following, of which PixelTask and ClassTask have all but `corrupt`, `target` and the latter's `outputs`:
+    A task defines the following, of which PixelTask has all but `corrupt`, and ClassTask all but that, `outputs` and `target`:
 
         corrupt(rng, patches, grid, masked, source)    mark what happens to the patches of one image
         outputs()                           -> how many numbers the head predicts at each cell
@@ -184,8 +184,8 @@ class Task(nn.Module):
         return prediction, target, error, right
 
     def loss(self, memory, images, corruption, total=None):
-        """The mean error of the counted patches; 0 if there are none. total: their number in a larger batch that this one is a part of,
-        at least 1."""
+        """The mean error of the counted patches; 0 if there are none. total: what to divide by instead of their number, greater
+        than 0, for a batch that is a part of a larger one."""
         _, _, error, _ = self.compare(memory, images, corruption)
         counted = self.counted(corruption)
         return (error * counted).sum() / (total or max(counted.sum(), 1))
@@ -234,7 +234,7 @@ class ClassTask(Task):
 
     def panels(self, images, prediction, target, corruption):
         right = (prediction.argmax(1) == target).flatten(1)
-        return {**super().panels(images, prediction, target, corruption), "predicted; green: right, red: wrong": (
+        return {**super().panels(images, prediction, target, corruption), "answered; green: right, red: wrong": (
             self.corrupt_images(images, corruption), self.counted(corruption), right)}
 
 
@@ -296,8 +296,8 @@ class JigsawPositions(ClassTask):
         put_back = corruption._replace(source=guess).undone()
         solved = corrupt_map(self.corrupt_images(images, corruption), put_back, self.patch, images.new_zeros(3))
         right = put_back.source == corruption.undone().source
-        return {**Task.panels(self, images, prediction, target, corruption),
-                "put back where the model thinks; green: right, red: wrong": (solved, put_back.changed() | ~right, right)}
+        title = "put back where the model thinks, one to each place; green: right, red: wrong"
+        return {**Task.panels(self, images, prediction, target, corruption), title: (solved, put_back.changed() | ~right, right)}
 
 
 TASKS = {"reconstruct": Reconstruct, "mim-continuous": MaskedPixels, "mim-discrete": MaskedTokens,
@@ -312,7 +312,9 @@ def build_task(name, dim, strides, patch=None, tokenizer="kmeans", vocabulary=64
     config = {"name": name, "dim": dim, "strides": strides, "patch": patch or max(strides), **options}
     if TASKS[name].tokens:
         config.update(tokenizer=tokenizer, vocabulary=vocabulary, tokenizer_weights=tokenizer_weights)
-        options["tokenizer"] = visual_tokens.build_tokenizer(tokenizer, config["patch"], vocabulary, tokenizer_weights)
+        options["tokenizer"] = (
+            visual_tokens.Dalle(config["patch"], tokenizer_weights) if tokenizer == "dalle" else
+            visual_tokens.KMeans(config["patch"], vocabulary))
     task = TASKS[name](dim, strides, config["patch"], **options)
     task.config = config
     return task

@@ -30,7 +30,6 @@ from pathlib import Path
 import torch
 import torch.utils.checkpoint
 import torchvision
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import deformable_attn
@@ -141,7 +140,7 @@ def build_parser():
     ssl("--vocabulary", type=count, metavar="N", help="number of k-means tokens (default 64)")
 
     optim = parser.add_argument_group("optimisation").add_argument
-    optim("--batch_size", type=count, default=8, metavar="N", help="images a step (default %(default)s)")
+    optim("--batch_size", type=count, default=8, metavar="N", help="images at a time in each process (default %(default)s)")
     optim("--lr", type=rate, default=5e-4, metavar="R", help="learning rate (default %(default)s)")
     optim("--lr_backbone", type=rate, default=5e-4, metavar="R", help="of the CNN (default %(default)s)")
     optim("--lr_linear_proj_mult", type=rate, default=0.1, metavar="F",
@@ -196,7 +195,7 @@ def parse(argv):
         parser.error("--tokenizer dalle needs --tokenizer_weights FILE, the encoder.pkl that OpenAI published")
     if args.tokenizer_weights:
         args.tokenizer_weights = str(Path(args.tokenizer_weights).resolve())  # eval.py may run elsewhere
-    trained = detr.PARTS if args.setting == "detect" else ("backbone", "encoder")  # a task reaches no further
+    trained = ("backbone", "encoder") if args.setting == "pretrain" else detr.PARTS
     if set(trained) <= set(args.freeze):
         parser.error("--freeze leaves nothing to train; name fewer parts")
     if set(args.freeze) - set(trained):
@@ -255,8 +254,11 @@ def start_model(config, args):
         notes.append(f"init        {args.init}: {' and '.join(taken)} taken"
                      + (f"; {' and '.join(left)} not" if left else "")
                      + (f"; of another number of classes and dropped: {', '.join(dropped)}" if dropped else ""))
-    if random := set(args.freeze) - loaded:
-        raise ValueError(f"--freeze {random.pop()} keeps random weights; start it from a run with --init")
+    for part in args.freeze:
+        if part not in loaded:
+            raise ValueError(f"--freeze {part} keeps random weights; " + (
+                "start it from a run with --init" if not args.init else f"{args.init} has them for another number of classes" if
+                any(detr.part_of(name) == part for name in dropped) else f"none are taken from {args.init}"))
     return model, notes
 
 
@@ -294,8 +296,7 @@ def build_task(args, model, train_set, fit=True):
                                 loss_on=args.ssl_loss_on, image_size=args.image_size)
     if task.tokens and fit:
         order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(args.seed))[:args.tokenizer_images]
-        loader = DataLoader(train_set, args.batch_size, sampler=order.tolist(), num_workers=args.workers,
-                            collate_fn=isaid.collate)
+        loader = isaid.loader(train_set, args.workers, batch_size=args.batch_size, sampler=order.tolist())
         sample = tqdm(loader, "images for visual tokens", leave=False, disable=parallel.hidden())
         task.tokenizer.fit(((images, ssl_tasks.whole_patches(padding, task.patch)) for images, padding, _ in sample), args.seed)
     return task
@@ -308,10 +309,10 @@ def epoch_batches(data, args, epoch):
     """
     generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
     items, size = torch.arange(len(data)), args.batch_size
-    if args.repeat_factor:
-        items = repeated(isaid.repeat_factors(data, args.repeat_factor), torch.rand((), generator=generator))
-    elif args.overfit:
+    if args.overfit:
         items = torch.arange(50 * size * args.accumulate * parallel.world())
+    elif args.repeat_factor:
+        items = repeated(isaid.repeat_factors(data, args.repeat_factor), torch.rand((), generator=generator))
     order = items[torch.randperm(len(items), generator=generator)].tolist()
     batches = [order[i:i + size] for i in range(0, len(order) - size + 1, size)]
     together = args.accumulate * parallel.world()
@@ -321,9 +322,8 @@ def epoch_batches(data, args, epoch):
 def epoch_loader(data, args, epoch, done=0):
     """Loads the batches of an epoch after the first `done`."""
     data.epoch = epoch
-    return DataLoader(data, batch_sampler=epoch_batches(data, args, epoch)[done:], num_workers=args.workers, collate_fn=isaid.collate,
-                      pin_memory=args.pin_memory, prefetch_factor=args.prefetch if args.workers else None,
-                      generator=torch.Generator(), worker_init_fn=isaid.leave_signals)  # the model's random numbers are left alone
+    return isaid.loader(data, args.workers, batch_sampler=epoch_batches(data, args, epoch)[done:], pin_memory=args.pin_memory,
+                        prefetch_factor=args.prefetch if args.workers else None)
 
 
 def repeated(factors, offset):
@@ -403,7 +403,7 @@ def introduce(args, run, notes, train_set, val_set):
     print("size        " + (f"{args.image_size} x {args.image_size} pixels" if args.image_size else "the shorter side 480 to 800 pixels"))
     if task:
         where = "the image" if task.on == "image" else "the feature maps"
-        number = (args.image_size or 480) ** 2 // task.patch ** 2
+        number = ((args.image_size or 480) // task.patch) ** 2
         print(f"task        {args.ssl_task}, patches of {task.patch} pixels"
               + (f", {task.ratio:.0%} of them corrupted in {where}" if task.corrupts else ", none is corrupted: --ssl_on does not matter")
               + (f", {len(task.tokenizer.codes):,} visual tokens ({args.tokenizer})" if task.tokens else ""))
@@ -417,7 +417,8 @@ def introduce(args, run, notes, train_set, val_set):
             continue
         print(f"{name:11} {data.name}: {len(data):,} images, {sum(data.counts()):,} boxes"
               + (f", {data.clipped:,} clipped to their image" if data.clipped else "")
-              + (f", {data.removed:,} without area removed" if data.removed else ""))
+              + (f", {data.removed:,} without area removed" if data.removed else "")
+              + (f", {tiny:,} under a pixel after resizing, not trained on" if (tiny := data.tiny(args.image_size)) else ""))
         crowded = sum(len(labels) > args.num_queries for labels in data.labels)
         if crowded:
             print(f"            {crowded:,} of them ({crowded / len(data):.1%}) hold more objects than the model has queries "
@@ -433,7 +434,7 @@ def introduce(args, run, notes, train_set, val_set):
 # ---------------------------------------------------------------- training
 
 class BadStep(Exception):
-    """A loss or gradient that is NaN or infinite; the run is as it was before the step."""
+    """A loss or gradient that is NaN or infinite; the run is as it was before the step, but for batch norm's statistics."""
 
 
 class Learner(torch.nn.Module):
@@ -469,11 +470,11 @@ def counts(model, task, targets, corruption):
 
 
 def steps_of(loader, task, args):
-    """The batches of each step, on the device: lists of (images, padding, targets, corruption)."""
+    """The batches of each step: lists of (images, padding, targets, corruption)."""
     batches = []
     for images, padding, targets in loader:
-        corruption = task.corruption(padding, [target["seed"] for target in targets]).to(args.device) if task else None
-        batches.append((*(x.to(args.device, non_blocking=True) for x in (images, padding)), targets, corruption))
+        corruption = task.corruption(padding, [target["seed"] for target in targets]) if task else None
+        batches.append((images, padding, targets, corruption))
         if len(batches) == args.accumulate:
             yield batches
             batches = []
@@ -489,10 +490,12 @@ def take_step(learner, batches, run, args):
     totals = {name: max(value, 1) / parallel.world() for name, value in parallel.total(totals).items()}
     weights, sums = loss_weights(args), collections.Counter()
     run.optimizer.zero_grad()
-    for i, batch in enumerate(batches):
+    for i, (images, padding, targets, corruption) in enumerate(batches):
+        images, padding = (x.to(args.device, non_blocking=True) for x in (images, padding))
+        corruption = corruption.to(args.device) if corruption else None
         alone = contextlib.nullcontext() if i == len(batches) - 1 or parallel.world() == 1 else learner.no_sync()
         with alone:
-            losses = learner(*batch, totals)
+            losses = learner(images, padding, targets, corruption, totals)
             total = detr.total_loss(losses, weights)
             if not total.isfinite():
                 bad = [name for name, loss in losses.items() if not loss.isfinite().all()]
@@ -555,11 +558,10 @@ def evaluate(model, task, val_set, args, out):
     metrics, how, first = {}, (args.batch_size, args.workers, args.device), parallel.rank() == 0
     if args.setting != "pretrain":
         results = evaluation.predict(model, val_set, *how)
-        metrics = evaluation.coco_metrics(val_set, results) if first else None
-        metrics = parallel.first(metrics)
-        metrics["collapsed"] = evaluation.collapsed(val_set, results)
         if first:
+            metrics = {**evaluation.coco_metrics(val_set, results), "collapsed": evaluation.collapsed(val_set, results)}
             evaluation.draw_detections(out / "detections.png", val_set, results)
+        metrics = parallel.first(metrics)
     if task:
         found, panels = evaluation.ssl_metrics(model, task, val_set, *how)
         metrics.update(found)
@@ -568,30 +570,39 @@ def evaluate(model, task, val_set, args, out):
     return metrics
 
 
-def prepare(args):
-    """Everything that can be wrong with the input is found here, before the first step: (folder, run, data, what to say of the start).
-
-    Raises ValueError.
-    """
+def open_data(args):
+    """The images to train on and those held out. Raises ValueError."""
     held_out = "train" if args.overfit else "val"
     train_set, val_set = isaid.open_split("train", args, train=not args.overfit), isaid.open_split(held_out, args, train=False)
-    bad = train_set.bad + val_set.bad
     if train_set.categories != val_set.categories:
         raise isaid.DataError(f"the classes of {train_set.name} ({isaid.class_names(train_set.categories)}) are not those "
                               f"of {val_set.name} ({isaid.class_names(val_set.categories)})")
+    return train_set, val_set
+
+
+def build(args, train_set, state):
+    """(arguments of the detector, model, task, what to say of them), as they start or for the state to go on from. Raises ValueError."""
+    config = detector_config(args, max(1, len(train_set.categories)))
+    model, notes = (build_model(config, "none"), []) if state else start_model(config, args)
+    freeze(model, args)
+    notes.insert(0, f"attention   {choose_attention(model, args)}")
+    task = build_task(args, model, train_set, fit=not state).to(args.device) if args.setting != "detect" else None
+    return config, model, task, notes
+
+
+def prepare(args):
+    """All that comes before the first step: (folder, run, data, what to say of the start). Raises ValueError if the input is wrong;
+    images are looked at only when they are needed, unless --skip_bad is set."""
+    train_set, val_set = parallel.everywhere(open_data, args)
     args.batch_size = min(args.batch_size, len(train_set))
     steps = len(epoch_batches(train_set, args, 0)) // args.accumulate
     if not steps:
         raise ValueError(f"{len(train_set)} training images do not fill a step of {args.batch_size} x {args.accumulate} images in "
                          f"{parallel.world()} processes; lower --batch_size or --accumulate")
-    state = run_state.open_checkpoint(args) if args.resume else None
-    config = detector_config(args, max(1, len(train_set.categories)))
-    model, notes = (build_model(config, "none"), []) if state else start_model(config, args)
-    freeze(model, args)
-    notes.insert(0, f"attention   {choose_attention(model, args)}")
-    if bad:
-        notes.append(f"skipped     {len(bad)} images that cannot be read, the first: {bad[0]}")
-    task = build_task(args, model, train_set, fit=not state).to(args.device) if args.setting != "detect" else None
+    state = parallel.everywhere(run_state.open_checkpoint, args) if args.resume else None
+    config, model, task, notes = parallel.everywhere(build, args, train_set, state)
+    if bad := train_set.bad + val_set.bad:
+        notes.append(f"skipped     {len(bad)} images that cannot be used, the first: {bad[0]}")
     out = parallel.from_first(make_run_folder, args)
     args.out = str(out)
     parallel.from_first(run_state.check_disk, out, model, args.ema)
@@ -628,7 +639,9 @@ def main(argv=None):
         out, run, train_set, val_set, notes = prepare(args)
     except ValueError as error:
         run_state.leave(Path(args.out or ""))
-        sys.exit(f"error: {isaid.one_line(error)}" if parallel.rank() == 0 else 1)
+        status = f"error: {isaid.one_line(error)}" if parallel.rank() == 0 else 1
+        parallel.stop()
+        sys.exit(status)
     torch.manual_seed(args.seed + parallel.rank())  # dropout differs between processes
     introduce(args, run, notes, train_set, val_set)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
@@ -720,7 +733,7 @@ def fit(args, out, run, train_set, val_set):
             if first:
                 write_log(out, run.log)
             bar.write(epoch_text(line, args.epochs))
-            if metrics and metrics.get("collapsed"):
+            if "ap" in line and metrics["collapsed"]:
                 bar.write("warning: the same is found in every image: the model does not look at them, not yet or not any more; see that "
                           "--overfit 4 works")
             run.epoch += 1
@@ -754,7 +767,7 @@ def conclude(args, out, metrics, bad):
         print(f"\n{evaluation.table(metrics)}")
     pictures = " and ".join(str(path) for name in ("detections", "ssl", "curves") if (path := out / f"{name}.png").exists())
     if bad:
-        print(f"\nleft out  {len(bad)} images that cannot be read, the first: {bad[0]}")
+        print(f"\nleft out  {len(bad)} images that cannot be used, the first: {bad[0]}")
     print(f"\nlook at   {pictures}\nevaluate  python eval.py {out}")
     if args.setting == "pretrain":
         data = "--data DIR and the same flags of the model" if args.data_unlabeled else "the same flags of model and data"
@@ -771,12 +784,12 @@ def epoch_text(line, epochs):
     if "ap" in line:
         text += "".join(f"  {key.upper()} {evaluation.show(line[key])}" for key in ("ap", "ap50", "ap75"))
     if "ssl_loss" in line:
-        text += "  task: " + evaluation.ssl_text(line)
+        text += "  held-out task: " + evaluation.ssl_text(line)
     return text + f"  {line['seconds']:.0f} s, {line['images_per_second']:.1f} images/s, {line['data_wait']:.0%} waiting"
 
 
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # before the first epoch; later ones are met in fit
+    except KeyboardInterrupt:  # before the first step; later ones are met in main
         sys.exit(130)

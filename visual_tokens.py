@@ -147,8 +147,3 @@ def dalle_logits(state, x):
             update = conv(f"{block}.res_path.conv_{n}", F.relu(update))
         x = (conv(f"{block}.id_path", x) if f"blocks.{block}.id_path.w" in state else x) + update / len(blocks) ** 2
     return conv("output.conv", F.relu(x))
-
-
-def build_tokenizer(name, patch, vocabulary, weights):
-    """The tokenizer "kmeans" with that vocabulary, or "dalle" with the weights in that file."""
-    return Dalle(patch, weights) if name == "dalle" else KMeans(patch, vocabulary)

@@ -101,6 +101,8 @@ def test_the_devkits_ranges(evaluator):
     devkit = evaluation.coco_metrics(data, results, evaluator, max_dets=1000, areas="isaid")
     assert usual["ar"] == pytest.approx(100 / 151) and devkit["ar"] == pytest.approx(1)
     assert usual["ap"] < 0.7 and devkit["ap"] == pytest.approx(1)
+    few = evaluation.coco_metrics(data, results, evaluator, max_dets=5)
+    assert few["ar"] == pytest.approx(5 / 151)
     assert usual["ap_medium"] is None and usual["ap_large"] == 0  # the 151st detection does not count
     assert devkit["ap_small"] == pytest.approx(1) and devkit["ap_medium"] == pytest.approx(1) and devkit["ap_large"] is None
 
@@ -113,10 +115,15 @@ def test_results_of_another_dataset_are_refused(data, change):
 
 
 def test_pictures(data, tmp_path):
+    from matplotlib.figure import Figure
     from PIL import Image
     evaluation.draw_detections(tmp_path / "detections.png", data, truth(data), n=3)
     with Image.open(tmp_path / "detections.png") as image:
         assert image.width > image.height > 300 and len(image.getcolors(1 << 20)) > 100
     evaluation.draw_curves(tmp_path / "curves.png", [{"epoch": 1, "train_loss": 3.0, "ap": None}])  # no ground truth yet
     evaluation.draw_curves(tmp_path / "curves.png", [{"epoch": 1, "train_loss": 3.0, "ap": 0.2}, {"epoch": 2, "train_loss": 2}])
+    axes = Figure().subplots()
+    axes.plot([1], [0.5])
+    evaluation.scale_axes(axes)
+    assert axes.get_ylim() == pytest.approx((0, 0.54)) and axes.get_xlim() == (0.5, 1.5)  # inside the frame
     assert len({evaluation.colour(i, 15) for i in range(15)}) == 15

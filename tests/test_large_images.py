@@ -146,7 +146,7 @@ def test_the_command(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["none.png"], "1 of 1 images cannot be used: none.png: is not an image that can be read"),
+    (["none.png"], "none.png: no such image or folder of images"),
     (["bad"], "1 of 1 images cannot be used: bad/a.png"),
     (["empty"], "holds no images"), (["bad", "--overlap", "64"], "--overlap 64 must be smaller than the window of 64")])
 def test_mistakes_get_one_line(flags, message, run, tmp_path, monkeypatch):

@@ -110,3 +110,5 @@ def test_averaged_weights(tmp_path):
     assert torch.equal(best["model"][name], last["ema"][name])
     model = train.evaluation.load_run(tmp_path / "b/last.pt", "cpu")[0]
     assert torch.equal(model.state_dict()[name], last["ema"][name])
+    detr.load_weights(run.model, tmp_path / "b/last.pt")  # as --init does
+    assert torch.equal(run.model.state_dict()[name], last["ema"][name])

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 
 def start(processes, script, *flags):
     """A script in that many processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, script, *map(str, flags)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else []
+    return subprocess.Popen([sys.executable, *map(str, [*launcher, script, *flags])], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -112,5 +112,9 @@ def test_an_error_in_one_process_ends_all(tmp_path):
     assert done.returncode and "scene_000003.png: is not an image that can be read" in done.stderr
     assert time.monotonic() - start < 100
     assert not (tmp_path / "run").exists()  # nothing was learnt, and the same command works once the image is mended
-    done = command(2, "train.py", *TINY, "--data", tmp_path / "none", "--out", tmp_path / "other")
-    assert done.returncode and done.stderr.count("error: ") == 1 and "cannot be read" in done.stderr
+    (tmp_path / "elsewhere.py").write_text(  # the data are not there for the second process only, as on another machine
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nos.chdir({str(tmp_path)!r} if os.environ['RANK'] == '0' else '/')\n"
+        "import train\ntrain.main(sys.argv[1:])\n")
+    done = command(2, tmp_path / "elsewhere.py", *TINY, "--data", "data", "--out", tmp_path / "other")
+    assert done.returncode and done.stderr.count("error: ") == 1 and "train.json: cannot be read" in done.stderr
+    assert not (tmp_path / "other").exists()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,6 +129,9 @@ def test_a_complete_run_and_other_flags(undisturbed, tmp_path):
     torch.save(state, out / "other.pt")
     with pytest.raises(SystemExit, match="other.pt: was made with other classes than the data's"):
         train.main([*TINY, "--epochs", "3", "--out", str(out), *KINDS["detect"], "--resume", "other.pt"])
+    torch.save({**state, "args": Namespace()}, out / "official.pt")
+    with pytest.raises(SystemExit, match="official.pt: is not a checkpoint of train.py; start from its weights with --init"):
+        train.main([*TINY, "--epochs", "3", "--out", str(out), *KINDS["detect"], "--resume", "official.pt"])
     whole = bytearray((out / "last.pt").read_bytes())
     whole[len(whole) // 2] ^= 255
     (out / "last.pt").write_bytes(whole)
@@ -279,19 +283,25 @@ def test_unreadable_images_are_left_out_if_asked(tmp_path, capsys):
     isaid.main(["scenes", str(tmp_path / "data"), "--train", "9", "--val", "3", "--image_size", "64"])
     for name in ("train/images/scene_000003.png", "val/images/scene_000001.png"):
         (tmp_path / "data" / name).write_bytes(b"nonsense")
+    images, path = isaid.split_files(tmp_path / "data", "train")
+    coco = json.loads(path.read_text())
+    for image in coco["images"]:  # as in some of iSAID's own files
+        image.update(width=None, height=None)
+    coco["images"] += [{"id": 9, "file_name": "gone.png"}, {"id": 10, "file_name": "scene_000000.png", "width": 64, "height": 99}]
+    path.write_text(json.dumps(coco))
     flags = [*TINY, "--data", str(tmp_path / "data"), "--epochs", "1"]
-    with pytest.raises(SystemExit, match="scene_00000[13].png: is not an image"):
+    with pytest.raises(SystemExit, match="1 of 11 images are missing, the first is .*gone.png"):
         train.main([*flags, "--out", str(tmp_path / "a")])
     train.main([*flags, "--out", str(tmp_path / "b"), "--skip_bad", "--workers", "1"])
     printed = capsys.readouterr().out
-    assert "left out  2 images that cannot be read, the first: " in printed
+    assert "left out  4 images that cannot be used, the first: " in printed
     evaluation.main([str(tmp_path / "b")])
-    assert "left out: 1 images that cannot be read, the first: " in capsys.readouterr().out
-    assert "skipped     2 images that cannot be read, the first: " in printed and "instancesonly_filtered_train.json: 8 images" in printed
-    data = isaid.load_coco(*isaid.split_files(tmp_path / "data", "train"), isaid.transforms(False, 64))
-    whole = [data.images[i]["file_name"] for i in range(9) if i != 3]
-    isaid.leave_out_unreadable(data)
-    assert len(data.bad) == 1 and [image["file_name"] for image in data.images] == whole
+    assert "left out: 1 images that cannot be used, the first: " in capsys.readouterr().out
+    assert "skipped     4 images that cannot be used, the first: " in printed and "instancesonly_filtered_train.json: 8 images" in printed
+    data = isaid.load_coco(images, path, isaid.transforms(False, 64), skip_bad=True)
+    assert len(data.bad) == 3 and [image["id"] for image in data.images] == [i for i in range(9) if i != 3]
+    for bad, message in zip(data.bad, ("scene_000003.png: is not an image", "gone.png: is missing", "should have 64 x 99 pixels")):
+        assert message in bad
     assert data[3][1]["image_id"] == 4 and {a["image_id"] for a in data.annotations} <= set(range(9)) - {3}
 
 
@@ -300,8 +310,10 @@ def test_overfitting_four_scenes(tmp_path):
     train.main(["--overfit", "4", "--image_size", "64", "--epochs", "3", "--eval_every", "3", "--out", str(tmp_path / "run")])
     line = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
     assert line["ap"] > 0.9
-    data = train.prepare(train.parse(["--overfit", "4", "--out", str(tmp_path / "again")]))
-    assert [len(data[i]) for i in (2, 3)] == [4, 4] and torch.equal(data[2][1][0], data[3][1][0])
+    evaluation.main([str(tmp_path / "run")])  # on the same images
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["ap"] == pytest.approx(line["ap"], abs=1e-6)
+    data = train.prepare(train.parse(["--overfit", "4", "--repeat_factor", "0.5", "--out", str(tmp_path / "again")]))
+    assert [len(data[i]) for i in (2, 3)] == [4, 4] and torch.equal(data[2][1][0], data[3][1][0]) and data[1].steps == 50
 
 
 def test_collapse_is_noticed():

@@ -421,20 +421,22 @@ def test_pretrain_then_detect(pretrained, flags, taken, left, tmp_path, capsys, 
             assert torch.equal(tensor, after[name]) == (detr.part_of(name) in left), name
 
 
-@pytest.mark.parametrize("parts", [["backbone"], ["backbone", "encoder"]])
-def test_frozen_parts_stay_as_they_are(pretrained, parts, tmp_path, monkeypatch):
+@pytest.mark.parametrize("parts, flags", [(["backbone"], []), (["backbone", "encoder"], ["--setting", "multitask"])])
+def test_frozen_parts_stay_as_they_are(pretrained, parts, flags, tmp_path, monkeypatch):
     optimizers = []
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, original=torch.optim.AdamW, **options:
                         optimizers.append(original(groups, **options)) or optimizers[-1])
     train.main([*TINY, "--init", str(pretrained), "--freeze", *parts, "--dropout", "0.1", "--epochs", "1", "--out",
-                str(tmp_path / "run")])
+                str(tmp_path / "run"), *flags])
     before, after = weights_of(pretrained / "best.pt"), weights_of(tmp_path / "run/last.pt")
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) or detr.part_of(name) not in parts, name  # batch statistics too
     changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
     assert bool(changed) == (parts == ["backbone"])
-    own = detr.build_detector(**torch.load(tmp_path / "run/last.pt", weights_only=True)["detector"])
+    checkpoint = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    own, task = detr.build_detector(**checkpoint["detector"]), checkpoint["task"] or {"state": {}}
     expected = sum(p.numel() for name, p in own.named_parameters() if detr.part_of(name) not in parts)
+    expected += sum(tensor.numel() for tensor in task["state"].values())
     held = [p for group in optimizers[0].param_groups for p in group["params"]]
     assert sum(p.numel() for p in held) == expected and set(optimizers[0].state) == set(held)
 
@@ -497,9 +499,9 @@ MISTAKES = [
     (["--setting", "pretrain", "--image_size", "64", "--ssl_patch", "64"], "0 patches of 64 would be corrupted"),
     (["--setting", "pretrain", "--ssl_ratio", "0.05"], "1 patches of 32 would be corrupted"),
     (["--setting", "pretrain", "--giou_loss_coef", "1"], "--giou_loss_coef belongs to --setting detect or multitask"),
-    (["--freeze", "backbone"], "--freeze backbone keeps random weights"),
-    (["--freeze", "encoder", "--init", "{run}", "--init_parts", "backbone"], "--freeze encoder keeps random weights"),
-    (["--freeze", "decoder", "--init", "{run}"], "--freeze decoder keeps random weights"),  # of a pretraining, it has none
+    (["--freeze", "backbone"], "--freeze backbone keeps random weights; start it from a run with --init"),
+    (["--freeze", "encoder", "--init", "{run}", "--init_parts", "backbone"], "--freeze encoder keeps random weights; none are taken"),
+    (["--setting", "multitask", "--freeze", "decoder", "--init", "{run}"], "--freeze decoder keeps random weights; none are taken from"),
     (["--setting", "pretrain", "--freeze", "decoder"], "a pretraining has no decoder"),
     (["--setting", "pretrain", "--ssl_task", "reconstruct", "--ssl_ratio", "0.3"], "--ssl_ratio belongs to an --ssl_task that corrupts"),
     (["--frozen_bn", "--init", "{run}", "--init_parts", "encoder"], "add --backbone_weights imagenet or --init"),

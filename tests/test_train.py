@@ -77,7 +77,7 @@ def test_evaluating_the_run(run, folder, tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert len(found) == 3 * 100 and found[0].keys() == {"image_id", "category_id", "bbox", "score"}
     evaluation.main([str(out / "last.pt"), "--data", str(folder), "--split", "train", "--limit_val", "2"])
-    assert json.loads((out / "metrics_train.json").read_text())["images"] == 2
+    assert json.loads((out / "other/metrics.json").read_text())["images"] == 2
     assert json.loads((out / "metrics.json").read_text()) == metrics
 
 
@@ -89,7 +89,7 @@ def test_evaluating_on_coco_files(run, folder, tmp_path):
     process.stdout.readline()
     process.stdout.close()  # as `| head -1` does
     process.wait()
-    metrics = json.loads((run[0] / "metrics.json").read_text())
+    metrics = json.loads((run[0] / "other/metrics.json").read_text())
     assert metrics["images"] == 8 and str(annotations) in metrics["data"] and len(json.loads((tmp_path / "found.json").read_text())) == 800
 
 
