@@ -114,6 +114,8 @@ def test_boxes_are_clipped_and_counted(folder):
     data = load(folder)
     assert (data.clipped, data.removed) == (2, 4)
     assert data.boxes[0].tolist() == [[0, 10, 10, 20], [50, 50, 14, 14], [10, 10, 20, 20]]
+    assert [a["area"] for a in data.annotations[:3]] == [200, 196, 400]  # of what is left of them
+    assert [data.tiny(size) for size in (64, 6, 4, 2)] == [0, 1, 2, 3]
     assert [a["iscrowd"] for a in data.annotations] == [0, 0, 0, 1]  # the crowd region is left to the evaluation
     text, stops = isaid.check(*isaid.split_files(folder, "train"))
     assert re.search(r"without area, removed +4\n.*outside, clipped +2\n.*crowd.* 1\n", text) and not stops
