@@ -343,9 +343,34 @@ def main(argv=None):
         else:
             evaluate_run(argv)
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {isaid.one_line(error)}" if parallel.rank() == 0 else 1)
-    finally:
-        parallel.stop()
+        sys.exit(f"error: {isaid.one_line(error)}")
+
+
+def open_run(args):
+    """What an evaluation needs: (model, its task or None, its flags, the checkpoint's path, a folder for results, the images).
+
+    Raises ValueError.
+    """
+    model, task, flags, categories, path = load_run(args.run, args.device)
+    held_out = "train" if flags.overfit else "val"
+    own = args.split in (None, held_out) and not (args.data or args.images or args.limit_val)
+    args.split = args.split or held_out
+    if args.export and flags.setting == "pretrain":
+        raise ValueError(f"--export: {path} is of a pretraining, it detects nothing")
+    if args.images and not args.json and flags.setting != "pretrain":
+        raise ValueError("--images needs --json, their COCO annotations")
+    if args.data or args.images:
+        flags.data, flags.data_unlabeled, flags.limit_train, flags.limit_val = args.data, None, None, None
+        flags.train_images, flags.train_json = flags.val_images, flags.val_json = args.images, args.json
+    if args.split == "test" and not flags.data:
+        raise ValueError("--split test is of a dataset in the patches layout; name it with --data")
+    if args.limit_val:
+        setattr(flags, f"limit_{args.split}", args.limit_val)
+    data = isaid.open_split(args.split, flags, train=False)
+    if flags.setting != "pretrain" and data.categories != categories:
+        raise isaid.DataError(f"{data.name}: its classes {isaid.class_names(data.categories)} are not the model's "
+                              f"{isaid.class_names(categories)}")
+    return model, task, flags, path, Path(args.out or (path.parent if own else path.parent / "other")), data
 
 
 def evaluate_run(argv):
@@ -377,30 +402,12 @@ def evaluate_run(argv):
         parser.error("--json needs --images, the folder of the images")
     if args.split == "test" and not args.export:
         parser.error("--split test has no ground truth; add --export FILE for what is found")
-    model, task, flags, categories, path = parallel.everywhere(load_run, args.run, args.device)
-    held_out = "train" if flags.overfit else "val"
-    own = args.split in (None, held_out) and not (args.data or args.images or args.limit_val)
-    out = Path(args.out or (path.parent if own else path.parent / "other"))
-    args.split = args.split or held_out
-    if args.export and flags.setting == "pretrain":
-        raise ValueError(f"--export: {path} is of a pretraining, it detects nothing")
-    if args.images and not args.json and flags.setting != "pretrain":
-        raise ValueError("--images needs --json, their COCO annotations")
-    if args.data or args.images:
-        flags.data, flags.data_unlabeled, flags.limit_train, flags.limit_val = args.data, None, None, None
-        flags.train_images, flags.train_json = flags.val_images, flags.val_json = args.images, args.json
-    if args.split == "test" and not flags.data:
-        raise ValueError("--split test is of a dataset in the patches layout; name it with --data")
-    if args.limit_val:
-        setattr(flags, f"limit_{args.split}", args.limit_val)
-    data = parallel.everywhere(isaid.open_split, args.split, flags, False)
+    model, task, flags, path, out, data = parallel.everywhere(open_run, args)
     if data.bad:
         print(f"left out: {len(data.bad)} images that cannot be used, the first: {data.bad[0]}")
-    if flags.setting != "pretrain" and data.categories != categories:
-        raise isaid.DataError(f"{data.name}: its classes {isaid.class_names(data.categories)} are not the model's "
-                              f"{isaid.class_names(categories)}")
     print(f"{path} on {data.name}")
     how = args.batch_size or flags.batch_size, args.workers, args.device
+    out.mkdir(parents=True, exist_ok=True)
     metrics, text, written = {"checkpoint": str(path), "data": data.name}, [], []
     if task:
         found, panels = ssl_metrics(model, task, data, *how)
@@ -417,8 +424,6 @@ def evaluate_run(argv):
             others = coco_metrics(data, results, max_dets=args.max_dets, areas=args.areas)
             metrics["other"] = {"max_dets": args.max_dets, "areas": args.areas, **others}
             text.append(f"\nwith {args.max_dets} detections an image and {args.areas}'s areas: {totals(others)}")
-    if task or args.split != "test":
-        out.mkdir(parents=True, exist_ok=True)
     if args.split != "test":
         written.append(out / "metrics.json")
         written[-1].write_text(json.dumps(metrics, indent=1))

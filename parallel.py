@@ -1,4 +1,5 @@
 """Several processes, as torchrun starts them: who this one is, and what all of them have. Alone, every function is trivial."""
+import atexit
 import os
 import sys
 
@@ -14,6 +15,7 @@ def start(device):
         torch.cuda.set_device(device)
     if several and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        atexit.register(dist.destroy_process_group)
         if rank():
             sys.stdout = open(os.devnull, "w")
     return device
@@ -49,20 +51,22 @@ def first(value):
 
 
 def everywhere(function, *arguments):
-    """What a function returns here; or, if it raises a ValueError in any process, that in all of them, so that none waits for it."""
+    """What a function returns here. A ValueError in any process is raised in the first one, which says it, and ends the others."""
     value = error = None
     try:
         value = function(*arguments)
     except ValueError as caught:
         error = str(caught)
     errors = [text for text in gather(error) if text]
+    if errors and rank():
+        sys.exit(1)
     if errors:
         raise ValueError(errors[0])
     return value
 
 
 def from_first(function, *arguments):
-    """What a function returns in the first process, for all of them; or in all of them its ValueError."""
+    """What a function returns in the first process, for all of them; a ValueError ends the others."""
     return first(everywhere(lambda: function(*arguments) if rank() == 0 else None))
 
 
@@ -81,8 +85,3 @@ def share_buffers(module):
     if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
-
-
-def stop():
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -571,13 +571,18 @@ def evaluate(model, task, val_set, args, out):
 
 
 def open_data(args):
-    """The images to train on and those held out. Raises ValueError."""
+    """The images to train on and those held out, and the number of steps of an epoch. Raises ValueError."""
     held_out = "train" if args.overfit else "val"
     train_set, val_set = isaid.open_split("train", args, train=not args.overfit), isaid.open_split(held_out, args, train=False)
     if train_set.categories != val_set.categories:
         raise isaid.DataError(f"the classes of {train_set.name} ({isaid.class_names(train_set.categories)}) are not those "
                               f"of {val_set.name} ({isaid.class_names(val_set.categories)})")
-    return train_set, val_set
+    args.batch_size = min(args.batch_size, len(train_set))
+    steps = len(epoch_batches(train_set, args, 0)) // args.accumulate
+    if not steps:
+        raise ValueError(f"{len(train_set)} training images do not fill a step of {args.batch_size} x {args.accumulate} images in "
+                         f"{parallel.world()} processes; lower --batch_size or --accumulate")
+    return train_set, val_set, steps
 
 
 def build(args, train_set, state):
@@ -593,12 +598,7 @@ def build(args, train_set, state):
 def prepare(args):
     """All that comes before the first step: (folder, run, data, what to say of the start). Raises ValueError if the input is wrong;
     images are looked at only when they are needed, unless --skip_bad is set."""
-    train_set, val_set = parallel.everywhere(open_data, args)
-    args.batch_size = min(args.batch_size, len(train_set))
-    steps = len(epoch_batches(train_set, args, 0)) // args.accumulate
-    if not steps:
-        raise ValueError(f"{len(train_set)} training images do not fill a step of {args.batch_size} x {args.accumulate} images in "
-                         f"{parallel.world()} processes; lower --batch_size or --accumulate")
+    train_set, val_set, steps = parallel.everywhere(open_data, args)
     state = parallel.everywhere(run_state.open_checkpoint, args) if args.resume else None
     config, model, task, notes = parallel.everywhere(build, args, train_set, state)
     if bad := train_set.bad + val_set.bad:
@@ -610,7 +610,7 @@ def prepare(args):
     content = {"detector": config, "categories": train_set.categories, "window": window_size(train_set)}
     run = run_state.Run(model, task, args, content, steps)
     if state:
-        run.load(state, Path(args.out, args.resume))
+        parallel.everywhere(run.load, state, Path(args.out, args.resume))
         notes.append(f"resumed     in epoch {run.epoch} after {run.step} of {steps} steps" if run.epoch <= args.epochs else
                      "resumed     the run is complete")
     if args.checkpoint_activations:
@@ -639,9 +639,7 @@ def main(argv=None):
         out, run, train_set, val_set, notes = prepare(args)
     except ValueError as error:
         run_state.leave(Path(args.out or ""))
-        status = f"error: {isaid.one_line(error)}" if parallel.rank() == 0 else 1
-        parallel.stop()
-        sys.exit(status)
+        sys.exit(f"error: {isaid.one_line(error)}")
     torch.manual_seed(args.seed + parallel.rank())  # dropout differs between processes
     introduce(args, run, notes, train_set, val_set)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
@@ -671,7 +669,6 @@ def main(argv=None):
         sys.exit(f"error: {known[0]}{what_is_left(out)}")
     finally:
         run_state.leave(out)
-        parallel.stop()
 
 
 FAILURES = {"DataLoader worker": "a loader process was killed, perhaps for want of memory; fewer --workers need less",

@@ -48,4 +48,3 @@ if __name__ == "__main__":
     found = {kind: of_one_step(flags, folder / kind, accumulate) for kind, flags in KINDS.items()}
     if parallel.rank() == 0:
         torch.save(found, folder / "gradients.pt")
-    parallel.stop()
