@@ -116,32 +116,36 @@ def test_stopped_and_resumed_is_undisturbed(kind, how, workers, moment, undistur
     evaluation.main([str(out)])
 
 
-def test_a_complete_run_and_other_flags(undisturbed, tmp_path):
+def test_a_complete_run_and_other_flags(undisturbed, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(undisturbed("detect"), out)
-    assert "the run is complete" in finish(start(out, *KINDS["detect"], "--resume"))
+
+    def again(*flags):
+        train.main([*TINY, "--epochs", "3", "--out", str(out), *KINDS["detect"], *flags])
+    again("--resume")
+    assert "the run is complete" in capsys.readouterr().out
     same_run(undisturbed("detect"), out)
-    said = finish(start(out, *KINDS["detect"], "--resume", "--lr", "1e-3", "--epochs", "4"), 1)
-    assert "last.pt: was made with --epochs 3, not 4, --lr 0.0005, not 0.001; a run goes on with" in said
-    assert "--out " in finish(start(out, *KINDS["detect"]), 1)  # without --resume it is not touched
+    with pytest.raises(SystemExit, match="last.pt: was made with --epochs 3, not 4, --lr 0.0005, not 0.001; a run goes on with"):
+        again("--resume", "--lr", "1e-3", "--epochs", "4")
+    with pytest.raises(SystemExit, match="run exists already"):
+        again()
     state = torch.load(out / "last.pt", weights_only=True)
     state["categories"][0]["name"] = "boat"
     torch.save(state, out / "other.pt")
     with pytest.raises(SystemExit, match="other.pt: was made with other classes than the data's"):
-        train.main([*TINY, "--epochs", "3", "--out", str(out), *KINDS["detect"], "--resume", "other.pt"])
+        again("--resume", "other.pt")
     torch.save({**state, "args": Namespace()}, out / "official.pt")
     with pytest.raises(SystemExit, match="official.pt: is not a checkpoint of train.py; start from its weights with --init"):
-        train.main([*TINY, "--epochs", "3", "--out", str(out), *KINDS["detect"], "--resume", "official.pt"])
+        again("--resume", "official.pt")
     whole = bytearray((out / "last.pt").read_bytes())
     whole[len(whole) // 2] ^= 255
-    (out / "last.pt").write_bytes(whole)
-    assert "last.pt: not a checkpoint of tensors and plain values, or damaged (checksum of" in finish(
-        start(out, *KINDS["detect"], "--resume"), 1)
-    (out / "last.pt").write_bytes(whole[:5000])
-    assert "last.pt: not a checkpoint of tensors and plain values, or damaged" in finish(start(out, *KINDS["detect"], "--resume"), 1)
+    for damaged, message in ((whole, r"damaged \(checksum of"), (whole[:5000], "damaged")):
+        (out / "last.pt").write_bytes(damaged)
+        with pytest.raises(SystemExit, match=f"last.pt: not a checkpoint of tensors and plain values, or {message}"):
+            again("--resume")
     (out / "last.pt").unlink()
     with pytest.raises(SystemExit, match="last.pt: is gone, but its run has been going"):
-        train.main([*TINY, "--epochs", "3", "--out", str(out), *KINDS["detect"], "--resume"])
+        again("--resume")
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):
