@@ -334,7 +334,8 @@ class DeformableDETR(nn.Module):
             conv = nn.Conv2d(c, hidden_dim, 1) if i < len(cnn.channels) else nn.Conv2d(c, hidden_dim, 3, 2, 1)
             nn.init.xavier_uniform_(conv.weight)
             nn.init.zeros_(conv.bias)
-            self.input_proj.append(nn.Sequential(conv, nn.GroupNorm(min(32, hidden_dim // 2), hidden_dim)))
+            groups = min(32, hidden_dim // 2)  # 32 as officially; of two channels at least, for a map may have one cell
+            self.input_proj.append(nn.Sequential(conv, nn.GroupNorm(groups, hidden_dim)))
         self.backbone = nn.Sequential(cnn)
 
     def _make_heads(self, class_head, box_head, dec_layers):

@@ -104,13 +104,10 @@ class Detection(torch.utils.data.Dataset):
         return np.bincount(torch.cat(self.labels).numpy(), minlength=len(self.categories)).tolist()
 
     def tiny(self, image_size):
-        """Number of boxes that are under a pixel, and dropped, once images are image_size x image_size (None: shorter side 480)."""
-        n = 0
-        for image, boxes in zip(self.images, self.boxes):
-            if len(boxes):
-                size = torch.tensor([image["width"], image["height"]])
-                n += int((boxes[:, 2:] * ((image_size or 480) / (size if image_size else size.min())) < 1).any(1).sum())
-        return n
+        """Number of boxes that are under a pixel, and dropped, once images are image_size x image_size."""
+        resized = (boxes[:, 2:] * image_size / torch.tensor([image["width"], image["height"]])
+                   for image, boxes in zip(self.images, self.boxes) if len(boxes))
+        return sum(int((sides < 1).any(1).sum()) for sides in resized)
 
 
 def repeat_factors(data, threshold):

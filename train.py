@@ -256,9 +256,8 @@ def start_model(config, args):
                      + (f"; of another number of classes and dropped: {', '.join(dropped)}" if dropped else ""))
     for part in args.freeze:
         if part not in loaded:
-            raise ValueError(f"--freeze {part} keeps random weights; " + (
-                "start it from a run with --init" if not args.init else f"{args.init} has them for another number of classes" if
-                any(detr.part_of(name) == part for name in dropped) else f"none are taken from {args.init}"))
+            what = f"not all of them are taken from {args.init}" if args.init else "start it from a run with --init"
+            raise ValueError(f"--freeze {part} keeps random weights; {what}")
     return model, notes
 
 
@@ -415,10 +414,11 @@ def introduce(args, run, notes, train_set, val_set):
         if args.setting == "pretrain":
             print(f"{name:11} {data.name}: {len(data):,} images" + ("" if args.data_unlabeled else ", their annotations are not used"))
             continue
+        tiny = data.tiny(args.image_size) if args.image_size else 0
         print(f"{name:11} {data.name}: {len(data):,} images, {sum(data.counts()):,} boxes"
               + (f", {data.clipped:,} clipped to their image" if data.clipped else "")
               + (f", {data.removed:,} without area removed" if data.removed else "")
-              + (f", {tiny:,} under a pixel after resizing, not trained on" if (tiny := data.tiny(args.image_size)) else ""))
+              + (f", {tiny:,} under a pixel after resizing, not trained on" if tiny else ""))
         crowded = sum(len(labels) > args.num_queries for labels in data.labels)
         if crowded:
             print(f"            {crowded:,} of them ({crowded / len(data):.1%}) hold more objects than the model has queries "
@@ -672,8 +672,7 @@ def main(argv=None):
 
 
 FAILURES = {"DataLoader worker": "a loader process was killed, perhaps for want of memory; fewer --workers need less",
-            "Connection closed by peer": "another process has ended, its message says why",
-            "Connection reset by peer": "another process has ended, its message says why",
+            "by peer": "another process has ended, its message says why",  # a connection was closed or reset
             "out of memory": "the device's memory is too small; a lower --batch_size, --amp bf16 and --checkpoint_activations need less"}
 
 

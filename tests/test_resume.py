@@ -292,13 +292,14 @@ def test_unreadable_images_are_left_out_if_asked(tmp_path, capsys):
     for image in coco["images"]:  # as in some of iSAID's own files
         image.update(width=None, height=None)
     coco["images"] += [{"id": 9, "file_name": "gone.png"}, {"id": 10, "file_name": "scene_000000.png", "width": 64, "height": 99}]
+    coco["annotations"].append({"id": 10 ** 6, "image_id": 0, "category_id": 1, "bbox": [9, 9, 9, 0.5]})
     path.write_text(json.dumps(coco))
     flags = [*TINY, "--data", str(tmp_path / "data"), "--epochs", "1"]
     with pytest.raises(SystemExit, match="1 of 11 images are missing, the first is .*gone.png"):
         train.main([*flags, "--out", str(tmp_path / "a")])
     train.main([*flags, "--out", str(tmp_path / "b"), "--skip_bad", "--workers", "1"])
     printed = capsys.readouterr().out
-    assert "left out  4 images that cannot be used, the first: " in printed
+    assert "left out  4 images that cannot be used, the first: " in printed and ", 1 under a pixel after resizing" in printed
     evaluation.main([str(tmp_path / "b")])
     assert "left out: 1 images that cannot be used, the first: " in capsys.readouterr().out
     assert "skipped     4 images that cannot be used, the first: " in printed and "instancesonly_filtered_train.json: 8 images" in printed

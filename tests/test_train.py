@@ -84,12 +84,12 @@ def test_evaluating_the_run(run, folder, tmp_path):
 def test_evaluating_on_coco_files(run, folder, tmp_path):
     """Any images with their annotations; what is written is there although nobody reads what is printed."""
     images, annotations = isaid.split_files(folder, "train")
-    flags = map(str, [run[0], "--images", images, "--json", annotations, "--export", tmp_path / "found.json"])
+    flags = map(str, [run[0], "--images", images, "--json", annotations, "--out", tmp_path, "--export", tmp_path / "found.json"])
     process = subprocess.Popen([sys.executable, "-u", "eval.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     process.stdout.readline()
     process.stdout.close()  # as `| head -1` does
     process.wait()
-    metrics = json.loads((run[0] / "other/metrics.json").read_text())
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["images"] == 8 and str(annotations) in metrics["data"] and len(json.loads((tmp_path / "found.json").read_text())) == 800
 
 
