@@ -22,7 +22,7 @@ from pycocotools import mask as coco_mask
 from scipy import ndimage
 from tqdm import tqdm
 
-from isaid import DataError, load_json, open_image, read_image, split_files
+from coco import DataError, load_json, open_image, read_image, split_files
 from scenes import CLASSES
 
 COLOURS = ((0, 0, 63), (0, 63, 63), (0, 63, 0), (0, 63, 127), (0, 63, 191), (0, 63, 255), (0, 127, 63), (0, 127, 127), (0, 0, 127),

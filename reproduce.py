@@ -1,14 +1,19 @@
 """Run the rows of a table that are missing and print it: mean and standard deviation over seeds.
 
-    python reproduce.py recipes/tasks.txt                            every task, setting and detector: is it learnt?
-    python reproduce.py recipes/first_epochs.txt --seeds 0 1 2       does it help detection in the first epochs?
+    python reproduce.py recipes/tasks.txt                       is every task learnt?
+    python reproduce.py recipes/first_epochs.txt --seeds 0 1 2  does it help detection?
 
-A table is a text file with a row a line, `name: flags of train.py`; {name} in the flags is the run folder of another row.
-The log of each run is kept in results/TABLE/NAME-SEED.json with its command, versions and revision; what is there is not run
-again, so delete it to repeat it. The runs themselves are in runs/TABLE. Beside the logs, table.md and curves.png are written;
-rows whose names agree up to the first hyphen share a panel, rows without one are left out there if others have one.
+A table is a text file with a row a line, `name: flags of train.py`; {name} in the flags is the run
+folder of another row. What a row gave is kept in results/TABLE/NAME-SEED.json with its flags,
+versions and revision; it is not run again, so delete it to repeat it. The runs are in runs/TABLE.
+Beside the results are table.md and curves.png, where rows whose names agree up to the first
+hyphen share a panel; rows without one are left out there if others have one.
 """
+
+import parallel  # noqa: F401 # isort: skip (before torch)
+
 import argparse
+import collections
 import concurrent.futures
 import json
 import os
@@ -21,20 +26,28 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
+import checkpoint
 import eval as evaluation
 import isaid
+import pictures
 import ssl_tasks
+import train
+from coco import number
 
 ROOT = Path(__file__).resolve().parent
 RUNS, RESULTS = ROOT / "runs", ROOT / "results"
+ELSEWHERE = {"out", "device", "workers", "resume", "init"}  # flags that change no result
+
+# ---------------------------------------------------------------- rows and their results
 
 
 def read_table(path):
     """The rows of a table: {name: list of flags}. Raises ValueError naming the line."""
     rows = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a table ({error})") from None
     for n, line in enumerate(lines, 1):
@@ -42,8 +55,9 @@ def read_table(path):
         if not line.split("#")[0].strip():
             continue
         if not colon or not re.fullmatch(r"[\w-]+", name.strip()) or name.strip() in rows:
-            raise ValueError(f"{path}, line {n}: expected is a new name, a colon and flags of train.py, not {line!r}")
-        for start in starts_of(flags.split()):
+            expected = "expected is a new name, a colon and flags of train.py"
+            raise ValueError(f"{path}, line {n}: {expected}, not {line!r}")
+        for start in starts_of(flags):
             if start not in rows:
                 raise ValueError(f"{path}, line {n}: {{{start}}} is not a row above it")
         rows[name.strip()] = flags.split()
@@ -52,7 +66,45 @@ def read_table(path):
 
 def starts_of(flags):
     """The rows whose runs these flags start from."""
-    return re.findall(r"{(.*?)}", " ".join(flags))
+    return re.findall(r"{(.*?)}", flags if isinstance(flags, str) else " ".join(flags))
+
+
+def resolve(rows, name):
+    """All flags of a row, recipes and defaults included, and those of what it starts from."""
+    flags = [flag.replace("@", f"@{ROOT}/", 1) if flag[0] == "@" else flag for flag in rows[name]]
+    args, _ = train.parse(flags)
+    starts = [resolve(rows, start) for start in starts_of(rows[name])]
+    return {
+        **{k: v for k, v in vars(args).items() if k not in ELSEWHERE | {"seed"}},
+        "starts": starts,
+    }
+
+
+def difference(before, now):
+    """The flags that two resolved rows have both, with other values; "" if there are none."""
+    changed = [k for k in before.keys() & now.keys() - {"starts"} if before[k] != now[k]]
+    text = ", ".join(f"--{k} {before[k]}, now {now[k]}" for k in sorted(changed))
+    starts = (difference(a, b) for a, b in zip(before["starts"], now["starts"]))
+    return text or next((f"in what it starts from {text}" for text in starts if text), "")
+
+
+def read_results(table, rows, seeds=None, chosen=None):
+    """{row: {seed: its result}} of what is there. ValueError if it was made with other flags."""
+    results = collections.defaultdict(dict)
+    for name in chosen or rows:
+        wanted = resolve(rows, name)
+        for path in sorted((RESULTS / table).glob(f"{name}-*.json")):
+            seed = path.stem.removeprefix(f"{name}-")
+            if seed.isdecimal() and (not seeds or int(seed) in seeds):
+                result = json.loads(path.read_text())
+                changed = difference(result["flags"], wanted)
+                if changed:
+                    raise ValueError(f"{path} was made with {changed}; delete it to run it anew")
+                results[name][int(seed)] = result
+    return dict(results)
+
+
+# ---------------------------------------------------------------- running
 
 
 def depth(rows, name):
@@ -60,69 +112,39 @@ def depth(rows, name):
     return max((depth(rows, start) + 1 for start in starts_of(rows[name])), default=0)
 
 
-def missing_after(table, name, rows, seed):
-    """Whether a row that starts from this one has no result yet."""
+def needed(table, name, rows, seed):
+    """Whether a row, or one that starts from it, has no result yet."""
     after = [other for other in rows if name in starts_of(rows[other])]
-    return any(not (RESULTS / table / f"{other}-{seed}.json").exists() or missing_after(table, other, rows, seed)
-               for other in after)
-
-
-def command_of(table, name, rows, seed):
-    """The command of a row, without the interpreter."""
-    runs = os.path.relpath(RUNS / table, ROOT)
-    flags = [re.sub(r"{(.*?)}", lambda match: f"{runs}/{match[1]}-{seed}", flag) for flag in rows[name]]
-    return ["train.py", *flags, "--seed", str(seed), "--out", f"{runs}/{name}-{seed}"]
-
-
-def starts_before(table, name, rows, seed):
-    """The commands of the rows that a row starts from, directly or not."""
-    return [command for start in starts_of(rows[name])
-            for command in (*starts_before(table, start, rows, seed), f"python {' '.join(command_of(table, start, rows, seed))}")]
-
-
-def read_results(table, rows):
-    """{row: {seed: content of its result file}} of what is there. Raises ValueError if it was made with other flags."""
-    results = {name: {} for name in rows}
-    for path in sorted((RESULTS / table).glob("*.json")):
-        name, _, seed = path.stem.rpartition("-")
-        if name in rows and seed.isdecimal():
-            content = json.loads(path.read_text())
-            wanted = f"python {' '.join(command_of(table, name, rows, int(seed)))}"
-            if content["command"] != wanted:
-                raise ValueError(f"{path} is of another command than its row now has; delete it to run the row anew\n"
-                                 f"then  {content['command']}\nnow   {wanted}")
-            if content["starts"] != starts_before(table, name, rows, int(seed)):
-                raise ValueError(f"{path} started from a row that has another command now; delete it to run the row anew")
-            results[name][int(seed)] = content
-    return {name: runs for name, runs in results.items() if runs}
+    missing = not (RESULTS / table / f"{name}-{seed}.json").exists()
+    return missing or any(needed(table, other, rows, seed) for other in after)
 
 
 def run_row(table, name, rows, seed, threads):
-    """Run one row with one seed unless its result is there, or, as a start of others, is not needed any more.
-
-    Raises RuntimeError if train.py fails.
-    """
+    """Run one row with one seed, if it is needed. Raises RuntimeError if train.py fails."""
     result, run = RESULTS / table / f"{name}-{seed}.json", RUNS / table / f"{name}-{seed}"
-    if result.exists() and (not missing_after(table, name, rows, seed) or read_log(run) == json.loads(result.read_text())["log"]):
+    there = json.loads(result.read_text())["log"] if result.exists() else None
+    if not needed(table, name, rows, seed) or there and read_log(run) == there:
         return
-    command = command_of(table, name, rows, seed)
-    if run.exists():  # of an earlier, interrupted call
-        shutil.rmtree(run)
+    runs = os.path.relpath(RUNS / table, ROOT)
+    flags = [re.sub(r"{(.*?)}", lambda m: f"{runs}/{m[1]}-{seed}", flag) for flag in rows[name]]
+    command = ["train.py", *flags, "--seed", str(seed), "--out", f"{runs}/{name}-{seed}"]
+    shutil.rmtree(run, ignore_errors=True)  # of an earlier, interrupted call
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)  # fmt: skip
     if done.returncode:
         said = done.stderr.strip() or f"exit status {done.returncode}"
         raise RuntimeError(f"python {' '.join(command)}\n{said.splitlines()[-1]}")
-    config = json.loads((run / "config.json").read_text())
-    log = read_log(run)
-    content = {"command": f"python {' '.join(command)}", "starts": starts_before(table, name, rows, seed),
-               "revision": config["revision"], "versions": config["versions"],
-               "guess": guess(run) if "ssl_loss" in log[-1] else None, "log": log}
+    config, log = json.loads((run / "config.json").read_text()), read_log(run)
+    content = {"command": f"python {' '.join(command)}", "flags": resolve(rows, name)}
+    content.update(revision=config["revision"], versions=config["versions"], log=log)
+    content["guess"] = guess(run) if "ssl_loss" in log[-1] else None
     result.parent.mkdir(parents=True, exist_ok=True)
     temporary = result.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, result)
-    print(f"{name + '-' + str(seed):60} {sum(line['seconds'] for line in log):6.0f} s of training", flush=True)
+    seconds = sum(line["seconds"] for line in log)
+    print(f"{name + '-' + str(seed):60} {seconds:6.0f} s of training", flush=True)
 
 
 def read_log(run):
@@ -133,21 +155,27 @@ def read_log(run):
 
 @torch.no_grad()
 def guess(run):
-    """How well a task is solved without looking at the image, on the first 200 held-out ones: for pixels {"loss": the L1
-    error of predicting the mean patch}, for classes {"acc": the share of the most frequent answer, "chance": one in K}."""
-    _, task, flags, _, _ = evaluation.load_run(run, "cpu")
-    data = isaid.open_split("val", flags, train=False)
-    images, padding, targets = isaid.collate([data[i] for i in range(min(len(data), 200))])
-    corruption = task.corruption(padding, [target["seed"] for target in targets])
-    counted, target = task.counted(corruption), task.target(images, corruption)
-    H, W = images.shape[-2:]
+    """How well a task is solved without looking at the image, on the first 200 held-out ones.
+
+    For pixels {"loss": the L1 error of predicting the mean patch}, for classes {"acc": the share
+    of the most frequent answer, "chance": one in K}.
+    """
+    _, task, state = evaluation.load_run(run, "cpu")
+    data = isaid.open_split("val", argparse.Namespace(**state["args"]), train=False)
+    batch = [data[i] for i in range(min(len(data), 200))]
+    images, padding, targets = isaid.collate(batch)
+    corruption = task.draw(padding, [target["seed"] for target in targets])
+    counted, target = task.loss_mask(corruption), task.target(images, corruption)
     if isinstance(task, ssl_tasks.PixelTask):
-        target = F.pad(target, (0, -W % task.patch, 0, -H % task.patch))
-        patches = target.unfold(2, task.patch, task.patch).unfold(3, task.patch, task.patch)  # (B, 3, h, w, patch, patch)
-        patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)[counted]
+        H, W, p = *images.shape[-2:], task.patch
+        target = F.pad(target, (0, -W % p, 0, -H % p)).unfold(2, p, p).unfold(3, p, p)
+        patches = target.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)[counted]  # (n, 3, p, p)
         return {"loss": (patches - patches.mean(0)).abs().mean().item()}
     answers = target.flatten(1)[counted]
     return {"acc": answers.bincount().max().item() / len(answers), "chance": 1 / task.outputs()}
+
+
+# ---------------------------------------------------------------- tables and curves
 
 
 def mean_and_deviation(values, digits=3):
@@ -157,37 +185,42 @@ def mean_and_deviation(values, digits=3):
 
 
 def tables(results):
-    """Two tables in Markdown: AP after each epoch, and the tasks' held-out figures next to those of a guess.
+    """Two tables in Markdown: AP after each epoch, and the tasks' figures next to a guess's.
 
-    results: {row: [content of its result files, one a seed]}.
+    results: {row: [its results, one a seed]}.
     """
-    logs = {name: [result["log"] for result in runs] for name, runs in results.items()}
-    detect = {name: runs for name, runs in logs.items() if "ap" in runs[0][-1]}
-    text = []
+    text, detect, tasks = [], [], []
+    for name, runs in results.items():
+        last = [run["log"][-1] for run in runs]
+        if "ap" in last[0]:
+            aps = [
+                {x["epoch"]: 100 * (x["ap"] or 0) for x in run["log"] if "ap" in x} for run in runs
+            ]
+            ap50 = mean_and_deviation([100 * (line["ap50"] or 0) for line in last], 1)
+            detect.append((name, aps, ap50))
+        if runs[0]["guess"]:
+            lines = [{**line, **run["guess"]} for line, run in zip(last, runs)]
+            keys = "ssl_loss", "loss", "ssl_acc", "acc", "chance"
+            columns = [[line.get(key) for line in lines] for key in keys]
+            cells = ["" if None in column else mean_and_deviation(column) for column in columns]
+            tasks.append(f"| {name} | {' | '.join(cells)} |")
     if detect:
-        epochs = sorted({line["epoch"] for runs in detect.values() for line in runs[0] if "ap" in line})
+        epochs = sorted({epoch for _, aps, _ in detect for epoch in aps[0]})
         head = ["AP (%) after epoch", *map(str, epochs), "AP50, last", "runs"]
         text += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for name, runs in detect.items():
-            ap = [{line["epoch"]: 100 * (line["ap"] or 0) for line in run if "ap" in line} for run in runs]
-            cells = [mean_and_deviation([run[epoch] for run in ap], 1) if epoch in ap[0] else "" for epoch in epochs]
-            cells += [mean_and_deviation([100 * (run[-1]["ap50"] or 0) for run in runs], 1), str(len(runs))]
-            text.append(f"| {name} | {' | '.join(cells)} |")
+        for name, aps, ap50 in detect:
+            cells = [mean_and_deviation([ap[epoch] for ap in aps], 1) if epoch in aps[0] else ""
+                     for epoch in epochs]  # fmt: skip
+            text.append(f"| {name} | {' | '.join([*cells, ap50, str(len(aps))])} |")
         text.append("")
-    if any(runs[0]["guess"] for runs in results.values()):
-        text += ["| task | held-out loss | mean patch | accuracy | most frequent | chance |", "|---|---|---|---|---|---|"]
-        for name, runs in results.items():
-            if runs[0]["guess"]:
-                last = [{**log[-1], **run["guess"]} for log, run in zip(logs[name], runs)]
-                columns = [[line.get(key) for line in last] for key in ("ssl_loss", "loss", "ssl_acc", "acc")]
-                cells = ["" if None in values else mean_and_deviation(values) for values in (*columns, [last[0].get("chance")])]
-                text.append(f"| {name} | {' | '.join(cells)} |")
+    if tasks:
+        text.append("| task | held-out loss | mean patch | accuracy | most frequent | chance |")
+        text += ["|---|---|---|---|---|---|", *tasks]
     return "\n".join(text)
 
 
 def draw(path, results):
-    """AP by epoch, a line for each row with its spread over seeds; a panel for each first part of the names, the model."""
-    from matplotlib.figure import Figure
+    """AP by epoch, a line for each row with its spread over seeds; a panel for each model."""
     rows = {name: runs for name, runs in results.items() if "ap" in runs[0]["log"][-1]}
     rows = {name: runs for name, runs in rows.items() if "-" in name} or rows
     models = sorted({name.split("-")[0] for name in rows})
@@ -197,52 +230,64 @@ def draw(path, results):
             if name.split("-")[0] == model:
                 logs = [[line for line in run["log"] if "ap" in line] for run in runs]
                 epochs = [line["epoch"] for line in logs[0]]
-                ap = torch.tensor([[line["ap"] or 0.0 for line in log] for log in logs])  # (seeds, epochs)
-                style = {"color": "black"} if name.endswith("scratch") else {"linestyle": "--" if "multitask" in name else "-"}
-                line, = axes.plot(epochs, ap.mean(0), marker=".", label=name.removeprefix(f"{model}-"), **style)
+                ap = torch.tensor([[line["ap"] or 0.0 for line in log] for log in logs])
+                style = {"linestyle": "--" if "multitask" in name else "-"}
+                style = {"color": "black"} if name.endswith("scratch") else style
+                label = name.removeprefix(f"{model}-")
+                (line,) = axes.plot(epochs, ap.mean(0), marker=".", label=label, **style)
                 if len(runs) > 1:
-                    axes.fill_between(epochs, ap.mean(0) - ap.std(0), ap.mean(0) + ap.std(0), alpha=0.15,
-                                      color=line.get_color())
+                    low, high = ap.mean(0) - ap.std(0), ap.mean(0) + ap.std(0)
+                    axes.fill_between(epochs, low, high, alpha=0.15, color=line.get_color())
         axes.set(title=model, xlabel="epoch", ylabel="AP on held-out images")
-        evaluation.scale_axes(axes)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        pictures.finish_axes(axes, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
+def make_table(args):
+    """Run what is missing of a table and print it. Raises ValueError, RuntimeError."""
+    rows, table = read_table(args.table), Path(args.table).stem
+    chosen = [name for name in rows if not args.rows or any(text in name for text in args.rows)]
+    if rows and not chosen:
+        raise ValueError(f"--rows {' '.join(args.rows)}: no row of {args.table} is called so")
+    read_results(table, rows)  # refuses before anything is run
+    wanted = set(chosen)
+    for name in reversed(rows):  # a row comes after what it starts from
+        wanted |= set(starts_of(rows[name])) if name in wanted else set()
+    threads = max(1, torch.get_num_threads() // args.jobs)
+    jobs = [(table, name, rows, seed, threads) for seed in args.seeds or [0] for name in wanted]
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for wave in [] if args.no_run else sorted({depth(rows, name) for name in rows}):
+            mine = [job for job in jobs if depth(rows, job[1]) == wave]
+            list(pool.map(lambda job: run_row(*job), mine))
+    everything = read_results(table, rows)
+    found = read_results(table, rows, args.seeds, chosen)
+    if not found:
+        raise ValueError(f"{RESULTS / table} has no results of these rows and seeds")
+    ours = checkpoint.revision()
+    revisions = (run["revision"] for runs in found.values() for run in runs.values())
+    for revision, n in collections.Counter(revisions).items():
+        if revision != ours:
+            print(f"{n} results are of revision {revision}, yours is {ours}; they stay as they are")
+    print(tables({name: list(runs.values()) for name, runs in found.items()}))
+    results = {name: list(runs.values()) for name, runs in everything.items()}
+    (RESULTS / table / "table.md").write_text(tables(results) + "\n")
+    if any("ap" in runs[0]["log"][-1] for runs in results.values()):
+        draw(RESULTS / table / "curves.png", results)
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", help="a text file of rows, `name: flags`")
-    parser.add_argument("--seeds", type=isaid.number(int, zero=True), nargs="+", default=[0], help="(default 0)")
-    parser.add_argument("--rows", nargs="+", metavar="TEXT", help="run only rows with one of these in their name")
-    parser.add_argument("--jobs", type=isaid.number(int), default=1, metavar="N", help="runs at a time (default %(default)s)")
-    parser.add_argument("--no_run", action="store_true", help="print the results that are there, run nothing")
-    args = parser.parse_args(argv)
+    description = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=description)
+    add, natural = parser.add_argument, number(int, zero=True)
+    add("table", help="a text file of rows, `name: flags`")
+    add("--seeds", type=natural, nargs="+", help="to run and print (default: 0; print all)")
+    add("--rows", nargs="+", metavar="TEXT", help="only rows with one of these in their name")
+    add("--jobs", type=number(int), default=1, help="runs at a time (default %(default)s)")
+    add("--no_run", action="store_true", help="print the results that are there, run nothing")
     try:
-        rows = read_table(args.table)
-        table = Path(args.table).stem
-        read_results(table, rows)  # refuses before anything is run
-        wanted = {name for name in rows if not args.rows or any(text in name for text in args.rows)}
-        if rows and not wanted:
-            raise ValueError(f"--rows {' '.join(args.rows)}: {args.table} has no row with that in its name")
-        for name in reversed(rows):  # a row comes after what it starts from
-            wanted |= set(starts_of(rows[name])) if name in wanted else set()
-        threads = max(1, torch.get_num_threads() // args.jobs)
-        jobs = [(table, name, rows, seed, threads) for seed in args.seeds for name in rows if name in wanted]
-        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            for wave in () if args.no_run else range(1 + max((depth(rows, name) for name in rows), default=0)):
-                list(pool.map(lambda job: run_row(*job), [job for job in jobs if depth(rows, job[1]) == wave]))
-        results = {name: list(runs.values()) for name, runs in read_results(table, rows).items()}
-        folder = RESULTS / table
-        if not results:
-            raise ValueError(f"{folder} has no results of these rows")
+        make_table(parser.parse_args(argv))
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    text = tables(results)
-    print(text)
-    (folder / "table.md").write_text(text + "\n")
-    if any("ap" in runs[0]["log"][-1] for runs in results.values()):
-        draw(folder / "curves.png", results)
 
 
 if __name__ == "__main__":

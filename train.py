@@ -1,54 +1,224 @@
-"""Train DETR or Deformable DETR: to detect, on a self-supervised task (pretrain), or on both at once (multitask).
+"""Train DETR or Deformable DETR: to detect, on a self-supervised task, or on both at once.
 
-    python train.py                                  a demonstration: synthetic aerial scenes, small model, CPU
-    python train.py @recipes/deformable_detr.txt --data DIR    the official recipe on a dataset in iSAID's patches layout
-    python train.py --setting pretrain --ssl_task mim-continuous --out runs/mim      then: python train.py --init runs/mim
+    python train.py                              a demonstration: synthetic scenes, CPU, minutes
+    python train.py @recipes/detr.txt --data DIR the official recipe on a dataset
+    python train.py --setting pretrain --ssl_task mim-continuous --out runs/mim
+    python train.py --init runs/mim              detection from a pretraining
     python train.py --setting multitask --ssl_task jigsaw-discrete --ssl_weight 0.1
 
-A run is a folder: config.json (flags, versions, revision), log.jsonl (a line an epoch), last.pt, best.pt (by AP, or by the
-task's held-out loss), curves.png, detections.png, ssl.png.
-Without flags everything has the demonstration's small sizes; recipes hold the large ones.
+A run is a folder: config.json (flags, versions, revision), log.jsonl (a line an epoch), last.pt,
+best.pt (by AP, or by the task's held-out loss), curves.png, detections.png, ssl.png. Without flags
+everything has the demonstration's small sizes; recipes hold the large ones.
 """
+
+import parallel  # isort: skip (before torch)
+
 import argparse
 import collections
-import contextlib
-import ctypes
-import datetime
-import functools
 import inspect
-import itertools
-import json
+import math
 import os
-import platform
-import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.utils.checkpoint
-import torchvision
 from tqdm import tqdm
 
+import checkpoint
+import coco
 import deformable_attn
 import detr
 import eval as evaluation
 import isaid
-import parallel
-import run_state
+import pictures
 import ssl_tasks
+from coco import number
 
-# flags that belong to one kind of model, setting or task, with their defaults there
-DEFORMABLE = {"num_feature_levels": 3, "enc_n_points": 4, "dec_n_points": 4, "with_box_refine": True, "two_stage": False,
-              "attn": "auto"}
-SSL = {"ssl_task": "mim-continuous", "ssl_on": "features", "ssl_patch": None}
-CORRUPTION = {"ssl_ratio": 0.5, "ssl_loss_on": "corrupted"}
-TOKENS = {"tokenizer": "kmeans", "tokenizer_images": 256}
+# ---------------------------------------------------------------- the losses and the loop
+
+
+def compute_losses(model, task, images, padding, targets, args):
+    """Losses of a batch by name, one value for each decoder layer: {"loss_…": (layers,)}.
+
+    Here detectors and self-supervised tasks meet, in one of three settings:
+    detect      the decoder reads the memory of the images
+    pretrain    the task reads the memory of the corrupted images; the decoder does not run
+    multitask   both: the decoder reads the clean memory, the task the corrupted one
+    """
+    losses, detect, corruption = {}, args.setting != "pretrain", None
+    if task:
+        corruption = task.draw(padding, [target["seed"] for target in targets]).to(images.device)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+        if not task or not task.corrupts:
+            corrupted = clean = model.encode(model.features(images, padding))
+        else:
+            levels = clean = None
+            if detect or task.on == "features":
+                levels = model.features(images, padding)
+            if task.on == "features":  # between CNN and encoder: the CNN sees the images once
+                corrupted = task.corrupt_levels(levels, corruption)
+            else:
+                corrupted = model.features(task.corrupt_images(images, corruption), padding)
+            if detect:  # corrupted and clean go through the encoder as one batch
+                both = [a._make(map(torch.cat, zip(a, b))) for a, b in zip(corrupted, levels)]
+                halves = [list(zip(*(x.chunk(2) for x in level))) for level in model.encode(both)]
+                corrupted, clean = ([detr.Level(*h[i]) for h in halves] for i in (0, 1))
+            else:
+                corrupted = model.encode(corrupted)
+        if detect:
+            outputs = model.decode(clean)
+    if task:  # losses are computed in full precision
+        memory = [level._replace(features=level.features.float()) for level in corrupted]
+        num_patches = parallel.mean(task.loss_mask(corruption).sum())
+        losses["loss_ssl"] = task.loss(memory, images, corruption, num_patches)[None]
+    if detect:
+        outputs = {name: tensor.float() for name, tensor in outputs.items()}
+        stop_if_not_finite(outputs, targets)
+        num_boxes = parallel.mean(sum(len(target["labels"]) for target in targets))
+        losses.update(model.criterion(outputs, targets, num_boxes))
+    return losses
+
+
+def train(run, train_set, val_set, args):
+    """The training loop: epochs of batches, each epoch with its evaluation, log and checkpoint."""
+    model, task, optimizer, out = run.model, run.task, run.optimizer, Path(args.out)
+    weights = {**model.criterion.weights, "loss_ssl": 1.0}
+    if args.setting == "multitask":
+        weights["loss_ssl"] = args.ssl_weight
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    first, metrics = parallel.rank() == 0, None
+    bar = tqdm(total=args.epochs * run.steps, initial=(run.epoch - 1) * run.steps + run.step,
+               desc="training", unit="step", disable=None if first else True)  # fmt: skip
+    with checkpoint.Signals() as signals, bar:
+        for epoch in range(run.epoch, args.epochs + 1):
+            train_mode(model, args)
+            done = run.step * args.accumulate  # batches, where the run goes on within an epoch
+            loader = isaid.epoch_loader(train_set, args, epoch, done)
+            for i, (images, padding, targets) in enumerate(clocked(loader, run), done + 1):
+                images, padding = images.to(args.device), padding.to(args.device)
+                losses = compute_losses(model, task, images, padding, targets, args)
+                loss = sum(weights[name] * values.sum() for name, values in losses.items())
+                stop_if_not_finite({**losses, "the total": loss}, targets)
+                for name, values in {**losses, "loss": loss[None]}.items():  # of the last layer
+                    run.sums[name] = run.sums.get(name, 0) + values[-1].detach()
+                loss = loss / args.accumulate
+                loss.backward()
+                if i % args.accumulate:
+                    continue
+                parallel.average_gradients(parameters)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_max_norm)
+                stop_if_not_finite({"the gradient": norm}, targets)
+                optimizer.step()
+                optimizer.zero_grad()
+                run.schedule.step()
+                run.step += 1
+                bar.update()
+                if parallel.mean(signals.caught):  # any process got Ctrl-C or SIGTERM
+                    checkpoint.save_last(out / "last.pt", run)
+                    raise KeyboardInterrupt(128 + (signals.caught or signal.SIGTERM))
+
+            stop_if_not_finite(model.state_dict(), ())
+            checkpoint.save_last(out / "last.pt", run)
+            line = epoch_line(run, args)
+            if epoch % args.eval_every == 0 or epoch == args.epochs:
+                metrics = evaluation.evaluate(model, task, val_set, args, out)
+                line.update({name: metrics[name] for name in LOGGED if name in metrics})
+                pretrain = args.setting == "pretrain"
+                score = -metrics["ssl_loss"] if pretrain else metrics["ap"] or 0.0
+                if score >= run.best:  # of equals the last: AP may stay at zero for a while
+                    run.best = score
+                    if first:
+                        checkpoint.save(out / "best.pt", checkpoint.product(run))
+            run.log.append(line)
+            if first:
+                checkpoint.write_log(out / "log.jsonl", run.log)
+                pictures.draw_curves(out / "curves.png", run.log)
+            bar.write(evaluation.epoch_text(line, args.epochs))
+            run.next_epoch()
+        checkpoint.save_last(out / "last.pt", run)
+    return metrics
+
+
+LOGGED = (*evaluation.METRICS, "ssl_loss", "ssl_acc", "eval_seconds")
+
+
+def stop_if_not_finite(values, targets):
+    """FloatingPointError, before any harm is done, if a tensor of `values` is NaN or infinite."""
+    bad = [name for name, value in values.items() if not value.isfinite().all()]
+    if bad:
+        images = ", ".join(target["file_name"] for target in targets)
+        message = f"{' and '.join(bad[:4])} became NaN or infinite"
+        message += f", with the images {images}; the step was not taken" if images else ""
+        raise FloatingPointError(f"{message}; start anew with a lower --lr")
+
+
+def clocked(loader, run):
+    """The batches; counts the seconds of the epoch and those in which the loop waits for data."""
+    start = time.perf_counter()
+    for batch in loader:
+        ready = time.perf_counter()
+        run.waited += ready - start
+        yield batch
+        run.seconds, start = run.seconds + time.perf_counter() - start, time.perf_counter()
+
+
+def train_mode(model, args):
+    """Training mode, but frozen parts keep their batch statistics and drop nothing out."""
+    model.train()
+    encoder, decoder = model.transformer.encoder, model.transformer.decoder
+    parts = {"backbone": model.backbone, "encoder": encoder, "decoder": decoder}
+    for part in args.freeze:
+        parts[part].eval()
+
+
+def build_optimizer(model, task, args):
+    """AdamW with the papers' rates: the CNN has its own; sampling offsets and reference points
+
+    learn at a tenth of the rest (Deformable DETR, section 5)."""
+    groups = collections.defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("backbone"):
+            groups[args.lr_backbone].append(parameter)
+        elif "sampling_offsets" in name or "reference_points" in name:
+            groups[args.lr * args.lr_linear_proj_mult].append(parameter)
+        else:
+            groups[args.lr].append(parameter)
+    groups[args.lr] += task.parameters() if task else []
+    groups = [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
+    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+
+
+def build_schedule(optimizer, args, steps_per_epoch):
+    """The rate of each step as a factor: one cycle, or a tenth from epoch --lr_drop on."""
+    total = args.epochs * steps_per_epoch
+    warmup = max(1, total // 10)
+
+    def cycle(step):  # a tenth of the steps up along a line, the rest down along a cosine
+        down = max(0, step - warmup) / max(1, total - warmup)
+        return min((step + 1) / warmup, (1 + math.cos(math.pi * down)) / 2)
+
+    def drop(step):
+        return 0.1 ** (step // (args.lr_drop * steps_per_epoch)) if args.lr_drop else 1.0
+
+    factor = cycle if args.lr_drop == "cycle" else drop
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def epoch_line(run, args):
+    """The log's line of an epoch: losses are means over batches and processes."""
+    batches, seconds = run.steps * args.accumulate, max(run.seconds, 1e-9)
+    losses = {f"train_{k}": parallel.mean(x) / batches for k, x in run.sums.items()}
+    images = batches * args.batch_size * parallel.world()
+    times = {"seconds": round(seconds, 2), "data_wait": round(run.waited / seconds, 4)}
+    return {"epoch": run.epoch, **losses, **times, "images_per_second": round(images / seconds, 2)}
 
 
 # ---------------------------------------------------------------- flags
+
 
 class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line):
@@ -58,734 +228,309 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
 def build_parser():
-    """Every flag, in groups; the defaults are the demonstration's. The names are the official ones where there are any."""
-    count, natural = isaid.number(int), isaid.number(int, zero=True)
-    rate, switch = isaid.number(float), argparse.BooleanOptionalAction
-    factor, share = isaid.number(float, zero=True), isaid.number(float, zero=True, most=1)
-    parser = Parser(description=__doc__, fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Every flag; defaults are the demonstration's, names the official ones where there are any."""
+    count, natural = number(int), number(int, zero=True)
+    rate, factor, share = number(float), number(float, zero=True), number(float, True, most=1)
+    parts, switch = tuple(detr.PARTS), argparse.BooleanOptionalAction
+    parser = Parser(description=__doc__, fromfile_prefix_chars="@", formatter_class=Help)
 
-    run = parser.add_argument_group("run").add_argument
-    run("--setting", choices=("detect", "pretrain", "multitask"), default="detect",
-        help="what is trained: the detector; its CNN and encoder on a self-supervised task; both (default %(default)s)")
-    run("--model", choices=tuple(detr.DETECTORS), default="deformable_detr", help="(default %(default)s)")
-    run("--epochs", type=count, default=9, metavar="N", help="passes over the training images (default %(default)s)")
-    run("--seed", type=natural, default=0, metavar="N", help="of weights, order, augmentation and scenes (default %(default)s)")
-    run("--device", type=evaluation.usable_device, default=evaluation.default_device(), help="(default here: %(default)s)")
-    run("--out", metavar="DIR", help="run folder, must not exist (default: a new one in runs/)")
-    run("--resume", nargs="?", const="last.pt", metavar="FILE",
-        help="go on with the run in --out, with the same flags, from its last.pt or another file there; if there is none yet, start it")
-    run("--save_every", type=count, metavar="N", help="save last.pt every N steps (default: once an epoch)")
-    run("--overfit", type=count, metavar="N",
-        help="a smoke test: train and evaluate on the same N images, not augmented, 50 steps an epoch")
-    run("--init", metavar="FILE", help="start from the weights of a run or of an official checkpoint, file or URL; class heads "
-        "of another number of classes are dropped, anything else must fit")
-    run("--init_parts", nargs="+", choices=tuple(detr.PARTS), help="take only these parts of it (default: those it has)")
-    run("--freeze", nargs="+", choices=tuple(detr.PARTS), default=[], help="parts that are not trained")
+    add = parser.add_argument_group("run").add_argument
+    settings = ("detect", "pretrain", "multitask")
+    add("--setting", choices=settings, default="detect", help="detection, a task, or both")
+    add("--model", choices=tuple(detr.DETECTORS), default="deformable_detr", help="the detector")
+    add("--epochs", type=count, default=9, help="passes over the training images")
+    add("--seed", type=natural, default=0, help="of weights, order, augmentation and scenes")
+    device = evaluation.default_device()
+    add("--device", type=evaluation.usable_device, default=device, help="cpu, cuda, cuda:1, mps")
+    add("--out", help="run folder, must not exist; default: a new one in runs/")
+    add("--resume", action="store_true", help="go on with the run in --out, or start it")
+    add("--overfit", type=count, help="smoke test: train and evaluate on the same few images")
+    add("--init", help="start from the weights of a run, or an official checkpoint, file or URL")
+    add("--init_parts", nargs="+", choices=parts, help="only these parts of it; default: all")
+    add("--freeze", nargs="+", choices=parts, default=[], help="parts that are not trained")
 
-    data = parser.add_argument_group("data; without --data or --train_json, synthetic scenes").add_argument
-    data("--data", metavar="DIR", help="dataset with {train,val}/images and {split}/instancesonly_filtered_{split}.json")
-    for split in ("train", "val"):
-        data(f"--{split}_images", metavar="DIR", help=f"instead of --data: the folder of {split} images …")
-        data(f"--{split}_json", metavar="FILE", help="… and their COCO annotations")
-    data("--data_unlabeled", metavar="DIR", help="for pretraining: a folder of images and folders; if it has train and val, "
-         "these, else every twentieth image is held out")
-    data("--image_size", type=count, metavar="N", help="resize every image to N x N (the paper: 512); default: 128 for scenes, "
-         "else the official multi-scale recipe, shorter side 480 to 800")
-    data("--limit_train", type=count, metavar="N", help="the first N training images (default: all; 1000 scenes)")
-    data("--limit_val", type=count, metavar="N", help="the first N held-out images (default: all; 200 scenes)")
-    data("--workers", type=natural, metavar="N", help="loader processes (default: 0 on the CPU, else up to 8)")
-    data("--prefetch", type=count, default=4, metavar="N", help="batches that a loader process holds ready (default %(default)s)")
-    data("--pin_memory", action=switch, help="load into memory that is copied to a GPU faster (default: with a GPU)")
-    data("--repeat_factor", type=isaid.number(float, most=1), metavar="P",
-         help="show images more often whose classes are in less than this share of all, as for LVIS, 0.01 say (default: off)")
-    data("--skip_bad", action=switch, default=False, help="read every image before the first step and leave out those that cannot be read")
-    data("--hflip", action=switch, default=True, help="random horizontal flips (default on)")
-    data("--vflip", action=switch, default=False, help="random vertical flips")
-    data("--quarter_turns", action=switch, default=False, help="random turns by 90, 180 and 270 degrees")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="dataset in the layout of iSAID's patches, COCO or Roboflow; to pretrain "
+        "any folder of images; default: synthetic scenes")  # fmt: skip
+    add("--image_size", type=count, help="resize to N x N (the paper: 512); default: 128 for "
+        "scenes, else the official multi-scale recipe, shorter side 480 to 800")  # fmt: skip
+    add("--limit_train", type=count, help="the first training images; default: all, 1000 scenes")
+    add("--limit_val", type=count, help="the first held-out images; default: all, 200 scenes")
+    add("--workers", type=natural, help="loader processes; default: 0 on the CPU, else up to 8")
+    add("--augment", choices=isaid.AUGMENT, default="flip", help="see isaid.transforms")
 
-    model = parser.add_argument_group("model").add_argument
-    model("--backbone", choices=detr.BACKBONES, default="resnet18", help="(default %(default)s)")
-    model("--backbone_weights", choices=("none", "imagenet"), default="none",
-          help="imagenet downloads torchvision's (default %(default)s)")
-    model("--frozen_bn", action=switch, default=False,
-          help="keep batch norm and the first stage as they are, as the official code does with pretrained backbones")
-    model("--dilation", action=switch, default=False, help="DC5: the CNN's last stage at stride 16 instead of 32")
-    model("--hidden_dim", type=count, default=128, metavar="N", help="(default %(default)s)")
-    model("--nheads", type=count, default=8, metavar="N", help="(default %(default)s)")
-    model("--enc_layers", type=natural, default=2, metavar="N", help="(default %(default)s)")
-    model("--dec_layers", type=count, default=3, metavar="N", help="(default %(default)s)")
-    model("--dim_feedforward", type=count, default=256, metavar="N", help="(default %(default)s)")
-    model("--dropout", type=float, default=0.0, metavar="P", help="in the transformer (default %(default)s)")
-    model("--num_queries", type=count, default=30, metavar="N", help="(default %(default)s)")
-    deformable = parser.add_argument_group("deformable_detr only").add_argument
-    deformable("--num_feature_levels", type=count, metavar="N", help="strides 8, 16, 32 … (default 3); 1: stride 32 only")
-    deformable("--enc_n_points", type=count, metavar="N", help="points a head and level in the encoder (default 4)")
-    deformable("--dec_n_points", type=count, metavar="N", help="… in the decoder (default 4)")
-    deformable("--with_box_refine", action=switch, help="each layer corrects the boxes of the one before (default on)")
-    deformable("--two_stage", action=switch, help="the encoder proposes the queries (default off)")
-    deformable("--attn", choices=deformable_attn.BACKENDS, help="what computes deformable attention; torch: without a kernel "
-               "(default auto: the device's kernel if it can be built)")
+    add = parser.add_argument_group("model").add_argument
+    add("--backbone", choices=detr.BACKBONES, default="resnet18", help="the CNN")
+    add("--backbone_weights", choices=("none", "imagenet"), default="none", help="its start")
+    add("--frozen_bn", action=switch, default=False, help="keep batch norm and the first stage")
+    add("--dilation", action=switch, default=False, help="DC5: stride 16 instead of 32")
+    add("--hidden_dim", type=count, default=128, help="channels of the transformer")
+    add("--nheads", type=count, default=8, help="attention heads")
+    add("--enc_layers", type=natural, default=2, help="encoder layers")
+    add("--dec_layers", type=count, default=3, help="decoder layers")
+    add("--dim_feedforward", type=count, default=256, help="hidden channels of its layers")
+    add("--dropout", type=share, default=0.0, help="in the transformer")
+    add("--num_queries", type=count, default=30, help="objects an image that can be found")
+    add("--num_feature_levels", type=count, default=3, help="strides 8, 16, 32 …; 2: 16, 32; 1: 32")
+    add("--with_box_refine", action=switch, default=True, help="layers correct each other's boxes")
+    add("--two_stage", action=switch, default=False, help="the encoder proposes the queries")
+    backends = deformable_attn.BACKENDS
+    add("--attn", choices=backends, default="auto", help="what computes deformable attention")
 
-    ssl = parser.add_argument_group("self-supervised task; with --setting pretrain or multitask").add_argument
-    ssl("--ssl_task", choices=tuple(ssl_tasks.TASKS), help="(default mim-continuous)")
-    ssl("--ssl_on", choices=("features", "image"), help="corrupt the feature maps or the image (default features)")
-    ssl("--ssl_ratio", type=share, metavar="P", help="share of the patches that is corrupted (default 0.5)")
-    ssl("--ssl_patch", type=count, metavar="N", help="pixels a side of a patch (default: a cell of the coarsest feature map)")
-    ssl("--ssl_loss_on", choices=("corrupted", "all"), help="patches that count (default corrupted)")
-    ssl("--ssl_weight", type=factor, metavar="F", help="multitask: weight of the task's loss (default 1)")
-    ssl("--tokenizer", choices=("kmeans", "dalle"), help="where mim-discrete has its visual tokens from (default kmeans)")
-    ssl("--tokenizer_weights", metavar="FILE", help="dalle: the encoder.pkl that OpenAI published")
-    ssl("--tokenizer_images", type=count, metavar="N", help="training images that a tokenizer looks at (default 256)")
-    ssl("--vocabulary", type=count, metavar="N", help="number of k-means tokens (default 64)")
+    add = parser.add_argument_group("self-supervised task").add_argument
+    add("--ssl_task", choices=tuple(ssl_tasks.TASKS), default="mim-continuous", help="which one")
+    add("--ssl_on", choices=("features", "image"), default="features", help="what is corrupted")
+    add("--ssl_ratio", type=share, default=0.5, help="share of the patches that is corrupted")
+    add("--ssl_patch", type=count, help="pixels a side of a patch; default: the largest stride")
+    counted = ("corrupted", "all")
+    add("--ssl_loss_on", choices=counted, default="corrupted", help="patches that count")
+    add("--ssl_weight", type=factor, default=1.0, help="multitask: of the task's loss")
+    add("--vocabulary", type=count, default=64, help="mim-discrete: tokens from k-means")
+    add("--tokenizer_weights", help="mim-discrete: DALL-E's encoder.pkl instead of k-means")
 
-    optim = parser.add_argument_group("optimisation").add_argument
-    optim("--batch_size", type=count, default=8, metavar="N", help="images at a time in each process (default %(default)s)")
-    optim("--lr", type=rate, default=5e-4, metavar="R", help="learning rate (default %(default)s)")
-    optim("--lr_backbone", type=rate, default=5e-4, metavar="R", help="of the CNN (default %(default)s)")
-    optim("--lr_linear_proj_mult", type=rate, default=0.1, metavar="F",
-          help="factor for sampling offsets and reference points (default %(default)s)")
-    optim("--weight_decay", type=factor, default=1e-4, metavar="F", help="(default %(default)s)")
-    optim("--clip_max_norm", type=rate, default=0.1, metavar="F", help="largest norm of the gradient (default %(default)s)")
-    for name, text in (("cls", "2, detr: 1"), ("bbox", "5"), ("giou", "2")):
-        optim(f"--{name}_loss_coef", type=factor, metavar="F", help=f"weight of the loss (default {text})")
-    optim("--accumulate", type=count, default=1, metavar="N", help="batches a step, as one N times as large (default %(default)s)")
-    optim("--amp", choices=("bf16", "fp16"), help="compute in half precision; weights, matching and losses stay in fp32 (default: off)")
-    optim("--compile", action=switch, default=False, help="torch.compile the model: minutes at first, faster then on a GPU")
-    optim("--checkpoint_activations", action=switch, default=False,
-          help="compute layers twice instead of keeping what they computed: less memory")
-    optim("--ema", type=share, metavar="DECAY",
-          help="average the weights over steps, 0.999 say; the averages are evaluated and are best.pt's (default: off)")
-    optim("--lr_schedule", choices=("onecycle", "step"), default="onecycle",
-          help="up and down again, or one drop to a tenth (default %(default)s)")
-    optim("--lr_drop", type=count, metavar="EPOCH", help="epochs before the drop of `step` (default 40)")
-    optim("--eval_every", type=count, default=1, metavar="N", help="epochs between evaluations (default %(default)s)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch_size", type=count, default=8, help="images at a time in each process")
+    add("--lr", type=rate, default=5e-4, help="learning rate")
+    add("--lr_backbone", type=rate, default=5e-4, help="of the CNN")
+    add("--lr_linear_proj_mult", type=rate, default=0.1, help="factor for sampling offsets")
+    add("--weight_decay", type=factor, default=1e-4, help="of AdamW")
+    add("--clip_max_norm", type=rate, default=0.1, help="largest norm of the gradient")
+    add("--accumulate", type=count, default=1, help="batches a step")
+    add("--amp", choices=("no", "bf16"), default="no", help="mixed precision")
+    add("--compile", action=switch, default=False, help="torch.compile: minutes first, then faster")
+    add("--lr_drop", type=lambda x: x if x == "cycle" else natural(x), default="cycle",
+        help="a tenth of the rate from this epoch on; 0: constant; cycle: up and down")  # fmt: skip
+    add("--eval_every", type=count, default=1, help="epochs between evaluations")
     return parser
 
 
-def parse(argv):
-    """The flags, checked against each other; mistakes end the program with one line."""
+def parse(argv=None):
+    """(flags, those given that have no effect in this run); a mistake ends with one line.
+
+    Of a flag that is given twice, as in a recipe and after it, the last one counts.
+    """
     parser = build_parser()
+    defaults = vars(parser.parse_args([]))
+    unset = argparse.Namespace(**dict.fromkeys(defaults, argparse))  # any value that no flag has
     try:
-        args = parser.parse_args(argv)
+        given = vars(parser.parse_args(argv, unset))
     except UnicodeDecodeError:
         parser.error("a file named with @ is not a text file of flags")
-
-    def settle(flags, belongs, where):
-        """Fill in the defaults of flags that belong to this run; refuse the others."""
-        for name, default in flags.items():
-            if getattr(args, name) is not None and not belongs:
-                parser.error(f"--{name} belongs to {where}; add that or leave this out")
-            if getattr(args, name) is None and belongs:
-                setattr(args, name, default)
-    settle(DEFORMABLE, args.model == "deformable_detr", "--model deformable_detr")
-    settle(SSL, args.setting != "detect", "--setting pretrain or multitask")
-    settle(CORRUPTION, args.ssl_task and ssl_tasks.TASKS[args.ssl_task].corrupts, "an --ssl_task that corrupts something")
-    settle({"ssl_weight": 1.0}, args.setting == "multitask", "--setting multitask")
-    settle(dict.fromkeys(("cls_loss_coef", "bbox_loss_coef", "giou_loss_coef")), args.setting != "pretrain",
-           "--setting detect or multitask")
-    settle({"lr_drop": 40}, args.lr_schedule == "step", "--lr_schedule step")
-    settle({"repeat_factor": None}, args.setting != "pretrain", "--setting detect or multitask")
-    settle({"data_unlabeled": None}, args.setting == "pretrain", "--setting pretrain")
-    settle({"init_parts": None}, args.init, "--init")
-    settle(TOKENS, args.ssl_task and ssl_tasks.TASKS[args.ssl_task].tokens, "--ssl_task mim-discrete")
-    settle({"vocabulary": 64}, args.tokenizer == "kmeans", "--tokenizer kmeans, of --ssl_task mim-discrete")
-    settle({"tokenizer_weights": None}, args.tokenizer == "dalle", "--tokenizer dalle, of --ssl_task mim-discrete")
-    if args.tokenizer == "dalle" and not args.tokenizer_weights:
-        parser.error("--tokenizer dalle needs --tokenizer_weights FILE, the encoder.pkl that OpenAI published")
-    if args.tokenizer_weights:
-        args.tokenizer_weights = str(Path(args.tokenizer_weights).resolve())  # eval.py may run elsewhere
-    trained = ("backbone", "encoder") if args.setting == "pretrain" else detr.PARTS
+    given = {name: value for name, value in given.items() if value is not argparse}
+    args = argparse.Namespace(**{**defaults, **given})
+    trained = ("backbone", "encoder") if args.setting == "pretrain" else tuple(detr.PARTS)
+    random_cnn = not args.init or args.init_parts and "backbone" not in args.init_parts
     if set(trained) <= set(args.freeze):
         parser.error("--freeze leaves nothing to train; name fewer parts")
-    if set(args.freeze) - set(trained):
-        parser.error("--freeze decoder: a pretraining has no decoder; leave it out")
-    files = [name for name in ("train_images", "train_json", "val_images", "val_json") if getattr(args, name)]
-    sources = [name for name in ("data", "data_unlabeled", *files[:1]) if getattr(args, name)]
-    if len(sources) > 1:
-        parser.error(f"--{sources[0]} and --{sources[1]} name two datasets; give one of them")
-    if files and not {"train_images", "val_images"} <= set(files):
-        parser.error("--train_images and --val_images go together")
-    if 0 < len(files) < 4 and args.setting != "pretrain":
-        parser.error("--train_images, --train_json, --val_images and --val_json go together")
-    if not isaid.has_files(args):
-        args.image_size = args.image_size or isaid.SCENE_SIZE
-    if args.frozen_bn and args.backbone_weights == "none" and "backbone" not in ((args.init_parts or detr.PARTS) if args.init else ()):
-        parser.error("--frozen_bn keeps random layers frozen here; add --backbone_weights imagenet or --init")
+    if args.frozen_bn and args.backbone_weights == "none" and random_cnn:
+        parser.error("--frozen_bn freezes random layers; add --backbone_weights imagenet or --init")
     if args.resume and not args.out:
         parser.error("--resume needs --out, the run folder to go on with")
+    if not args.data:
+        args.image_size = args.image_size or isaid.SCENE_SIZE
+    if args.image_size and args.image_size < 64:
+        parser.error(f"--image_size {args.image_size} leaves too few cells to a map; at least 64")
+    if args.augment == "crop" and not args.image_size:
+        parser.error("--augment crop needs --image_size N, the size of the crop")
     if args.overfit:
         args.limit_train = args.overfit
-    if args.image_size and args.image_size < 64:
-        parser.error(f"--image_size {args.image_size} leaves too few cells to a map; take at least 64")
-    if not 0 <= args.dropout < 1:
-        parser.error(f"--dropout {args.dropout} is not in 0..1")
-    if args.pin_memory is None:
-        args.pin_memory = args.device.startswith("cuda")
     if args.workers is None:
         args.workers = 0 if args.device == "cpu" else min(8, os.cpu_count() or 1)
-    return args
+    for name in ("data", "tokenizer_weights"):  # eval.py may run elsewhere
+        if getattr(args, name):
+            setattr(args, name, str(Path(getattr(args, name)).resolve()))
+    return args, [name for name in unused(args) if name in given]
+
+
+def unused(args):
+    """Flags that have no effect with these."""
+    task = args.setting != "detect" and ssl_tasks.TASKS[args.ssl_task]
+    tokens = task is ssl_tasks.MaskedTokens
+    pretrain, detector = args.setting == "pretrain", detr.DETECTORS[args.model]
+    deformable = inspect.signature(detr.DeformableDETR).parameters.keys()
+    own = inspect.signature(detector).parameters.keys()
+    rules = {name: name in own for name in deformable}
+    rules.update(dict.fromkeys(("attn", "lr_linear_proj_mult"), detector is detr.DeformableDETR))
+    rules.update(dict.fromkeys(("ssl_task", "ssl_patch"), task))
+    rules.update(dict.fromkeys(("ssl_on", "ssl_ratio", "ssl_loss_on"), task and task.corrupts))
+    rules.update(ssl_weight=args.setting == "multitask", tokenizer_weights=tokens)
+    rules.update(vocabulary=tokens and not args.tokenizer_weights, init_parts=args.init)
+    rules.update(dict.fromkeys(("limit_val", "augment"), not args.overfit))
+    rules.update(lr_backbone="backbone" not in args.freeze)
+    rules.update(dict.fromkeys(("num_queries", "dec_layers"), not pretrain))
+    return [name for name, used in rules.items() if not used]
 
 
 # ---------------------------------------------------------------- what a run is made of
 
-def detector_config(args, num_classes):
-    """The arguments of detr.build_detector, as plain values; saved in the checkpoint."""
-    names = inspect.signature(detr.DETECTORS[args.model]).parameters.keys() - {"num_classes", "backbone_weights"}
-    return {"name": args.model, "num_classes": num_classes, **{name: getattr(args, name) for name in sorted(names)}}
 
+def build_model(config, args):
+    """(the detector with the weights it starts from, a note about them). Raises ValueError.
 
-def build_model(config, backbone_weights):
-    weights = {"none": None, "imagenet": "IMAGENET1K_V1"}[backbone_weights]
+    Parts that are not trained get no gradient; a pretraining never runs the decoder.
+    """
+    whole = args.init and not args.init_parts
+    weights = "IMAGENET1K_V1" if args.backbone_weights == "imagenet" and not whole else None
     try:
-        return detr.build_detector(**config, backbone_weights=weights)
+        model = detr.build_detector(**config, backbone_weights=weights)
     except OSError as error:  # URLError is one
-        raise ValueError(f"the ImageNet weights of {config['backbone']} cannot be downloaded ({error}); "
-                         f"put them into {torch.hub.get_dir()}/checkpoints or leave --backbone_weights out") from None
-
-
-def start_model(config, args):
-    """The model with the weights that a run starts from, and what to say of them. Raises ValueError if frozen parts would be random."""
-    weights = "none" if args.init and not args.init_parts else args.backbone_weights
-    model, loaded, notes = build_model(config, weights), {"backbone"} if weights == "imagenet" else set(), []
+        raise ValueError(
+            f"the ImageNet weights of {config['backbone']} cannot be downloaded ({error}); put "
+            f"them into {torch.hub.get_dir()}/checkpoints or leave --backbone_weights out"
+        ) from None
+    loaded, note = {"backbone"} if weights else set(), "random weights" if not weights else weights
     if args.init:
-        taken, left, dropped = detr.load_weights(model, evaluation.checkpoint_file(args.init), args.init_parts)
-        loaded = {*loaded, *taken} - {detr.part_of(name) for name in dropped}
-        notes.append(f"init        {args.init}: {' and '.join(taken)} taken"
-                     + (f"; {' and '.join(left)} not" if left else "")
-                     + (f"; of another number of classes and dropped: {', '.join(dropped)}" if dropped else ""))
-    for part in args.freeze:
-        if part not in loaded:
-            what = f"not all of them are taken from {args.init}" if args.init else "start it from a run with --init"
-            raise ValueError(f"--freeze {part} keeps random weights; {what}")
-    return model, notes
-
-
-def freeze(model, args):
-    """Parts that are not trained get no gradient; a pretraining never runs the decoder."""
-    frozen = {*args.freeze, *(["decoder"] if args.setting == "pretrain" else [])}
+        path = evaluation.checkpoint_file(args.init)
+        taken, dropped = detr.load_weights(model, path, args.init_parts)
+        loaded = (loaded | set(taken)) - {detr.part_of(name) for name in dropped}
+        note = f"{' and '.join(taken)} from {args.init}"
+        if dropped:
+            note += f"; of another number of classes and dropped: {', '.join(dropped)}"
+    for part in set(args.freeze) - loaded - ({"decoder"} if args.setting == "pretrain" else set()):
+        raise ValueError(f"--freeze {part} would keep random weights; start it with --init")
+    frozen = {*args.freeze, "decoder"} if args.setting == "pretrain" else set(args.freeze)
     for name, parameter in model.named_parameters():
         if detr.part_of(name) in frozen:
             parameter.requires_grad_(False)
+    return model, note
 
 
-def keep_memory():
-    """Tell glibc to keep what is freed. By default every large activation is new memory, which the system hands out page by page; that took
-    a fifth of a training step of Deformable DETR at 512 pixels on the CPU."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    mmap_max, trim_threshold = -4, -1  # the numbers of these options in malloc.h
-    mallopt(mmap_max, 0)  # nothing apart from the heap …
-    mallopt(trim_threshold, -1)  # … and nothing of the heap given back: the largest number
+def detector_config(args, num_classes):
+    """The arguments of detr.build_detector as plain values; saved in the checkpoint."""
+    names = inspect.signature(detr.DETECTORS[args.model]).parameters.keys() & vars(args).keys()
+    config = {name: getattr(args, name) for name in sorted(names - {"backbone_weights"})}
+    return {"name": args.model, "num_classes": num_classes, **config}
 
 
-def train_mode(model, args):
-    """Training mode, but frozen parts keep their batch statistics and drop nothing out."""
-    model.train()
-    for part in args.freeze:
-        {"backbone": model.backbone, "encoder": model.transformer.encoder, "decoder": model.transformer.decoder}[part].eval()
-
-
-def build_task(args, model, train_set, fit=True):
-    """The self-supervised task; its visual tokens are fitted on a sample of the training images, unless a checkpoint has them."""
-    task = ssl_tasks.build_task(args.ssl_task, args.hidden_dim, list(model.strides), args.ssl_patch, args.tokenizer,
-                                args.vocabulary, args.tokenizer_weights, ratio=args.ssl_ratio, on=args.ssl_on,
-                                loss_on=args.ssl_loss_on, image_size=args.image_size)
-    if task.tokens and fit:
-        order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(args.seed))[:args.tokenizer_images]
-        loader = isaid.loader(train_set, args.workers, batch_size=args.batch_size, sampler=order.tolist())
-        sample = tqdm(loader, "images for visual tokens", leave=False, disable=parallel.hidden())
-        task.tokenizer.fit(((images, ssl_tasks.whole_patches(padding, task.patch)) for images, padding, _ in sample), args.seed)
-    return task
-
-
-def epoch_batches(data, args, epoch):
-    """The shuffled batches of an epoch for this process, as lists of items; they depend on (seed, epoch) alone.
-
-    What is left over at the end and does not fill a step of all processes is left out.
-    """
-    generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
-    items, size = torch.arange(len(data)), args.batch_size
-    if args.overfit:
-        items = torch.arange(50 * size * args.accumulate * parallel.world())
-    elif args.repeat_factor:
-        items = repeated(isaid.repeat_factors(data, args.repeat_factor), torch.rand((), generator=generator))
-    order = items[torch.randperm(len(items), generator=generator)].tolist()
-    batches = [order[i:i + size] for i in range(0, len(order) - size + 1, size)]
-    together = args.accumulate * parallel.world()
-    return batches[:len(batches) // together * together][parallel.rank()::parallel.world()]
-
-
-def epoch_loader(data, args, epoch, done=0):
-    """Loads the batches of an epoch after the first `done`."""
-    data.epoch = epoch
-    return isaid.loader(data, args.workers, batch_sampler=epoch_batches(data, args, epoch)[done:], pin_memory=args.pin_memory,
-                        prefetch_factor=args.prefetch if args.workers else None)
-
-
-def repeated(factors, offset):
-    """Items of an epoch that shows image i factors[i] times on average, in every epoch as many in all; see isaid.Detection for items."""
-    total = factors.double().cumsum(0)
-    until = (total * (total[-1].round() / total[-1]) + offset).floor().long()  # whole numbers that keep step with the sums
-    times = until.diff(prepend=torch.zeros(1, dtype=torch.int64))
-    first = torch.arange(len(factors)).repeat_interleave(times)
-    again = torch.arange(len(first)) - (until - times).repeat_interleave(times)  # 0 the first time, 1 the second …
-    return first + len(factors) * again
-
-
-def window_size(data):
-    """How many pixels a side the images of a dataset have, for windows of larger ones; None if it does not say."""
-    sides = [max(image["width"], image["height"]) for image in data.images if "width" in image]
-    return int(torch.tensor(sides).median()) if sides else None
-
-
-def git_revision():
-    try:
-        where = {"cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True, "check": True}
-        revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **where).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **where).stdout.strip()
-        return revision + (" with changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def make_run_folder(args):
-    """A new folder for the run; an existing one is never written into, unless it is to be resumed."""
-    if args.out is None:
-        kind = args.setting if args.setting == "detect" else f"{args.setting}-{args.ssl_task}"
-        names = (f"runs/{args.model}-{kind}-{n}" for n in itertools.count(1))
-        args.out = next(name for name in names if not Path(name).exists())
-    out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=bool(args.resume))
-        run_state.enter(out)
-    except FileExistsError:
-        raise ValueError(f"--out {out} exists already; name a new folder, remove it, or go on with it: --resume") from None
-    except BlockingIOError:
-        raise ValueError(f"--out {out}: another process is training in it; wait for its end, or stop it") from None
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be made ({error.strerror})") from None
-    return out
-
-
-def choose_attention(model, args):
-    """Let the model's attention run as --attn says; returns which implementation that is, in words. Raises ValueError if it cannot."""
-    if args.model != "deformable_detr":
-        return "scaled_dot_product_attention"
-    name, reason = deformable_attn.backend(args.device, args.attn)
-    for module in model.modules():
-        if isinstance(module, deformable_attn.MSDeformAttn):
-            module.backend = name
-    return f"{name}: {reason}"
-
-
-def introduce(args, run, notes, train_set, val_set):
-    """What a user should know before the first step."""
-    model, task = run.model, run.task
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    cuda = args.device.startswith("cuda")
-    device = torch.cuda.get_device_name() if cuda else f"{args.device}, {torch.get_num_threads()} threads"
-    print(f"revision    {git_revision()}, torch {torch.__version__}, torchvision {torchvision.__version__}")
-    print(f"run         {args.out}, seed {args.seed}")
-    print(f"device      {device}")
-    print(f"model       {args.model}, {args.backbone}, {parameters / 1e6:.1f} M parameters"
-          + (f" and {frozen / 1e6:.1f} M not trained" if frozen else ""))
-    print("\n".join(notes))
-    batch = args.batch_size * args.accumulate * parallel.world()
-    print(f"batch       {batch} images a step, {run.steps} steps an epoch, "
-          f"{args.epochs} epochs: {run.steps * args.epochs * batch:,} images in all "
-          + ("(the paper's pretraining: 10 epochs of iSAID or ImageNet)" if args.setting == "pretrain" else
-             "(the paper's recipe: 50 epochs of iSAID, 1,400,000)"))
-    print("size        " + (f"{args.image_size} x {args.image_size} pixels" if args.image_size else "the shorter side 480 to 800 pixels"))
-    if task:
-        where = "the image" if task.on == "image" else "the feature maps"
-        number = ((args.image_size or 480) // task.patch) ** 2
-        print(f"task        {args.ssl_task}, patches of {task.patch} pixels"
-              + (f", {task.ratio:.0%} of them corrupted in {where}" if task.corrupts else ", none is corrupted: --ssl_on does not matter")
-              + (f", {len(task.tokenizer.codes):,} visual tokens ({args.tokenizer})" if task.tokens else ""))
-        if task.corrupts and number < 16:
-            print(f"            an image has only {number} patches; a larger --image_size or a smaller --ssl_patch gives more")
-        if task.corrupts and task.on == "features" and task.patch < max(task.strides):
-            print("            a cell of a coarser map that touches a corrupted patch is masked: of such maps little is left")
-    for name, data in (("train", train_set), ("val", val_set)):
-        if args.setting == "pretrain":
-            print(f"{name:11} {data.name}: {len(data):,} images" + ("" if args.data_unlabeled else ", their annotations are not used"))
-            continue
-        tiny = data.tiny(args.image_size) if args.image_size else 0
-        print(f"{name:11} {data.name}: {len(data):,} images, {sum(data.counts()):,} boxes"
-              + (f", {data.clipped:,} clipped to their image" if data.clipped else "")
-              + (f", {data.removed:,} without area removed" if data.removed else "")
-              + (f", {tiny:,} under a pixel after resizing, not trained on" if tiny else ""))
-        crowded = sum(len(labels) > args.num_queries for labels in data.labels)
-        if crowded:
-            print(f"            {crowded:,} of them ({crowded / len(data):.1%}) hold more objects than the model has queries "
-                  f"({args.num_queries}): some are never learnt or found")
-    if args.setting == "pretrain":
-        return
-    cells = [f"{c['id']:>4} {c['name']:20} {n:>7,}" for c, n in zip(train_set.categories, train_set.counts())]
-    print("classes     id, name, training boxes")
-    for i in range(0, len(cells), 3):
-        print("      " + "  ".join(cells[i:i + 3]))
-
-
-# ---------------------------------------------------------------- training
-
-class BadStep(Exception):
-    """A loss or gradient that is NaN or infinite; the run is as it was before the step, but for batch norm's statistics."""
-
-
-class Learner(torch.nn.Module):
-    """The losses of a batch; where detectors and self-supervised tasks meet. (A module, so that several processes can share it.)"""
-
-    def __init__(self, model, task, args):
-        super().__init__()
-        self.model, self.task, self.setting = model, task, args.setting
-        self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[args.amp]
-
-    def forward(self, images, padding, targets, corruption, totals):
-        """Every loss by name, a value for each decoder layer. totals: the `counts` of all that belongs to the step."""
-        losses, outputs = {}, None
-        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
-            if self.task:
-                corrupted, memory = ssl_tasks.encode(self.model, self.task, images, padding, corruption, clean=self.setting == "multitask")
-            else:
-                memory = self.model.encode(self.model.features(images, padding))
-            if self.setting != "pretrain":
-                outputs = self.model.decode(memory)
-        if self.task:
-            corrupted = [level._replace(features=level.features.float()) for level in corrupted]
-            losses["loss_ssl"] = self.task.loss(corrupted, images, corruption, totals["patches"])[None]
-        if outputs:
-            outputs = {name: tensor.float() for name, tensor in outputs.items()}
-            losses.update(detr.detection_losses(outputs, targets, self.model.focal, totals))
-        return losses
-
-
-def counts(model, task, targets, corruption):
-    """What the losses of a batch are divided by; see detr.loss_counts."""
-    return {**detr.loss_counts(targets, model.num_queries, model.focal), "patches": int(task.counted(corruption).sum()) if task else 0}
-
-
-def steps_of(loader, task, args):
-    """The batches of each step: lists of (images, padding, targets, corruption)."""
-    batches = []
-    for images, padding, targets in loader:
-        corruption = task.corruption(padding, [target["seed"] for target in targets]) if task else None
-        batches.append((images, padding, targets, corruption))
-        if len(batches) == args.accumulate:
-            yield batches
-            batches = []
-
-
-def take_step(learner, batches, run, args):
-    """One step of the optimizer over one or more batches: {name: loss}. Raises FloatingPointError before weights are spoilt."""
-    model, task = run.model, run.task
-    totals = collections.Counter()
-    for _, _, targets, corruption in batches:
-        totals.update(counts(model, task, targets, corruption))
-    # gradients are averaged over processes, so each divides by its share of what all have
-    totals = {name: max(value, 1) / parallel.world() for name, value in parallel.total(totals).items()}
-    weights, sums = loss_weights(args), collections.Counter()
-    run.optimizer.zero_grad()
-    for i, (images, padding, targets, corruption) in enumerate(batches):
-        images, padding = (x.to(args.device, non_blocking=True) for x in (images, padding))
-        corruption = corruption.to(args.device) if corruption else None
-        alone = contextlib.nullcontext() if i == len(batches) - 1 or parallel.world() == 1 else learner.no_sync()
-        with alone:
-            losses = learner(images, padding, targets, corruption, totals)
-            total = detr.total_loss(losses, weights)
-            if not total.isfinite():
-                bad = [name for name, loss in losses.items() if not loss.isfinite().all()]
-                raise FloatingPointError(f"{' and '.join(bad) or 'the total'} is NaN or infinite")
-            run.scaler.scale(total).backward()
-        for name, loss in losses.items():
-            sums[name] += loss[-1].detach()  # stays on the device: no waiting for it here
-        sums["loss"] += total.detach()
-    run.scaler.unscale_(run.optimizer)
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_max_norm)
-    # with fp16 the scaler leaves such a step out and scales by less, but where it does not scale any more that is no help
-    if not norm.isfinite() and run.scaler.get_scale() <= 1:
-        raise FloatingPointError("the gradient is NaN or infinite")
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.schedule.step()
-    if run.ema:
-        run.ema.update_parameters(model)
-    return sums
-
-
-def train_epoch(learner, run, train_set, args, bar, pause):
-    """The rest of an epoch; its losses and times are added to the run's. `pause` is called after each step."""
-    train_mode(run.model, args)
-    loader = epoch_loader(train_set, args, run.epoch, run.step * args.accumulate)
-    start = ready = time.perf_counter()
-    for batches in steps_of(loader, run.task, args):
-        run.waited += time.perf_counter() - ready
-        before = run.random_state()
-        try:
-            sums = take_step(learner, batches, run, args)
-        except FloatingPointError as error:
-            names = {image["id"]: image["file_name"] for image in train_set.images}
-            names = [names[target["image_id"]] for _, _, targets, _ in batches for target in targets]
-            run.random = before
-            raise BadStep(f"{error} in step {run.step + 1} of epoch {run.epoch}, with the images {', '.join(names)}") from None
-        for name, value in sums.items():
-            run.sums[name] = run.sums.get(name, 0) + value
-        run.step += 1
-        bar.update()
-        run.seconds += time.perf_counter() - start
-        start = time.perf_counter()
-        pause()
-        ready = time.perf_counter()
-
-
-def loss_weights(args):
-    """The weight of each loss, by name: the official ones unless a flag says otherwise."""
-    weights = detr.loss_weights(detr.DETECTORS[args.model].focal)
-    flags = {"loss_ce": args.cls_loss_coef, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
-    ssl = 1.0 if args.ssl_weight is None else args.ssl_weight
-    return {**weights, **{name: value for name, value in flags.items() if value is not None}, "loss_ssl": ssl}
-
-
-# ---------------------------------------------------------------- the loop
-
-def evaluate(model, task, val_set, args, out):
-    """Metrics on the held-out images, and the pictures of them in the run folder."""
-    metrics, how, first = {}, (args.batch_size, args.workers, args.device), parallel.rank() == 0
-    if args.setting != "pretrain":
-        results = evaluation.predict(model, val_set, *how)
-        if first:
-            metrics = {**evaluation.coco_metrics(val_set, results), "collapsed": evaluation.collapsed(val_set, results)}
-            evaluation.draw_detections(out / "detections.png", val_set, results)
-        metrics = parallel.first(metrics)
-    if task:
-        found, panels = evaluation.ssl_metrics(model, task, val_set, *how)
-        metrics.update(found)
-        if first:
-            evaluation.draw_ssl(out / "ssl.png", panels, task.patch)
-    return metrics
+def task_config(args, strides):
+    """The arguments of ssl_tasks.build_task as plain values, or None; saved in the checkpoint."""
+    if args.setting == "detect":
+        return None
+    config = {"name": args.ssl_task, "dim": args.hidden_dim, "strides": list(strides)}
+    config.update(patch=args.ssl_patch or max(strides), image_size=args.image_size)
+    config.update(ratio=args.ssl_ratio, on=args.ssl_on, loss_on=args.ssl_loss_on)
+    if ssl_tasks.TASKS[args.ssl_task] is ssl_tasks.MaskedTokens:
+        config.update(vocabulary=args.vocabulary, tokenizer_weights=args.tokenizer_weights)
+    return config
 
 
 def open_data(args):
-    """The images to train on and those held out, and the number of steps of an epoch. Raises ValueError."""
+    """(images to train on, images held out, steps an epoch). Raises ValueError."""
     held_out = "train" if args.overfit else "val"
-    train_set, val_set = isaid.open_split("train", args, train=not args.overfit), isaid.open_split(held_out, args, train=False)
+    train_set = isaid.open_split("train", args, train=not args.overfit)
+    val_set = isaid.open_split(held_out, args, train=False)
     if train_set.categories != val_set.categories:
-        raise isaid.DataError(f"the classes of {train_set.name} ({isaid.class_names(train_set.categories)}) are not those "
-                              f"of {val_set.name} ({isaid.class_names(val_set.categories)})")
+        ours, theirs = (coco.class_names(data.categories) for data in (train_set, val_set))
+        raise ValueError(f"the classes of {train_set.name} ({ours}) are not those of "
+                         f"{val_set.name} ({theirs})")  # fmt: skip
     args.batch_size = min(args.batch_size, len(train_set))
-    steps = len(epoch_batches(train_set, args, 0)) // args.accumulate
+    steps = len(isaid.epoch_batches(train_set, args, 0)) // args.accumulate
     if not steps:
-        raise ValueError(f"{len(train_set)} training images do not fill a step of {args.batch_size} x {args.accumulate} images in "
-                         f"{parallel.world()} processes; lower --batch_size or --accumulate")
+        raise ValueError(f"{len(train_set)} training images do not fill a step; lower --batch_size "
+                         "or --accumulate, or start fewer processes")  # fmt: skip
     return train_set, val_set, steps
 
 
-def build(args, train_set, state):
-    """(arguments of the detector, model, task, what to say of them), as they start or for the state to go on from. Raises ValueError."""
-    config = detector_config(args, max(1, len(train_set.categories)))
-    model, notes = (build_model(config, "none"), []) if state else start_model(config, args)
-    freeze(model, args)
-    notes.insert(0, f"attention   {choose_attention(model, args)}")
-    task = build_task(args, model, train_set, fit=not state).to(args.device) if args.setting != "detect" else None
-    return config, model, task, notes
+def build_task(config, train_set, args):
+    """The task; its visual tokens are fitted on 256 training images. Raises ValueError."""
+    task = config and ssl_tasks.build_task(**config)
+    if hasattr(task, "tokenizer") and not args.resume:
+        order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(args.seed))
+        sample = isaid.loader(train_set, args.workers, batch_size=8, sampler=order[:256].tolist())
+        sample = ((x, ssl_tasks.whole_patches(padding, task.patch)) for x, padding, _ in sample)
+        task.tokenizer.fit(sample, args.seed)
+    return task and task.to(args.device)
 
 
 def prepare(args):
-    """All that comes before the first step: (folder, run, data, what to say of the start). Raises ValueError if the input is wrong;
-    images are looked at only when they are needed, unless --skip_bad is set."""
-    train_set, val_set, steps = parallel.everywhere(open_data, args)
-    state = parallel.everywhere(run_state.open_checkpoint, args) if args.resume else None
-    config, model, task, notes = parallel.everywhere(build, args, train_set, state)
-    if bad := train_set.bad + val_set.bad:
-        notes.append(f"skipped     {len(bad)} images that cannot be used, the first: {bad[0]}")
-    out = parallel.from_first(make_run_folder, args)
-    args.out = str(out)
-    parallel.from_first(run_state.check_disk, out, model, args.ema)
+    """(the run, training images, held-out images, notes), before the first step; ValueError."""
+    torch.manual_seed(args.seed)
+    train_set, val_set, steps = open_data(args)
+    state = checkpoint.open_last(args) if args.resume else None
+    args.resume = state is not None
+    config = detector_config(args, max(1, len(train_set.categories)))
+    model, start = build_model(config, args)
+    notes = {
+        "start": start,
+        "attention": ": ".join(detr.use_backend(model, args.device, args.attn)),
+    }
     model.to(args.device, memory_format=torch.channels_last)  # convolutions are faster so
-    content = {"detector": config, "categories": train_set.categories, "window": window_size(train_set)}
-    run = run_state.Run(model, task, args, content, steps)
+    task = task_config(args, model.strides)
+    content = {"args": vars(args), "detector": config, "categories": train_set.categories}
+    content.update(task=task, window=train_set.side())
+    task = build_task(task, train_set, args)
+    optimizer = build_optimizer(model, task, args)
+    schedule = build_schedule(optimizer, args, steps)
+    run = checkpoint.Run(model, task, optimizer, schedule, content, steps)
+    torch.manual_seed(args.seed + parallel.rank())  # dropout differs between processes
     if state:
-        parallel.everywhere(run.load, state, Path(args.out, args.resume))
-        notes.append(f"resumed     in epoch {run.epoch} after {run.step} of {steps} steps" if run.epoch <= args.epochs else
-                     "resumed     the run is complete")
-    if args.checkpoint_activations:
-        checkpoint_activations(model)
+        checkpoint.resume(run, state, args.device)
+        notes["resumed"] = f"in epoch {run.epoch} after {run.step} of {steps} steps"
     if args.compile:
         for name in ("features", "encode", "decode"):
             setattr(model, name, torch.compile(getattr(model, name)))
-    return out, run, train_set, val_set, notes
+    return run, train_set, val_set, notes
 
 
-def checkpoint_activations(model):
-    """Compute the transformer's layers once more in the backward pass instead of keeping what they computed."""
-    for stack in (model.transformer.encoder, model.transformer.decoder):
-        for layer in stack.layers:
-            layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+def introduce(args, run, train_set, val_set, notes):
+    """What a user should know before the first step."""
+    sizes = [sum(p.numel() for p in run.model.parameters() if p.requires_grad is x) / 1e6
+             for x in (True, False)]  # fmt: skip
+    batch = args.batch_size * args.accumulate * parallel.world()
+    images = f"{run.steps * args.epochs * batch:,} images in all (the paper: 1,400,000)"
+    cpu = f"{args.device}, {torch.get_num_threads()} threads"
+    cuda = args.device.startswith("cuda")
+    lines = {
+        "run": f"{args.out}, seed {args.seed}, revision {checkpoint.revision()}",
+        "device": torch.cuda.get_device_name() if cuda else cpu,
+        "model": f"{args.model}, {args.backbone}, {sizes[0]:.1f} M parameters, {sizes[1]:.1f} frozen",
+        **notes,
+        "batch": f"{batch} images a step, {run.steps} steps an epoch, {args.epochs} epochs: {images}",
+        "task": run.task and f"{args.ssl_task}, patches of {run.task.patch} pixels",
+        "train": train_set.summary(args.num_queries, args.image_size),
+        "val": val_set.summary(args.num_queries, None),
+    }
+    for name, text in lines.items():
+        if text:
+            print(f"{name:11} {text}")
+    cells = [f"{c['id']:>4} {c['name']:20} {n:>7,}"
+             for c, n in zip(train_set.categories, train_set.counts())]  # fmt: skip
+    for i in range(0, len(cells), 3):
+        print("      " + "  ".join(cells[i : i + 3]))
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse(argv)
+    args, ignored = parse(argv)
     args.device = parallel.start(args.device)
     if args.device == "cpu":
-        keep_memory()
-    torch.manual_seed(args.seed)
+        parallel.keep_memory()
     try:
-        out, run, train_set, val_set, notes = prepare(args)
+        run, train_set, val_set, notes = parallel.everywhere(prepare, args)
+        args.out = parallel.from_first(checkpoint.make_folder, args)
     except ValueError as error:
-        run_state.leave(Path(args.out or ""))
-        sys.exit(f"error: {isaid.one_line(error)}")
-    torch.manual_seed(args.seed + parallel.rank())  # dropout differs between processes
-    introduce(args, run, notes, train_set, val_set)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    if parallel.rank() == 0:
-        (out / "config.json").write_text(json.dumps({"args": vars(args), "versions": versions, "revision": git_revision(),
-                                                     "started": datetime.datetime.now().isoformat(timespec="seconds")}, indent=1))
+        sys.exit(f"error: {coco.one_line(error)}")
+    notes["not used"] = ", ".join(f"--{name}" for name in ignored)
+    introduce(args, run, train_set, val_set, notes)
+    goes_on = f"; to go on, the same command with --out {args.out} --resume"
     try:
-        fit(args, out, run, train_set, val_set)
-    except (isaid.DataError, OSError) as error:
-        where = f"{out}: " if getattr(error, "errno", None) and not error.filename else ""  # a disk that is full
-        sys.exit(f"error: {where}{isaid.one_line(error)}{what_is_left(out)}")
-    except FloatingPointError as error:
-        sys.exit(f"error: {error}; start anew with a lower --lr")
-    except BadStep as error:
-        name = f"failed{f'-{parallel.rank()}' if parallel.rank() else ''}.pt"
-        run_state.save(out / name, run.state(alone=True))
-        launcher = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}" if parallel.world() > 1 else "python"
-        again = shlex.join([*argv, *([] if "--out" in argv else ["--out", str(out)]), "--resume", name])
-        sys.exit(f"error: {error}; start anew with a lower --lr. The step was not taken. The same batch again: {launcher} train.py {again}")
-    except KeyboardInterrupt as interrupt:
-        print(f"\nstopped in epoch {run.epoch} after {run.step} of {run.steps} steps" + what_is_left(out))
-        sys.exit(interrupt.args[0] if interrupt.args else 130)
-    except RuntimeError as error:
-        known = [text for sign, text in FAILURES.items() if sign in str(error)]
-        if not known:
-            raise
-        sys.exit(f"error: {known[0]}{what_is_left(out)}")
-    finally:
-        run_state.leave(out)
-
-
-FAILURES = {"DataLoader worker": "a loader process was killed, perhaps for want of memory; fewer --workers need less",
-            "by peer": "another process has ended, its message says why",  # a connection was closed or reset
-            "out of memory": "the device's memory is too small; a lower --batch_size, --amp bf16 and --checkpoint_activations need less"}
-
-
-def what_is_left(out):
-    if not (out / "last.pt").exists():
-        return "; nothing was saved yet"
-    return f"; what was saved is in {out / 'last.pt'}; to go on, the same command with --out {out} --resume"
-
-
-def fit(args, out, run, train_set, val_set):
-    """The training loop: epochs, evaluation, log, checkpoints, pictures."""
-    learner, metrics, first = Learner(run.model, run.task, args), None, parallel.rank() == 0
-    if parallel.world() > 1:
-        learner = torch.nn.parallel.DistributedDataParallel(learner)
-
-    def save_state():
-        state = run.state()
-        if first:
-            with signals.held():
-                run_state.save(out / "last.pt", state)
-
-    def pause():
-        """After each step: is it time to save or to stop?"""
-        stop = parallel.total({"caught": signals.caught})["caught"] > 0  # by any process
-        if stop or args.save_every and run.step % args.save_every == 0:
-            save_state()
-        if stop:
-            raise KeyboardInterrupt(128 + (signals.caught or signal.SIGTERM))
-    bar = tqdm(total=args.epochs * run.steps, initial=(run.epoch - 1) * run.steps + run.step, desc="training", unit="step",
-               disable=parallel.hidden(), smoothing=0.02)
-    run.restore_random()
-    with run_state.Signals() as signals, bar:
-        while run.epoch <= args.epochs:
-            train_epoch(learner, run, train_set, args, bar, pause)
-            if not all(tensor.isfinite().all() for tensor in run.model.state_dict().values()):
-                raise FloatingPointError("the model's weights became NaN or infinite")
-            save_state()
-            signals.at_once = True  # nothing is lost from here on
-            signals.check()
-            line = epoch_line(run, args)
-            if run.epoch % args.eval_every == 0 or run.epoch == args.epochs:
-                start = time.perf_counter()
-                parallel.share_buffers(run.best_model)
-                metrics = evaluate(run.best_model, run.task, val_set, args, out)
-                line.update({name: metrics[name] for name in (*evaluation.METRICS, "ssl_loss", "ssl_acc") if name in metrics})
-                line["eval_seconds"] = round(time.perf_counter() - start, 2)
-                score = -metrics["ssl_loss"] if args.setting == "pretrain" else metrics["ap"] or 0.0
-                if score >= run.best:  # of equals the last: AP may stay at zero for a while
-                    run.best = score
-                    if first:
-                        with signals.held():
-                            run_state.save(out / "best.pt", run.product(run.best_model))
-            run.log.append(line)
-            if first:
-                write_log(out, run.log)
-            bar.write(epoch_text(line, args.epochs))
-            if "ap" in line and metrics["collapsed"]:
-                bar.write("warning: the same is found in every image: the model does not look at them, not yet or not any more; see that "
-                          "--overfit 4 works")
-            run.epoch += 1
-            run.begin_epoch()
-            signals.at_once = False
-        save_state()
-    conclude(args, out, metrics, train_set.bad + val_set.bad)
-
-
-def epoch_line(run, args):
-    """The log's line of an epoch: losses are means over steps and processes."""
-    sums = parallel.total({name: float(value) for name, value in run.sums.items()})
-    losses = {f"train_{name}": value / (run.steps * parallel.world()) for name, value in sums.items()}
-    images = run.steps * args.batch_size * args.accumulate * parallel.world()
-    seconds = max(run.seconds, 1e-9)
-    return {"epoch": run.epoch, **losses, "seconds": round(seconds, 2), "data_wait": round(run.waited / seconds, 4),
-            "images_per_second": round(images / seconds, 2)}
-
-
-def write_log(out, log):
-    """log.jsonl and its curves; written anew each time, so that no epoch is doubled or missing after an interruption."""
-    (out / "log.tmp").write_text("".join(json.dumps(line) + "\n" for line in log))
-    os.replace(out / "log.tmp", out / "log.jsonl")
-    if "eval_seconds" in log[-1]:
-        evaluation.draw_curves(out / "curves.png", log)
-
-
-def conclude(args, out, metrics, bad):
-    """What to look at and to do next."""
-    if metrics and args.setting != "pretrain":
+        metrics = train(run, train_set, val_set, args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {coco.one_line(error)}")
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped in epoch {run.epoch} after {run.step} of {run.steps} steps{goes_on}")
+        sys.exit(stop.args[0] if stop.args else 130)
+    if metrics and "per_class" in metrics:
         print(f"\n{evaluation.table(metrics)}")
-    pictures = " and ".join(str(path) for name in ("detections", "ssl", "curves") if (path := out / f"{name}.png").exists())
-    if bad:
-        print(f"\nleft out  {len(bad)} images that cannot be used, the first: {bad[0]}")
-    print(f"\nlook at   {pictures}\nevaluate  python eval.py {out}")
-    if args.setting == "pretrain":
-        data = "--data DIR and the same flags of the model" if args.data_unlabeled else "the same flags of model and data"
-        print(f"next      python train.py --init {out} with {data}, without those of the task")
-    elif not isaid.has_files(args):
-        if args.model == "deformable_detr":
-            print("next      DETR on smaller scenes: python train.py @recipes/scenes_detr.txt")
-        print("next      your own data: python train.py --data DIR --image_size 512")
-
-
-def epoch_text(line, epochs):
-    """An epoch in one line of text."""
-    text = f"epoch {line['epoch']:>3}/{epochs}  loss {line['train_loss']:.3f}"
-    if "ap" in line:
-        text += "".join(f"  {key.upper()} {evaluation.show(line[key])}" for key in ("ap", "ap50", "ap75"))
-    if "ssl_loss" in line:
-        text += "  held-out task: " + evaluation.ssl_text(line)
-    return text + f"  {line['seconds']:.0f} s, {line['images_per_second']:.1f} images/s, {line['data_wait']:.0%} waiting"
+    print(f"\nlook at the pictures in {args.out}; evaluate: python eval.py {args.out}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # before the first step; later ones are met in main
+    except KeyboardInterrupt:  # before the first step
         sys.exit(130)

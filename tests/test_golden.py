@@ -1,63 +1,53 @@
 """Outputs, matches, losses, gradients and detections against what the official code computes."""
-import importlib.util
+
 from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from golden import fill
 
 import detr
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-NAMES = ["detr_r50", "detr_r50_dc5", "deformable_detr_r50", "deformable_detr_r50_single_scale",
-         "deformable_detr_r50_single_scale_dc5", "deformable_detr_r50_refine", "deformable_detr_r50_two_stage"]
-
-pytestmark = pytest.mark.skipif(not (SHARED / "data/golden").is_dir(), reason="the golden files are not on this machine")
+FILES = sorted(Path(__file__).with_name("golden").glob("*.npz"))
 
 
-@pytest.fixture(scope="module")
-def tools():
-    spec = importlib.util.spec_from_file_location("golden", SHARED / "tools/golden.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module", params=NAMES)
-def case(request, tools):
+@pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
+def case(request):
     """(golden values, model with their weights, its outputs, targets)."""
-    golden = tools.load(SHARED / f"data/golden/{request.param}.npz")
+    golden = fill.load(request.param)
     config = golden["config"]
     name = {"detr": "detr", "deformable": "deformable_detr"}[config.pop("model")]
     model = detr.build_detector(name, **config).eval()
     state = {name: torch.zeros(shape) for name, shape in golden["state"].items()}
-    tools.fill(state)
+    fill.fill(state)
     model.load_state_dict(state, strict=True)
-    images, padding = tools.images()
-    return golden, model, model(images, padding), tools.targets(config["num_classes"])
+    return golden, model, model(*fill.images()), fill.targets(config["num_classes"])
 
 
-def close(a, b, tolerance=1e-4):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_there_are_seven():
+    assert len(FILES) == 7
 
 
 def test_outputs(case):
     golden, _, outputs, _ = case
-    close(outputs["logits"][-1], golden["pred_logits"])
-    close(outputs["boxes"][-1], golden["pred_boxes"])
-    close(outputs["logits"][:-1], golden["aux_logits"])
-    close(outputs["boxes"][:-1], golden["aux_boxes"])
-    assert ("enc_logits" in golden) == ("proposal_logits" in outputs)
-    if "enc_logits" in golden:
-        close(outputs["proposal_logits"], golden["enc_logits"])
-        close(outputs["proposal_boxes"], golden["enc_boxes"])
+    for ours, theirs in (("logits", "logits"), ("boxes", "boxes")):
+        close(outputs[ours][-1], golden[f"pred_{theirs}"])
+        close(outputs[ours][:-1], golden[f"aux_{theirs}"])
+        assert (f"enc_{theirs}" in golden) == (f"proposal_{ours}" in outputs)
+        if f"enc_{theirs}" in golden:
+            close(outputs[f"proposal_{ours}"], golden[f"enc_{theirs}"])
 
 
 def test_matches(case):
     golden, model, outputs, targets = case
-    labels, boxes = (pad_sequence([t[k] for t in targets], batch_first=True) for k in ("labels", "boxes"))
-    layer, image, query, target = detr.match(outputs["logits"], outputs["boxes"], labels, boxes,
-                                             [len(t["labels"]) for t in targets], model.focal)
+    padded = detr.pad_targets(targets, "cpu")
+    counts = [len(target["labels"]) for target in targets]
+    match = model.criterion.match(outputs["logits"], outputs["boxes"], *padded, counts)
+    layer, image, query, target = match
     for i in range(len(targets)):
         mine = (layer == len(outputs["logits"]) - 1) & (image == i)
         assert query[mine].tolist() == golden[f"match_src_{i}"].tolist()
@@ -66,23 +56,21 @@ def test_matches(case):
 
 def test_losses_and_gradients(case):
     golden, model, outputs, targets = case
-    losses = detr.detection_losses(outputs, targets, model.focal)
-    compared = 0
-    for name, values in losses.items():
-        if name.endswith("_enc"):
-            names = [name]
-        else:  # the official code counts auxiliary layers from 0 and leaves the last one without a number
-            names = [f"{name}_{i}" for i in range(len(values) - 1)] + [name]
-        for official, value in zip(names, values):
-            assert value.item() == pytest.approx(golden["losses"][official], rel=1e-4)
-            compared += 1
-    assert compared == sum(name.startswith("loss_") for name in golden["losses"])
-    total = detr.total_loss(losses, detr.loss_weights(model.focal))
+    losses, found = model.criterion(outputs, targets), {}
+    for name, values in losses.items():  # officially the last layer has no number
+        names = [f"{name}_{i}" for i in range(len(values) - 1)] + [name]
+        found.update(zip(names, values.tolist()))
+    assert found == pytest.approx(
+        {k: v for k, v in golden["losses"].items() if k in found}, rel=1e-4
+    )
+    assert found.keys() == {name for name in golden["losses"] if name.startswith("loss_")}
+    total = sum(model.criterion.weights[name] * loss.sum() for name, loss in losses.items())
     assert total.item() == pytest.approx(golden["total"].item(), rel=1e-4)
-
     model.zero_grad()
     total.backward(retain_graph=True)
-    norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    norms = {
+        name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None
+    }
     assert norms.keys() == golden["grad_norms"].keys()
     largest = max(golden["grad_norms"].values())
     for name, norm in golden["grad_norms"].items():
@@ -90,11 +78,10 @@ def test_losses_and_gradients(case):
             assert norms[name] == pytest.approx(norm, rel=1e-3), name
 
 
-def test_detections(case, tools):
+def test_detections(case):
     golden, model, outputs, _ = case
-    found = detr.detections(outputs, tools.ORIGINAL_SIZES, model.focal)
-    for i, detection in enumerate(found):
-        assert detection["labels"].tolist() == golden["post_labels"][i].tolist()
-        torch.testing.assert_close(detection["scores"], golden["post_scores"][i], rtol=1e-4, atol=0)
-        difference = (detection["boxes"] - golden["post_boxes"][i]).norm(dim=1)  # of whole boxes: a corner may be at 0
-        assert (difference <= 1e-4 * golden["post_boxes"][i].norm(dim=1)).all()
+    for i, found in enumerate(model.postprocess(outputs, fill.ORIGINAL_SIZES)):
+        assert found["labels"].tolist() == golden["post_labels"][i].tolist()
+        torch.testing.assert_close(found["scores"], golden["post_scores"][i], rtol=1e-4, atol=0)
+        right = golden["post_boxes"][i]
+        assert ((found["boxes"] - right).norm(dim=1) <= 1e-4 * right.norm(dim=1)).all()

@@ -1,0 +1,216 @@
+"""What a run keeps on disk: its folder, its checkpoints, its log; how it stops and goes on.
+
+last.pt holds all it takes to go on exactly; best.pt what others need of the run: weights,
+architecture, classes, flags. Both hold tensors and plain values only.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import torch
+import torchvision
+
+import detr
+import parallel
+
+MAY_DIFFER = {"resume", "out", "workers", "device", "data", "tokenizer_weights"}  # files may move
+NEED_SAME = "a run goes on with the flags, data and number of processes it was started with"
+
+
+@dataclasses.dataclass
+class Run:
+    """A model in training, and how far it has come."""
+
+    model: torch.nn.Module
+    task: torch.nn.Module | None
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    content: dict  # for others: "args", "detector", "categories", "task", "window"
+    steps: int  # an epoch
+    epoch: int = 1
+    step: int = 0  # those of this epoch that are done
+    sums: dict = dataclasses.field(default_factory=dict)  # of losses over these steps
+    seconds: float = 0.0  # of these steps …
+    waited: float = 0.0  # … and how many of them for data
+    best: float = -math.inf
+    log: list = dataclasses.field(default_factory=list)  # a dict an epoch
+
+    def next_epoch(self):
+        self.epoch, self.step, self.sums, self.seconds, self.waited = (
+            self.epoch + 1,
+            0,
+            {},
+            0.0,
+            0.0,
+        )
+
+
+PLAIN = "steps", "epoch", "step", "seconds", "waited", "best", "log"
+
+
+def product(run):
+    """What others need of a run; the decoder of a pretraining is left out."""
+    pretrain = run.content["args"]["setting"] == "pretrain"
+    weights = run.model.state_dict()
+    if pretrain:
+        weights = {k: x for k, x in weights.items() if detr.part_of(k) != "decoder"}
+    task = run.task.state_dict() if run.task else None
+    return {**run.content, "model": weights, "task_state": task, "epoch": run.epoch}
+
+
+def save_last(path, run):
+    """Write what it takes to go on; every process calls this, the first one writes."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    sums = {name: value.cpu() for name, value in run.sums.items()}
+    processes = parallel.gather({"cpu": torch.get_rng_state(), "cuda": cuda, "sums": sums})
+    if parallel.rank() == 0:
+        training = {name: getattr(run, name).state_dict() for name in ("optimizer", "schedule")}
+        plain = {name: getattr(run, name) for name in PLAIN}
+        save(path, {**product(run), **training, **plain, "processes": processes})
+
+
+def save(path, content):
+    """Write a checkpoint whole or not at all. Raises OSError."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch raises the latter for a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written; is the disk full? ({error})") from None
+
+
+def open_last(args):
+    """The checkpoint to go on from, or None if there is none yet.
+
+    Raises ValueError if it was made with other flags.
+    """
+    path = Path(args.out, "last.pt")
+    if not path.exists():
+        if path.with_name("log.jsonl").exists():
+            raise ValueError(f"{path}: is gone, but its run has been going; name another folder")
+        return None
+    state, now = detr.load_checkpoint(path), vars(args)
+    before = state.get("args")
+    if not isinstance(before, dict):
+        raise ValueError(f"{path}: is not a checkpoint of train.py; start from it with --init")
+    differ = [k for k in before.keys() | now.keys() if before.get(k) != now.get(k)]
+    differ = sorted(set(differ) - MAY_DIFFER)
+    if differ:
+        changes = (f"--{name} {before.get(name)}, not {now.get(name)}" for name in differ)
+        raise ValueError(f"{path}: was made with {', '.join(changes)}; {NEED_SAME}")
+    return state
+
+
+def resume(run, state, device):
+    """Put a run where the checkpoint was saved, random numbers too. Raises ValueError."""
+    processes = state.get("processes", ())
+    for name, before, now in (
+        ("steps an epoch", state.get("steps"), run.steps),
+        ("processes", len(processes), parallel.world()),
+        ("classes", state.get("categories"), run.content["categories"]),
+    ):
+        if before != now:
+            raise ValueError(f"last.pt: was made with {before} {name}, not {now}; {NEED_SAME}")
+    pretrain = run.content["args"]["setting"] == "pretrain"
+    untrained = run.model.state_dict() if pretrain else {}  # such a checkpoint has no decoder
+    try:
+        run.model.load_state_dict({**untrained, **state["model"]})
+        if run.task:
+            run.task.load_state_dict(state["task_state"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.schedule.load_state_dict(state["schedule"])
+        for name in PLAIN:
+            setattr(run, name, state[name])
+        own = processes[parallel.rank()]
+        run.sums = {name: value.to(device) for name, value in own["sums"].items()}
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"last.pt: cannot be gone on from ({why}); use --init") from None
+    torch.set_rng_state(own["cpu"])
+    if own["cuda"] is not None:
+        torch.cuda.set_rng_state(own["cuda"])
+
+
+class Signals:
+    """Within this context the first SIGINT or SIGTERM is noted only; a second one interrupts."""
+
+    def __enter__(self):
+        self.caught = 0
+        numbers = signal.SIGINT, signal.SIGTERM
+        here = threading.current_thread() is threading.main_thread()
+        self.before = {n: signal.signal(n, self._note) for n in numbers} if here else {}
+        return self
+
+    def _note(self, number, frame):
+        self.caught = number
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def make_folder(args):
+    """A new folder for the run with its config.json; one that is there is only gone on with.
+
+    Raises ValueError.
+    """
+    if args.out is None:
+        kind = args.setting if args.setting == "detect" else f"{args.setting}-{args.ssl_task}"
+        names = (Path(f"runs/{args.model}-{kind}-{n}") for n in itertools.count(1))
+        args.out = next(str(name) for name in names if not name.exists())
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=args.resume)
+        if not (out / "config.json").exists():
+            config = {"args": vars(args), "versions": versions(), "revision": revision()}
+            (out / "config.json").write_text(json.dumps(config, indent=1))
+    except FileExistsError:
+        raise ValueError(
+            f"--out {out} exists already; name a new folder, or go on with its run: --resume"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be made ({error.strerror})") from None
+    return str(out)
+
+
+def versions():
+    here = {"python": platform.python_version()}
+    return {**here, "torch": torch.__version__, "torchvision": torchvision.__version__}
+
+
+def revision():
+    """The commit of this code, and whether it was changed since."""
+
+    def git(*command):
+        where = {"cwd": Path(__file__).resolve().parent, "check": True}
+        done = subprocess.run(["git", *command], capture_output=True, text=True, **where)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_log(path, log):
+    """log.jsonl, anew each time, so that no epoch is doubled or missing after an interruption."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in log))
+    os.replace(temporary, path)

@@ -1,0 +1,91 @@
+"""Deterministic weights and inputs behind the files beside this file.
+
+The golden files hold what the official DETR and Deformable DETR code computes (evaluation mode, float32, CPU) when its
+parameters are filled by `fill` and it is given `images()` and `targets()`. Weights are not stored: any model
+whose state dict has the same names and shapes is filled the same way. Each .npz holds
+  config                   JSON: the model's arguments under the official names
+  state                    JSON: parameter and buffer names -> shapes
+  pred_logits, pred_boxes  (B, Q, K), (B, Q, 4) of the last decoder layer; aux_logits, aux_boxes: (layers-1, ...); enc_* for two-stage
+  match_src_i, match_tgt_i per image i, from the official matcher on the last layer
+  losses                   JSON: every unweighted loss; total: their weighted sum
+  grad_norms               JSON: L2 norm of the gradient of `total` for each parameter that has one
+  post_scores, post_labels, post_boxes: the official post-processing, for image sizes `SIZES`
+"""
+
+import json
+import zlib
+
+import numpy as np
+import torch
+
+SIZES = [
+    (96, 128),
+    (80, 112),
+    (96, 96),
+]  # height, width of the three images; the batch is padded to 96 x 128
+ORIGINAL_SIZES = [(480, 640), (400, 560), (960, 960)]
+
+
+def fill(state_dict):
+    """Overwrite every floating tensor of a state dict in place, from its name and shape alone."""
+    for name, tensor in state_dict.items():
+        if not tensor.is_floating_point():
+            continue
+        rng, shape = np.random.RandomState(zlib.crc32(name.encode())), tuple(tensor.shape)
+        fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
+        if name.endswith("running_var"):
+            values = rng.uniform(0.5, 1.5, shape)
+        elif name.endswith("query_embed.weight"):
+            values = rng.uniform(-2, 2, shape)
+        elif name.endswith(
+            ("out_proj.weight", "output_proj.weight", "linear2.weight")
+        ):  # small residual updates: queries stay apart
+            values = rng.uniform(-1, 1, shape) * np.sqrt(0.3 / fan_in)
+        elif len(shape) > 1 and len(shape) != 4:
+            values = rng.uniform(-1, 1, shape) * np.sqrt(
+                (12 if "attn" in name or "bbox_embed" in name else 3) / fan_in
+            )
+        elif len(shape) == 4:
+            values = rng.uniform(-1, 1, shape) * np.sqrt(6 / fan_in)
+        elif name.endswith("bn3.weight"):
+            values = rng.uniform(0.1, 0.3, shape)
+        elif name.endswith("weight"):
+            values = rng.uniform(0.8, 1.2, shape)
+        elif name.endswith("sampling_offsets.bias"):
+            values = rng.uniform(-3, 3, shape)
+        else:
+            values = rng.uniform(-0.1, 0.1, shape)
+        tensor.copy_(torch.from_numpy(values).to(tensor.dtype))
+
+
+def images():
+    """Three images and their padding: (3, 3, 96, 128) float32, (3, 96, 128) bool with True = padding."""
+    batch, padding = torch.zeros(3, 3, 96, 128), torch.ones(3, 96, 128, dtype=torch.bool)
+    for i, (h, w) in enumerate(SIZES):
+        rng = np.random.RandomState(i)
+        blocks = np.kron(
+            rng.uniform(-2, 2, (3, h // 16, w // 16)), np.ones((16, 16))
+        )  # structure, so that places differ
+        batch[i, :, :h, :w] = torch.from_numpy(blocks + rng.uniform(-0.3, 0.3, (3, h, w))).float()
+        padding[i, :h, :w] = False
+    return batch, padding
+
+
+def targets(num_classes):
+    """Five, three and no objects: labels below num_classes, boxes cxcywh in 0..1."""
+    out = []
+    for i, n in enumerate((5, 3, 0)):
+        rng = np.random.RandomState(100 + i)
+        centre, size = rng.uniform(0.2, 0.8, (n, 2)), rng.uniform(0.05, 0.35, (n, 2))
+        boxes = torch.from_numpy(np.concatenate([centre, size], 1)).float().reshape(n, 4)
+        out.append({"labels": torch.from_numpy(rng.randint(0, num_classes, n)), "boxes": boxes})
+    return out
+
+
+def load(path):
+    """A golden file as a dict: JSON entries decoded, arrays as tensors."""
+    with np.load(path) as data:
+        return {
+            k: json.loads(str(data[k])) if data[k].dtype.kind == "U" else torch.from_numpy(data[k])
+            for k in data.files
+        }
