@@ -13,6 +13,7 @@ import platform
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -42,6 +43,22 @@ class Run:
     waited: float = 0.0  # … and how many of them for data
     best: float = -math.inf
     log: list = dataclasses.field(default_factory=list)  # a dict an epoch
+
+    def clocked(self, loader):
+        """The batches; counts the seconds of the epoch, and those in which it waits for data."""
+        start = time.perf_counter()
+        for batch in loader:
+            self.waited += time.perf_counter() - start
+            yield batch
+            self.seconds, start = self.seconds + time.perf_counter() - start, time.perf_counter()
+
+    def log_line(self, batch):
+        """The log's line of this epoch; losses are means over batches and processes."""
+        losses = {f"train_{name}": parallel.mean(x) / self.steps for name, x in self.sums.items()}
+        rate = self.steps * batch * parallel.world() / max(self.seconds, 1e-9)
+        wait = self.waited / max(self.seconds, 1e-9)
+        times = {"seconds": round(self.seconds, 2), "data_wait": round(wait, 4)}
+        return {"epoch": self.epoch, **losses, **times, "images_per_second": round(rate, 2)}
 
     def next_epoch(self):
         self.epoch, self.step, self.sums, self.seconds, self.waited = (

@@ -41,6 +41,29 @@ def number(kind, zero=False, most=2**32):
     return parse
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Leaves the description as it is and shows defaults."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes get one line; @FILE stands for the flags in a file, which may have comments."""
+
+    def __init__(self, **options):
+        super().__init__(fromfile_prefix_chars="@", formatter_class=Help, **options)
+
+    def convert_arg_line_to_args(self, line):
+        return line.split("#")[0].split()
+
+    def parse_known_args(self, *args, **options):
+        try:
+            return super().parse_known_args(*args, **options)
+        except UnicodeDecodeError:
+            self.error("a file named with @ is not a text file of flags")
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
 # ---------------------------------------------------------------- annotations
 
 FIELDS = {

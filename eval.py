@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -28,9 +29,16 @@ import detr
 import isaid
 import pictures
 import ssl_tasks
-from coco import DataError, number
+from coco import DataError, Parser, number
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
+LOGGED = (
+    *METRICS,
+    "ssl_loss",
+    "ssl_acc",
+    "collapsed",
+    "eval_seconds",
+)  # after each epoch of training
 AREAS = {"coco": (0, 32, 96, 1e5), "isaid": (10, 144, 512, 1e5)}  # sides: small, medium, large
 
 
@@ -234,6 +242,8 @@ def epoch_text(line, epochs):
         text += "  " + "  ".join(shown)
     if "ssl_loss" in line:
         text += "  held-out task: " + ssl_text(line)
+    if line.get("collapsed"):
+        text += "  (the same is found in every image, not yet or not any more the objects)"
     speed = f"{line['images_per_second']:.1f} images/s, {line['data_wait']:.0%} waiting"
     return f"{text}  {line['seconds']:.0f} s, {speed}"
 
@@ -242,25 +252,27 @@ def epoch_text(line, epochs):
 
 
 def evaluate(model, task, data, args, out=None, top=100):
-    """Metrics of a model on a dataset, and the pictures of them in the folder `out`.
+    """(metrics of a model on a dataset, what it found), and pictures in the folder `out`.
 
-    args: setting, batch_size, workers, device. Of several processes the first one has all metrics
-    and, under "results", what was found.
+    args: setting, batch_size, workers, device. "score" is what the best checkpoint is chosen by.
     """
-    how, first, metrics = (args.batch_size, args.workers, args.device), parallel.rank() == 0, {}
+    start, first, metrics, results = time.perf_counter(), parallel.rank() == 0, {}, None
+    how = args.batch_size, args.workers, args.device
     parallel.share_buffers(model)
     if args.setting != "pretrain":
-        metrics["results"] = results = predict(model, data, *how, top)
+        results = predict(model, data, *how, top)
         if first and data.annotations:
-            metrics.update(coco_metrics(data, results), collapsed=collapsed(data, results))
+            metrics = {**coco_metrics(data, results), "collapsed": collapsed(data, results)}
+            metrics["score"] = metrics["ap"] or 0.0
             if out:
                 pictures.draw_detections(out / "detections.png", data, results)
     if task:
         found, panels = ssl_metrics(model, task, data, *how)
-        metrics.update(found)
+        metrics = {"score": -found["ssl_loss"], **metrics, **found}
         if first and out:
             pictures.draw_ssl(out / "ssl.png", panels, task.patch)
-    return metrics
+    metrics["eval_seconds"] = round(time.perf_counter() - start, 2)
+    return parallel.gather(metrics)[0], results
 
 
 # ---------------------------------------------------------------- opening a run
@@ -348,20 +360,19 @@ def open_run(args):
 
 
 def parse(argv):
-    description = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=description)
-    add, count = parser.add_argument, number(int)
+    parser, count = Parser(description=__doc__), number(int)
+    add = parser.add_argument
     add("run", help="run folder of train.py, or a checkpoint file")
-    add("--data", metavar="DIR", help="other images than the run's: a dataset, see coco.find_split")
-    add("--split", choices=("train", "val", "test"), help="(default: what the run held out, val)")
-    add("--limit_val", type=count, metavar="N", help="only the first N images")
-    add("--batch_size", type=count, metavar="N", help="images at a time (default: the run's)")
-    add("--workers", type=number(int, zero=True), default=0, help="loader processes (default 0)")
-    add("--device", type=usable_device, default=default_device(), help="(here: %(default)s)")
-    add("--max_dets", type=count, default=100, help="an image (COCO: %(default)s; devkit: 1000)")
+    add("--data", help="a dataset with other images than the run's")
+    add("--split", choices=("train", "val", "test"), help="default: what the run held out, val")
+    add("--limit_val", type=count, help="only the first images")
+    add("--batch_size", type=count, help="images at a time; default: the run's")
+    add("--workers", type=number(int, zero=True), default=0, help="loader processes")
+    add("--device", type=usable_device, default=default_device(), help="cpu, cuda, mps …")
+    add("--max_dets", type=count, default=100, help="detections an image; iSAID's devkit: 1000")
     add("--areas", choices=tuple(AREAS), default="coco", help="what small, medium, large mean")
-    add("--out", metavar="DIR", help="where metrics.json and pictures go")
-    add("--export", metavar="FILE", help="write what is found as COCO results (xywh, their ids)")
+    add("--out", help="where metrics.json and pictures go; default: the run, if they are its own")
+    add("--export", help="file for what is found as COCO results (xywh, the dataset's ids)")
     args = parser.parse_args(argv)
     if args.export and not Path(args.export).resolve().parent.is_dir():
         parser.error(f"--export {args.export}: its folder does not exist")
@@ -378,10 +389,10 @@ def evaluate_run(args):
     if out:
         out.mkdir(parents=True, exist_ok=True)
     args.setting = checkpoint["args"]["setting"]
-    metrics = evaluate(model, task, data, args, out, max(100, args.max_dets))
+    metrics, results = evaluate(model, task, data, args, out, max(100, args.max_dets))
     if parallel.rank():
         return
-    text, results = [], metrics.pop("results", None)
+    text = []
     if task:
         text.append(f"{checkpoint['task']['name']}: {ssl_text(metrics)}")
     if args.export:

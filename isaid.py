@@ -12,7 +12,6 @@ DATA is a folder in the layout of iSAID's patches, of COCO or of Roboflow; see c
 
 import parallel  # noqa: F401 # isort: skip (before torch)
 
-import argparse
 import atexit
 import collections
 import functools
@@ -33,7 +32,7 @@ from torchvision.transforms import v2
 
 import coco
 import patches
-from coco import DataError, number
+from coco import DataError, Parser, number
 from scenes import CLASSES, draw_scene, scene_objects
 
 SCENE_SIZE, SCENES = 128, {"train": 1000, "val": 200}  # of the synthetic dataset
@@ -185,6 +184,18 @@ def open_split(split, args, train):
         data = load_coco(*coco.find_split(args.data, split), transform, limit, args.seed)
     data.at_least = args.image_size and round(1.2 * args.image_size)
     return data
+
+
+def open_data(args):
+    """(images to train on, images held out) as a run's flags say. Raises DataError."""
+    if args.overfit:  # on the same few images
+        args.limit_train = args.overfit
+    train_set = open_split("train", args, train=not args.overfit)
+    val_set = open_split("train" if args.overfit else "val", args, train=False)
+    theirs, ours = (coco.class_names(data.categories) for data in (val_set, train_set))
+    if ours != theirs:
+        raise DataError(f"{train_set.name} has the classes {ours}, {val_set.name} {theirs}")
+    return train_set, val_set
 
 
 # ---------------------------------------------------------------- batches
@@ -459,7 +470,7 @@ def check_dataset(root):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     count, natural = number(int), number(int, zero=True)
 
@@ -468,11 +479,11 @@ def main(argv=None):
     add("raw", help="a folder with {train,val,test}/images, the masks beside the images")
     add("out", help="folder to write; what an interrupted call has left there is continued")
     splits = ("train", "val", "test")
-    add("--splits", nargs="+", choices=splits, help="(default: those in RAW)")
-    add("--patch", type=count, default=800, help="pixels a side (default %(default)s)")
-    add("--overlap", type=natural, default=200, help="of neighbours (default %(default)s)")
-    add("--workers", type=count, default=min(8, os.cpu_count() or 1),
-        help="processes, up to 2 GB each for large images (default here: %(default)s)")  # fmt: skip
+    add("--splits", nargs="+", choices=splits, help="default: those in RAW")
+    add("--patch", type=count, default=800, help="pixels a side")
+    add("--overlap", type=natural, default=200, help="of neighbours")
+    cores = min(8, os.cpu_count() or 1)
+    add("--workers", type=count, default=cores, help="processes, up to 2 GB each for large images")
     add("--limit", type=count, help="only the first images of each split")
     add("--devkit", action="store_true", help="keep the devkit's oddities, see patches.py")
 
@@ -482,10 +493,10 @@ def main(argv=None):
     command = commands.add_parser("scenes", help="write synthetic scenes as a dataset")
     add = command.add_argument
     add("out", help="folder to write")
-    add("--train", type=count, default=100, help="training scenes (default %(default)s)")
-    add("--val", type=count, default=20, help="held-out scenes (default %(default)s)")
-    add("--image_size", type=count, default=SCENE_SIZE, help="pixels (default %(default)s)")
-    add("--seed", type=natural, default=0, help="(default %(default)s)")
+    add("--train", type=count, default=100, help="training scenes")
+    add("--val", type=count, default=20, help="held-out scenes")
+    add("--image_size", type=count, default=SCENE_SIZE, help="pixels")
+    add("--seed", type=natural, default=0, help="of the scenes")
     args = parser.parse_args(argv)
     try:
         if args.command == "prepare":

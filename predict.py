@@ -8,7 +8,6 @@ format, with a score) and predictions.csv. Boxes here are xyxy in pixels of the 
 
 import parallel  # isort: skip (before torch)
 
-import argparse
 import csv
 import json
 import sys
@@ -27,7 +26,7 @@ import eval as evaluation
 import isaid
 import patches
 import pictures
-from coco import number
+from coco import Parser, number
 
 AGREE = 0.5  # IoU from which two boxes are of one object
 INSIDE = 0.7  # share of a cut box inside another from which it is a part of that
@@ -173,20 +172,19 @@ def write(out, images, categories, found):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add, count, natural = parser.add_argument, number(int), number(int, zero=True)
+    parser, count, natural = Parser(description=__doc__), number(int), number(int, zero=True)
+    add, share = parser.add_argument, number(float, zero=True, most=1)
     add("run", help="run folder of train.py, or a checkpoint file")
     add("images", help="an image, or a folder of images and folders")
-    add("--out", help="(default: predictions in the run folder)")
-    share = number(float, zero=True, most=1)
-    add("--score", type=share, default=0.3, help="least score kept (default %(default)s)")
-    add("--window", type=count, help="pixels a side (default: as large as the training images)")
-    add("--overlap", type=natural, help="of windows (default: a quarter of them)")
-    add("--max_dets", type=count, default=100, help="of each window (default %(default)s)")
-    add("--batch_size", type=count, default=8, help="windows at a time (default %(default)s)")
-    add("--workers", type=natural, default=0, help="loader processes (default %(default)s)")
+    add("--out", help="folder; default: predictions in the run folder")
+    add("--score", type=share, default=0.3, help="least score that is kept")
+    add("--window", type=count, help="pixels a side; default: as large as the training images")
+    add("--overlap", type=natural, help="of windows; default: a quarter of them")
+    add("--max_dets", type=count, default=100, help="detections a window")
+    add("--batch_size", type=count, default=8, help="windows at a time")
+    add("--workers", type=natural, default=0, help="loader processes")
     device = evaluation.default_device()
-    add("--device", type=evaluation.usable_device, default=device, help="(here: %(default)s)")
+    add("--device", type=evaluation.usable_device, default=device, help="cpu, cuda, mps …")
     return parser.parse_args(argv)
 
 

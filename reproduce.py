@@ -34,7 +34,7 @@ import isaid
 import pictures
 import ssl_tasks
 import train
-from coco import number
+from coco import Parser, number
 
 ROOT = Path(__file__).resolve().parent
 RUNS, RESULTS = ROOT / "runs", ROOT / "results"
@@ -276,13 +276,12 @@ def make_table(args):
 
 
 def main(argv=None):
-    description = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=description)
+    parser = Parser(description=__doc__)
     add, natural = parser.add_argument, number(int, zero=True)
     add("table", help="a text file of rows, `name: flags`")
     add("--seeds", type=natural, nargs="+", help="to run and print (default: 0; print all)")
     add("--rows", nargs="+", metavar="TEXT", help="only rows with one of these in their name")
-    add("--jobs", type=number(int), default=1, help="runs at a time (default %(default)s)")
+    add("--jobs", type=number(int), default=1, help="runs at a time")
     add("--no_run", action="store_true", help="print the results that are there, run nothing")
     try:
         make_table(parser.parse_args(argv))

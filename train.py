@@ -6,9 +6,8 @@
     python train.py --init runs/mim              detection from a pretraining
     python train.py --setting multitask --ssl_task jigsaw-discrete --ssl_weight 0.1
 
-A run is a folder: config.json (flags, versions, revision), log.jsonl (a line an epoch), last.pt,
-best.pt (by AP, or by the task's held-out loss), curves.png, detections.png, ssl.png. Without flags
-everything has the demonstration's small sizes; recipes hold the large ones.
+A run is a folder: config.json, log.jsonl (a line an epoch), last.pt, best.pt, and pictures. Without
+flags everything has the demonstration's small sizes; recipes hold the large ones.
 """
 
 import parallel  # isort: skip (before torch)
@@ -20,7 +19,6 @@ import math
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -34,7 +32,7 @@ import eval as evaluation
 import isaid
 import pictures
 import ssl_tasks
-from coco import number
+from coco import Parser, number
 
 # ---------------------------------------------------------------- the losses and the loop
 
@@ -96,13 +94,13 @@ def train(run, train_set, val_set, args):
             train_mode(model, args)
             done = run.step * args.accumulate  # batches, where the run goes on within an epoch
             loader = isaid.epoch_loader(train_set, args, epoch, done)
-            for i, (images, padding, targets) in enumerate(clocked(loader, run), done + 1):
+            for i, (images, padding, targets) in enumerate(run.clocked(loader), done + 1):
                 images, padding = images.to(args.device), padding.to(args.device)
                 losses = compute_losses(model, task, images, padding, targets, args)
                 loss = sum(weights[name] * values.sum() for name, values in losses.items())
                 stop_if_not_finite({**losses, "the total": loss}, targets)
                 for name, values in {**losses, "loss": loss[None]}.items():  # of the last layer
-                    run.sums[name] = run.sums.get(name, 0) + values[-1].detach()
+                    run.sums[name] = run.sums.get(name, 0) + values[-1].detach() / args.accumulate
                 loss = loss / args.accumulate
                 loss.backward()
                 if i % args.accumulate:
@@ -117,18 +115,18 @@ def train(run, train_set, val_set, args):
                 bar.update()
                 if parallel.mean(signals.caught):  # any process got Ctrl-C or SIGTERM
                     checkpoint.save_last(out / "last.pt", run)
-                    raise KeyboardInterrupt(128 + (signals.caught or signal.SIGTERM))
+                    bar.write(f"stopped in epoch {epoch} after {run.step} of {run.steps} steps; to "
+                              f"go on, the same command with --out {out} --resume")  # fmt: skip
+                    sys.exit(128 + (signals.caught or signal.SIGTERM))
 
             stop_if_not_finite(model.state_dict(), ())
             checkpoint.save_last(out / "last.pt", run)
-            line = epoch_line(run, args)
+            line = run.log_line(args.batch_size * args.accumulate)
             if epoch % args.eval_every == 0 or epoch == args.epochs:
-                metrics = evaluation.evaluate(model, task, val_set, args, out)
-                line.update({name: metrics[name] for name in LOGGED if name in metrics})
-                pretrain = args.setting == "pretrain"
-                score = -metrics["ssl_loss"] if pretrain else metrics["ap"] or 0.0
-                if score >= run.best:  # of equals the last: AP may stay at zero for a while
-                    run.best = score
+                metrics, _ = evaluation.evaluate(model, task, val_set, args, out)
+                line.update({name: metrics[name] for name in evaluation.LOGGED if name in metrics})
+                if metrics["score"] >= run.best:  # of equals the last: AP may stay at zero long
+                    run.best = metrics["score"]
                     if first:
                         checkpoint.save(out / "best.pt", checkpoint.product(run))
             run.log.append(line)
@@ -141,9 +139,6 @@ def train(run, train_set, val_set, args):
     return metrics
 
 
-LOGGED = (*evaluation.METRICS, "ssl_loss", "ssl_acc", "eval_seconds")
-
-
 def stop_if_not_finite(values, targets):
     """FloatingPointError, before any harm is done, if a tensor of `values` is NaN or infinite."""
     bad = [name for name, value in values.items() if not value.isfinite().all()]
@@ -152,16 +147,6 @@ def stop_if_not_finite(values, targets):
         message = f"{' and '.join(bad[:4])} became NaN or infinite"
         message += f", with the images {images}; the step was not taken" if images else ""
         raise FloatingPointError(f"{message}; start anew with a lower --lr")
-
-
-def clocked(loader, run):
-    """The batches; counts the seconds of the epoch and those in which the loop waits for data."""
-    start = time.perf_counter()
-    for batch in loader:
-        ready = time.perf_counter()
-        run.waited += ready - start
-        yield batch
-        run.seconds, start = run.seconds + time.perf_counter() - start, time.perf_counter()
 
 
 def train_mode(model, args):
@@ -174,9 +159,7 @@ def train_mode(model, args):
 
 
 def build_optimizer(model, task, args):
-    """AdamW with the papers' rates: the CNN has its own; sampling offsets and reference points
-
-    learn at a tenth of the rest (Deformable DETR, section 5)."""
+    """AdamW; the CNN has a rate of its own, sampling offsets and reference points a tenth."""
     groups = collections.defaultdict(list)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -208,28 +191,7 @@ def build_schedule(optimizer, args, steps_per_epoch):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def epoch_line(run, args):
-    """The log's line of an epoch: losses are means over batches and processes."""
-    batches, seconds = run.steps * args.accumulate, max(run.seconds, 1e-9)
-    losses = {f"train_{k}": parallel.mean(x) / batches for k, x in run.sums.items()}
-    images = batches * args.batch_size * parallel.world()
-    times = {"seconds": round(seconds, 2), "data_wait": round(run.waited / seconds, 4)}
-    return {"epoch": run.epoch, **losses, **times, "images_per_second": round(images / seconds, 2)}
-
-
 # ---------------------------------------------------------------- flags
-
-
-class Parser(argparse.ArgumentParser):
-    def convert_arg_line_to_args(self, line):
-        return line.split("#")[0].split()  # recipes: several flags a line, comments
-
-    def error(self, message):
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
-
-
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
 
 
 def build_parser():
@@ -237,7 +199,7 @@ def build_parser():
     count, natural = number(int), number(int, zero=True)
     rate, factor, share = number(float), number(float, zero=True), number(float, True, most=1)
     parts, switch = tuple(detr.PARTS), argparse.BooleanOptionalAction
-    parser = Parser(description=__doc__, fromfile_prefix_chars="@", formatter_class=Help)
+    parser = Parser(description=__doc__)
 
     add = parser.add_argument_group("run").add_argument
     settings = ("detect", "pretrain", "multitask")
@@ -255,10 +217,8 @@ def build_parser():
     add("--freeze", nargs="+", choices=parts, default=[], help="parts that are not trained")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", help="dataset in the layout of iSAID's patches, COCO or Roboflow; to pretrain "
-        "any folder of images; default: synthetic scenes")  # fmt: skip
-    add("--image_size", type=count, help="resize to N x N (the paper: 512); default: 128 for "
-        "scenes, else the official multi-scale recipe, shorter side 480 to 800")  # fmt: skip
+    add("--data", help="a dataset, or to pretrain any folder of images; default: synthetic scenes")
+    add("--image_size", type=count, help="N x N pixels; default: 128 for scenes, else multi-scale")
     add("--limit_train", type=count, help="the first training images; default: all, 1000 scenes")
     add("--limit_val", type=count, help="the first held-out images; default: all, 200 scenes")
     add("--workers", type=natural, help="loader processes; default: 0 on the CPU, else up to 8")
@@ -317,28 +277,23 @@ def parse(argv=None):
     parser = build_parser()
     defaults = vars(parser.parse_args([]))
     unset = argparse.Namespace(**dict.fromkeys(defaults, argparse))  # any value that no flag has
-    try:
-        given = vars(parser.parse_args(argv, unset))
-    except UnicodeDecodeError:
-        parser.error("a file named with @ is not a text file of flags")
+    given = vars(parser.parse_args(argv, unset))
     given = {name: value for name, value in given.items() if value is not argparse}
     args = argparse.Namespace(**{**defaults, **given})
-    trained = ("backbone", "encoder") if args.setting == "pretrain" else tuple(detr.PARTS)
-    random_cnn = not args.init or args.init_parts and "backbone" not in args.init_parts
-    if set(trained) <= set(args.freeze):
-        parser.error("--freeze leaves nothing to train; name fewer parts")
-    if args.frozen_bn and args.backbone_weights == "none" and random_cnn:
-        parser.error("--frozen_bn freezes random layers; add --backbone_weights imagenet or --init")
-    if args.resume and not args.out:
-        parser.error("--resume needs --out, the run folder to go on with")
     if not args.data:
         args.image_size = args.image_size or isaid.SCENE_SIZE
-    if args.image_size and args.image_size < 64:
-        parser.error(f"--image_size {args.image_size} leaves too few cells to a map; at least 64")
-    if args.augment == "crop" and not args.image_size:
-        parser.error("--augment crop needs --image_size N, the size of the crop")
-    if args.overfit:
-        args.limit_train = args.overfit
+    trained = {"backbone", "encoder"} if args.setting == "pretrain" else set(detr.PARTS)
+    weights = args.backbone_weights == "imagenet" or args.init and not args.init_parts
+    for wrong, message in (
+        (trained <= set(args.freeze), "--freeze leaves nothing to train; name fewer parts"),
+        (args.frozen_bn and not weights and "backbone" not in (args.init_parts or ()),
+         "--frozen_bn freezes random layers; add --backbone_weights imagenet or --init"),
+        (args.resume and not args.out, "--resume needs --out, the run folder to go on with"),
+        (args.augment == "crop" and not args.image_size, "--augment crop needs --image_size N"),
+        (args.image_size and args.image_size < 64, "--image_size must be at least 64"),
+    ):  # fmt: skip
+        if wrong:
+            parser.error(message)
     if args.workers is None:
         args.workers = 0 if args.device == "cpu" else min(8, os.cpu_count() or 1)
     for name in ("data", "tokenizer_weights"):  # eval.py may run elsewhere
@@ -349,55 +304,19 @@ def parse(argv=None):
 
 def unused(args):
     """Flags that have no effect with these."""
-    task = args.setting != "detect" and ssl_tasks.TASKS[args.ssl_task]
-    tokens = task is ssl_tasks.MaskedTokens
-    pretrain, detector = args.setting == "pretrain", detr.DETECTORS[args.model]
-    deformable = inspect.signature(detr.DeformableDETR).parameters.keys()
-    own = inspect.signature(detector).parameters.keys()
-    rules = {name: name in own for name in deformable}
-    rules.update(dict.fromkeys(("attn", "lr_linear_proj_mult"), detector is detr.DeformableDETR))
-    rules.update(dict.fromkeys(("ssl_task", "ssl_patch"), task))
-    rules.update(dict.fromkeys(("ssl_on", "ssl_ratio", "ssl_loss_on"), task and task.corrupts))
-    rules.update(ssl_weight=args.setting == "multitask", tokenizer_weights=tokens)
-    rules.update(vocabulary=tokens and not args.tokenizer_weights, init_parts=args.init)
-    rules.update(dict.fromkeys(("limit_val", "augment"), not args.overfit))
-    rules.update(lr_backbone="backbone" not in args.freeze)
-    rules.update(dict.fromkeys(("num_queries", "dec_layers"), not pretrain))
-    return [name for name, used in rules.items() if not used]
+    task = ssl_tasks.TASKS[args.ssl_task] if args.setting != "detect" else None
+    tokens, detect = task is ssl_tasks.MaskedTokens, args.setting != "pretrain"
+    deformable = "num_feature_levels with_box_refine two_stage attn lr_linear_proj_mult"
+    used = {deformable: args.model == "deformable_detr", "ssl_task ssl_patch": task,
+            "ssl_on ssl_ratio ssl_loss_on": task and task.corrupts, "ssl_weight": task and detect,
+            "vocabulary": tokens and not args.tokenizer_weights, "tokenizer_weights": tokens,
+            "init_parts": args.init, "num_queries dec_layers": detect,
+            "limit_train limit_val augment": not args.overfit,
+            "lr_backbone": "backbone" not in args.freeze}  # fmt: skip
+    return [name for names, use in used.items() if not use for name in names.split()]
 
 
 # ---------------------------------------------------------------- what a run is made of
-
-
-def build_model(config, args):
-    """(the detector with the weights it starts from, a note about them). Raises ValueError.
-
-    Parts that are not trained get no gradient; a pretraining never runs the decoder.
-    """
-    whole = args.init and not args.init_parts
-    weights = "IMAGENET1K_V1" if args.backbone_weights == "imagenet" and not whole else None
-    try:
-        model = detr.build_detector(**config, backbone_weights=weights)
-    except OSError as error:  # URLError is one
-        raise ValueError(
-            f"the ImageNet weights of {config['backbone']} cannot be downloaded ({error}); put "
-            f"them into {torch.hub.get_dir()}/checkpoints or leave --backbone_weights out"
-        ) from None
-    loaded, note = {"backbone"} if weights else set(), "random weights" if not weights else weights
-    if args.init:
-        path = evaluation.checkpoint_file(args.init)
-        taken, dropped = detr.load_weights(model, path, args.init_parts)
-        loaded = (loaded | set(taken)) - {detr.part_of(name) for name in dropped}
-        note = f"{' and '.join(taken)} from {args.init}"
-        if dropped:
-            note += f"; of another number of classes and dropped: {', '.join(dropped)}"
-    for part in set(args.freeze) - loaded - ({"decoder"} if args.setting == "pretrain" else set()):
-        raise ValueError(f"--freeze {part} would keep random weights; start it with --init")
-    frozen = {*args.freeze, "decoder"} if args.setting == "pretrain" else set(args.freeze)
-    for name, parameter in model.named_parameters():
-        if detr.part_of(name) in frozen:
-            parameter.requires_grad_(False)
-    return model, note
 
 
 def detector_config(args, num_classes):
@@ -407,101 +326,104 @@ def detector_config(args, num_classes):
     return {"name": args.model, "num_classes": num_classes, **config}
 
 
-def task_config(args, strides):
-    """The arguments of ssl_tasks.build_task as plain values, or None; saved in the checkpoint."""
+def build_model(config, args):
+    """(the detector with the weights it starts from, a note about them). Raises ValueError.
+
+    Parts that are not trained get no gradient; a pretraining never runs the decoder.
+    """
+    imagenet = args.backbone_weights == "imagenet" and (not args.init or args.init_parts)
+    weights, pretrain = "IMAGENET1K_V1" if imagenet else None, args.setting == "pretrain"
+    try:
+        model = detr.build_detector(**config, backbone_weights=weights)
+    except OSError as error:  # URLError is one
+        message = f"the ImageNet weights of {config['backbone']} cannot be downloaded ({error})"
+        raise ValueError(f"{message}; put them into {torch.hub.get_dir()}/checkpoints") from None
+    loaded, note = {"backbone"} if imagenet else set(), weights or "random weights"
+    if args.init:
+        path = evaluation.checkpoint_file(args.init)
+        taken, dropped = detr.load_weights(model, path, args.init_parts)
+        loaded = (loaded | set(taken)) - {detr.part_of(name) for name in dropped}
+        note = f"{' and '.join(taken)} from {args.init}"
+        if dropped:
+            note += f"; of another number of classes and dropped: {', '.join(dropped)}"
+    frozen = {*args.freeze, "decoder"} if pretrain else set(args.freeze)
+    for part in frozen - loaded - ({"decoder"} if pretrain else set()):
+        raise ValueError(f"--freeze {part} would keep random weights; start it with --init")
+    for name, parameter in model.named_parameters():
+        if detr.part_of(name) in frozen:
+            parameter.requires_grad_(False)
+    return model, note
+
+
+def build_task(args, strides, train_set):
+    """(the task or None, the arguments to build it again); visual tokens are fitted on images."""
     if args.setting == "detect":
-        return None
+        return None, None
     config = {"name": args.ssl_task, "dim": args.hidden_dim, "strides": list(strides)}
     config.update(patch=args.ssl_patch or max(strides), image_size=args.image_size)
     config.update(ratio=args.ssl_ratio, on=args.ssl_on, loss_on=args.ssl_loss_on)
     if ssl_tasks.TASKS[args.ssl_task] is ssl_tasks.MaskedTokens:
         config.update(vocabulary=args.vocabulary, tokenizer_weights=args.tokenizer_weights)
-    return config
-
-
-def open_data(args):
-    """(images to train on, images held out, steps an epoch). Raises ValueError."""
-    held_out = "train" if args.overfit else "val"
-    train_set = isaid.open_split("train", args, train=not args.overfit)
-    val_set = isaid.open_split(held_out, args, train=False)
-    if train_set.categories != val_set.categories:
-        ours, theirs = (coco.class_names(data.categories) for data in (train_set, val_set))
-        raise ValueError(f"the classes of {train_set.name} ({ours}) are not those of "
-                         f"{val_set.name} ({theirs})")  # fmt: skip
-    args.batch_size = min(args.batch_size, len(train_set))
-    steps = len(isaid.epoch_batches(train_set, args, 0)) // args.accumulate
-    if not steps:
-        raise ValueError(f"{len(train_set)} training images do not fill a step; lower --batch_size "
-                         "or --accumulate, or start fewer processes")  # fmt: skip
-    return train_set, val_set, steps
-
-
-def build_task(config, train_set, args):
-    """The task; its visual tokens are fitted on 256 training images. Raises ValueError."""
-    task = config and ssl_tasks.build_task(**config)
+    task = ssl_tasks.build_task(**config)
     if hasattr(task, "tokenizer") and not args.resume:
         order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(args.seed))
         sample = isaid.loader(train_set, args.workers, batch_size=8, sampler=order[:256].tolist())
         sample = ((x, ssl_tasks.whole_patches(padding, task.patch)) for x, padding, _ in sample)
         task.tokenizer.fit(sample, args.seed)
-    return task and task.to(args.device)
+    return task.to(args.device), config
 
 
 def prepare(args):
     """(the run, training images, held-out images, notes), before the first step; ValueError."""
     torch.manual_seed(args.seed)
-    train_set, val_set, steps = open_data(args)
+    train_set, val_set = isaid.open_data(args)
+    args.batch_size = min(args.batch_size, len(train_set))
+    steps = len(isaid.epoch_batches(train_set, args, 0)) // args.accumulate
+    if not steps:
+        images = f"{len(train_set)} training images do not fill a step"
+        raise ValueError(f"{images}; lower --batch_size or --accumulate, or start fewer processes")
     state = checkpoint.open_last(args) if args.resume else None
     args.resume = state is not None
-    config = detector_config(args, max(1, len(train_set.categories)))
-    model, start = build_model(config, args)
-    notes = {
-        "start": start,
-        "attention": ": ".join(detr.use_backend(model, args.device, args.attn)),
-    }
+    detector = detector_config(args, max(1, len(train_set.categories)))
+    model, start = build_model(detector, args)
+    attention = ": ".join(detr.use_backend(model, args.device, args.attn))
     model.to(args.device, memory_format=torch.channels_last)  # convolutions are faster so
-    task = task_config(args, model.strides)
-    content = {"args": vars(args), "detector": config, "categories": train_set.categories}
-    content.update(task=task, window=train_set.side())
-    task = build_task(task, train_set, args)
+    task, task_config = build_task(args, model.strides, train_set)
+    content = {"args": vars(args), "detector": detector, "task": task_config}
+    content.update(categories=train_set.categories, window=train_set.side())
     optimizer = build_optimizer(model, task, args)
     schedule = build_schedule(optimizer, args, steps)
     run = checkpoint.Run(model, task, optimizer, schedule, content, steps)
     torch.manual_seed(args.seed + parallel.rank())  # dropout differs between processes
     if state:
         checkpoint.resume(run, state, args.device)
-        notes["resumed"] = f"in epoch {run.epoch} after {run.step} of {steps} steps"
+        start = f"resumed in epoch {run.epoch} after {run.step} of {steps} steps"
     if args.compile:
         for name in ("features", "encode", "decode"):
             setattr(model, name, torch.compile(getattr(model, name)))
-    return run, train_set, val_set, notes
+    return run, train_set, val_set, {"start": start, "attention": attention}
 
 
 def introduce(args, run, train_set, val_set, notes):
     """What a user should know before the first step."""
-    sizes = [sum(p.numel() for p in run.model.parameters() if p.requires_grad is x) / 1e6
-             for x in (True, False)]  # fmt: skip
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
     batch = args.batch_size * args.accumulate * parallel.world()
-    images = f"{run.steps * args.epochs * batch:,} images in all (the paper: 1,400,000)"
-    cpu = f"{args.device}, {torch.get_num_threads()} threads"
-    cuda = args.device.startswith("cuda")
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
     lines = {
-        "run": f"{args.out}, seed {args.seed}, revision {checkpoint.revision()}",
-        "device": torch.cuda.get_device_name() if cuda else cpu,
-        "model": f"{args.model}, {args.backbone}, {sizes[0]:.1f} M parameters, {sizes[1]:.1f} frozen",
+        "run": f"{args.out}, seed {args.seed}, revision {checkpoint.revision()}, on {device}",
+        "model": f"{args.model}, {args.backbone}, {trained:.1f} M parameters are trained",
         **notes,
-        "batch": f"{batch} images a step, {run.steps} steps an epoch, {args.epochs} epochs: {images}",
+        "batch": f"{batch} images a step, {run.steps} steps an epoch, {args.epochs} epochs: "
+        f"{run.steps * args.epochs * batch:,} images in all (the paper: 1,400,000)",
         "task": run.task and f"{args.ssl_task}, patches of {run.task.patch} pixels",
         "train": train_set.summary(args.num_queries, args.image_size),
-        "val": val_set.summary(args.num_queries, None),
-    }
+        "val": val_set.summary(args.num_queries, args.image_size),
+        "classes": ", ".join(f"{c['id']} {c['name']} ({n:,})"
+                             for c, n in zip(train_set.categories, train_set.counts())),
+    }  # fmt: skip
     for name, text in lines.items():
         if text:
             print(f"{name:11} {text}")
-    cells = [f"{c['id']:>4} {c['name']:20} {n:>7,}"
-             for c, n in zip(train_set.categories, train_set.counts())]  # fmt: skip
-    for i in range(0, len(cells), 3):
-        print("      " + "  ".join(cells[i : i + 3]))
 
 
 def main(argv=None):
@@ -512,18 +434,11 @@ def main(argv=None):
     try:
         run, train_set, val_set, notes = parallel.everywhere(prepare, args)
         args.out = parallel.from_first(checkpoint.make_folder, args)
-    except ValueError as error:
-        sys.exit(f"error: {coco.one_line(error)}")
-    notes["not used"] = ", ".join(f"--{name}" for name in ignored)
-    introduce(args, run, train_set, val_set, notes)
-    goes_on = f"; to go on, the same command with --out {args.out} --resume"
-    try:
+        notes["not used"] = ", ".join(f"--{name}" for name in ignored)
+        introduce(args, run, train_set, val_set, notes)
         metrics = train(run, train_set, val_set, args)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {coco.one_line(error)}")
-    except KeyboardInterrupt as stop:
-        print(f"\nstopped in epoch {run.epoch} after {run.step} of {run.steps} steps{goes_on}")
-        sys.exit(stop.args[0] if stop.args else 130)
     if metrics and "per_class" in metrics:
         print(f"\n{evaluation.table(metrics)}")
     print(f"\nlook at the pictures in {args.out}; evaluate: python eval.py {args.out}")
@@ -532,5 +447,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # before the first step
+    except KeyboardInterrupt:
         sys.exit(130)
