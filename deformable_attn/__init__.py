@@ -1,16 +1,23 @@
-"""Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159): the operator, the choice of its backend, the module.
+"""Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159): operator and module.
 
-N images, Q queries, M heads, D channels a head, L levels, P points, S = sum of H*W over the levels.
+N images, Q queries, M heads, D channels a head, L levels, P points, S = sum of H*W over levels.
 """
+
 import functools
 import math
+import os
 import warnings
+from typing import List, Tuple  # noqa: UP035  (torch 2.6 knows no list[int] in operators)
 
-import torch
-from torch import nn
+# OpenMP's threads spin while they wait and starve a second process; see parallel.py
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 
-from . import cpu, cuda
-from .reference import ms_deform_attn_reference
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from . import cpu, cuda  # noqa: E402
+from .reference import ms_deform_attn_reference  # noqa: E402
 
 __all__ = ["BACKENDS", "MSDeformAttn", "backend", "ms_deform_attn"]
 
@@ -20,9 +27,10 @@ BACKENDS = ("auto", *KERNELS, "torch")
 
 # ---------------------------------------------------------------- which backend runs
 
+
 @functools.cache
 def _kernel(kind):
-    """(whether the kernel for this kind of device runs, what it is or why it does not); built at the first call."""
+    """(whether the kernel for a kind of device runs, what it is or why not); built at first use."""
     try:
         return True, KERNELS[kind].description()
     except RuntimeError as error:
@@ -30,20 +38,22 @@ def _kernel(kind):
 
 
 def backend(device, wanted="auto"):
-    """Which implementation runs on `device`, and why: (name, reason). Raises ValueError if `wanted` cannot run there."""
+    """What runs on `device`, and why: (name, reason). ValueError if `wanted` cannot run there."""
     kind = torch.device(device).type
     if wanted not in BACKENDS:
         raise ValueError(f"backend {wanted!r} is not one of {', '.join(BACKENDS)}")
     if wanted == "torch":
         return "torch", "the pure-PyTorch reference, as asked for"
     if wanted in KERNELS and wanted != kind:
-        raise ValueError(f"the {wanted} kernel of deformable attention does not run on {kind} tensors; choose auto or torch")
+        message = f"the {wanted} kernel of deformable attention does not run on {kind} tensors"
+        raise ValueError(f"{message}; choose auto or torch")
     if kind not in KERNELS:
         return "torch", f"the pure-PyTorch reference; there is no kernel for {kind}"
     runs, reason = _kernel(kind)
     if not runs and wanted == kind:
         raise ValueError(f"the {kind} kernel of deformable attention cannot run: {reason}")
-    return (kind, reason) if runs else ("torch", f"the pure-PyTorch reference, which is slower; no {kind} kernel: {reason}")
+    slow = f"the pure-PyTorch reference, which is slower; no {kind} kernel: {reason}"
+    return (kind, reason) if runs else ("torch", slow)
 
 
 @functools.cache
@@ -62,19 +72,22 @@ def _choose(kind, wanted):
 
 # ---------------------------------------------------------------- the operator
 
-def ms_deform_attn(value, spatial_shapes, locations, weights, backend="auto"):
-    """Sum over levels and points of weight x bilinear sample of the value maps (Deformable DETR, equation 3).
 
-    value           (N, S, M, D)        the maps of all levels, flattened and concatenated: fp64, fp32, fp16 or bf16
-    spatial_shapes  L x (height, width) Python integers, so that no device synchronisation is needed
-    locations       (N, Q, M, L, P, 2)  x, y in 0..1 of the level; pixel = x * width - 0.5; zero outside the map; never in half
-                                        precision, whose step is half a pixel from x = 64 (bf16) on
+def ms_deform_attn(value, spatial_shapes, locations, weights, backend="auto"):
+    """Sum over levels and points of weight x bilinear sample of the maps (equation 3).
+
+    value           (N, S, M, D)        the maps of all levels, flattened: fp64, fp32, fp16, bf16
+    spatial_shapes  L x (height, width) Python integers, so that no device has to be waited for
+    locations       (N, Q, M, L, P, 2)  x, y in 0..1 of the level; pixel = x * width - 0.5; zero
+                                        outside; never in half precision, whose step is half a
+                                        pixel from x = 64 (bf16) on
     weights         (N, Q, M, L, P)
     backend         "auto", "cuda", "cpu" or "torch"
     returns         (N, Q, M*D)         as value; sums are in fp32, or fp64 if value is
 
-    With the kernels a point at infinity or NaN adds nothing and has no gradient; with "torch" the result may be NaN.
-    Raises ValueError for shapes or dtypes that do not fit and for a backend that cannot run here.
+    With the kernels a point at infinity or NaN adds nothing and has no gradient; with "torch" the
+    result may be NaN. Raises ValueError for shapes or dtypes that do not fit and for a backend
+    that cannot run here.
     """
     _check(value, spatial_shapes, locations, weights)
     real = torch.promote_types(value.dtype, torch.float32)
@@ -86,47 +99,55 @@ def ms_deform_attn(value, spatial_shapes, locations, weights, backend="auto"):
 
 
 def _check(value, spatial_shapes, locations, weights):
-    """Shapes and dtypes fit, or one message that names the argument."""
+    """Shapes and dtypes fit, or ValueError that names the argument."""
     if isinstance(spatial_shapes, torch.Tensor):
-        raise ValueError("spatial_shapes is a tensor; give (height, width) integers, which need no copy from the device")
-    if any(size < 1 for shape in spatial_shapes for size in shape):
-        raise ValueError(f"spatial_shapes is {list(spatial_shapes)}; expected (height, width) of at least 1")
+        raise ValueError("spatial_shapes is a tensor; give (height, width) integers instead")
+    shapes = list(spatial_shapes)
+    if any(size < 1 for shape in shapes for size in shape):
+        raise ValueError(f"spatial_shapes is {shapes}; expected (height, width) of at least 1")
     if value.dim() != 4 or locations.dim() != 6:
-        raise ValueError(f"value has shape {tuple(value.shape)} and locations {tuple(locations.shape)}; "
-                         "expected (N, S, M, D) and (N, Q, M, L, P, 2)")
-    N, S, M, _ = value.shape
-    Q, L, P = locations.shape[1], *locations.shape[3:5]
-    cells = sum(h * w for h, w in spatial_shapes)
-    if S != cells:
-        raise ValueError(f"value has shape {tuple(value.shape)}; expected S = {cells}, the cells of levels {list(spatial_shapes)}")
-    for name, tensor, shape in (("locations", locations, (N, Q, M, len(spatial_shapes), P, 2)), ("weights", weights, (N, Q, M, L, P))):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
+        raise ValueError(
+            f"value has shape {tuple(value.shape)} and locations {tuple(locations.shape)}; "
+            "expected (N, S, M, D) and (N, Q, M, L, P, 2)"
+        )
+    (N, _, M, D), Q, (L, P) = value.shape, locations.shape[1], locations.shape[3:5]
+    cells = sum(h * w for h, w in shapes)
+    for name, tensor, wanted in (
+        ("value", value, (N, cells, M, D)),
+        ("locations", locations, (N, Q, M, len(shapes), P, 2)),
+        ("weights", weights, (N, Q, M, L, P)),
+    ):
+        if tuple(tensor.shape) != wanted:
+            shape = f"{name} has shape {tuple(tensor.shape)}; expected {wanted}"
+            raise ValueError(f"{shape} for levels {shapes}")
         if tensor.device != value.device:
-            raise ValueError(f"{name} is on {tensor.device}, value on {value.device}; move one of them")
-    if L == 0 or P == 0:
-        raise ValueError(f"locations has shape {tuple(locations.shape)}; at least one level and one point are needed")
-    for name, tensor in (("value", value), ("locations", locations), ("weights", weights)):
+            raise ValueError(f"{name} is on {tensor.device}, value on {value.device}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}; expected a floating-point one")
+    if L == 0 or P == 0:
+        raise ValueError(f"locations has shape {tuple(locations.shape)}; no level or no point")
     if locations.dtype in (torch.float16, torch.bfloat16):
-        raise ValueError(f"locations has dtype {locations.dtype}; expected float32: in half precision they miss their pixels")
+        message = f"locations has dtype {locations.dtype}; expected float32"
+        raise ValueError(f"{message}: in half precision they miss their pixels")
+
+
+Tensor = torch.Tensor
 
 
 @torch.library.custom_op("deformable_attn::forward", mutates_args=(), device_types=tuple(KERNELS))
-def _forward(value: torch.Tensor, shapes: list[int], locations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def _forward(value: Tensor, shapes: List[int], locations: Tensor, weights: Tensor) -> Tensor:  # noqa: UP006
     return KERNELS[value.device.type].forward(value, shapes, locations, weights)
 
 
 @torch.library.custom_op("deformable_attn::backward", mutates_args=(), device_types=tuple(KERNELS))
-def _backward(grad: torch.Tensor, value: torch.Tensor, shapes: list[int], locations: torch.Tensor,
-              weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _backward(grad: Tensor, value: Tensor, shapes: List[int], locations: Tensor,  # noqa: UP006
+              weights: Tensor) -> Tuple[Tensor, Tensor, Tensor]:  # noqa: UP006 # fmt: skip
     return KERNELS[value.device.type].backward(grad, value, shapes, locations, weights)
 
 
 @_forward.register_fake
 def _(value, shapes, locations, weights):
-    return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
+    return value.new_empty(*locations.shape[:2], value.shape[2] * value.shape[3])
 
 
 @_backward.register_fake
@@ -141,8 +162,8 @@ def _keep(ctx, inputs, output):
 
 def _gradients(ctx, grad):
     value, locations, weights = ctx.saved_tensors
-    grad_value, grad_locations, grad_weights = _backward(grad.contiguous(), value, ctx.shapes, locations, weights)
-    return grad_value, None, grad_locations, grad_weights
+    grads = _backward(grad.contiguous(), value, ctx.shapes, locations, weights)
+    return grads[0], None, *grads[1:]
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
@@ -150,14 +171,15 @@ _forward.register_autograd(_gradients, setup_context=_keep)
 
 # ---------------------------------------------------------------- the module
 
+
 @functools.lru_cache(maxsize=256)
 def _widths_heights(spatial_shapes, device):
-    """(L, 2) tensor of width, height; cached, so that the copy to the device happens once per shape."""
+    """(L, 2) tensor of width, height; cached: it is copied to the device once per shape."""
     return torch.tensor([(w, h) for h, w in spatial_shapes], dtype=torch.float32, device=device)
 
 
 class MSDeformAttn(nn.Module):
-    """Deformable attention with its projections; parameter names and initialisation as in the official code."""
+    """Deformable attention with its projections; names and initialisation are official."""
 
     backend = "auto"  # of the operator; set it here for all modules or on one of them
 
@@ -171,7 +193,7 @@ class MSDeformAttn(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """At first every head looks in a direction of its own, its n-th point n pixels away, all with equal weight."""
+        """At first every head looks its own way, its n-th point n pixels away, weights equal."""
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -189,17 +211,28 @@ class MSDeformAttn(nn.Module):
     def forward(self, query, reference, source, spatial_shapes, padding):
         """Attend from `query` to points of `source` around `reference`.
 
-        query (N, Q, C); reference (N, Q, L, 2) points or (N, Q, L, 4) boxes cxcywh, in 0..1 of each padded level;
-        source (N, S, C); spatial_shapes L x (height, width); padding (N, S), True = padding. Returns (N, Q, C).
+        query (N, Q, C); source (N, S, C); padding (N, S), True = padding; the rest as in `sample`.
+        Returns (N, Q, C).
+        """
+        value = self.value_proj(source).masked_fill(padding[..., None], 0)
+        value = value.unflatten(-1, (self.n_heads, -1))  # (N, S, M, D)
+        locations, weights = self.sample(query, reference, spatial_shapes)
+        out = ms_deform_attn(value, spatial_shapes, locations, weights, self.backend)
+        return self.output_proj(out)
+
+    def sample(self, query, reference, spatial_shapes):
+        """Where each query looks: locations (N, Q, M, L, P, 2) and weights (N, Q, M, L, P).
+
+        query (N, Q, C); reference (N, Q, L, 2) points or (N, Q, L, 4) boxes cxcywh, in 0..1 of
+        each padded level; spatial_shapes L x (height, width).
         """
         N, Q, _ = query.shape
         M, L, P = self.n_heads, self.n_levels, self.n_points
-        value = self.value_proj(source).masked_fill(padding[..., None], 0).unflatten(-1, (M, -1))  # (N, S, M, D)
         offsets = self.sampling_offsets(query).view(N, Q, M, L, P, 2)
-        weights = self.attention_weights(query).view(N, Q, M, L * P).softmax(-1).view(N, Q, M, L, P)
+        weights = self.attention_weights(query).view(N, Q, M, L * P).softmax(-1)
         centre = reference[:, :, None, :, None, :2]  # (N, Q, 1, L, 1, 2)
         if reference.shape[-1] == 2:  # offsets in pixels of the level
-            locations = centre + offsets / _widths_heights(tuple(spatial_shapes), query.device)[:, None]
+            offsets = offsets / _widths_heights(tuple(spatial_shapes), query.device)[:, None]
         else:  # offsets in units of the box: P of them reach its border
-            locations = centre + offsets * (reference[:, :, None, :, None, 2:] * (0.5 / P))
-        return self.output_proj(ms_deform_attn(value, spatial_shapes, locations, weights, self.backend))
+            offsets = offsets * (reference[:, :, None, :, None, 2:] * (0.5 / P))
+        return centre + offsets, weights.view(N, Q, M, L, P)

@@ -1,4 +1,6 @@
-"""Scenes, COCO files good and broken, and boxes that follow their objects through every augmentation."""
+"""Scenes, datasets good and broken in three layouts, boxes that follow their objects."""
+
+import argparse
 import json
 import re
 import shutil
@@ -8,33 +10,53 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+import coco
 import isaid
 import scenes
 import train
 
+SIZE = 64
+PLAIN = isaid.transforms(False, SIZE)
+TINY = (
+    "--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 1 --dim_feedforward 32 --num_queries 5 "
+    "--batch_size 3 --epochs 1 --image_size 64"
+).split()
+
+
+def same(a, b):
+    """Whether two datasets have the same items."""
+    assert len(a) == len(b) and a.categories == b.categories
+    for (image, target), (other, expected) in zip(map(a.__getitem__, range(len(a))), b):
+        assert torch.equal(image, other) and torch.equal(target["labels"], expected["labels"])
+        torch.testing.assert_close(target["boxes"], expected["boxes"])
+        assert target["file_name"] == expected["file_name"] and target["size"] == expected["size"]
+    return True
+
+
 # ---------------------------------------------------------------- synthetic scenes
+
 
 def test_scenes_depend_on_seed_and_number_alone():
     first = scenes.draw_scene(3, 7, 96)
     scenes.draw_scene(3, 8, 96)
     assert np.array_equal(scenes.draw_scene(3, 7, 96), first)
-    for other in ((4, 7, 96), (3, 8, 96)):
-        assert not np.array_equal(scenes.draw_scene(*other), first)
-    small = isaid.synthetic("train", 3, 64, isaid.transforms(False, 64), seed=1)
-    large = isaid.synthetic("train", 9, 64, isaid.transforms(False, 64), seed=1)
-    held_out = isaid.synthetic("val", 3, 64, isaid.transforms(False, 64), seed=1)
-    assert all(torch.equal(small[i][0], large[i][0]) for i in range(3))
-    assert not any(torch.equal(small[i][0], held_out[i][0]) for i in range(3))
+    assert not np.array_equal(scenes.draw_scene(4, 7, 96), first)
+    small, large = (isaid.synthetic("train", n, SIZE, PLAIN, seed=1) for n in (3, 9))
+    held_out = isaid.synthetic("val", 3, SIZE, PLAIN, seed=1)
+    for i in range(3):
+        assert torch.equal(small[i][0], large[i][0])
+        assert not any(torch.equal(small[i][0], held_out[k][0]) for k in range(3))
 
 
 def test_scenes_hold_all_classes_and_some_are_empty():
     data = isaid.synthetic("train", 600, 128, None)
-    counts = np.array(data.counts())
+    counts, boxes = np.array(data.counts()), torch.cat(data.boxes)
     assert [c["name"] for c in data.categories] == list(scenes.CLASSES) and len(counts) == 15
     assert counts.min() > 0.5 * counts.mean() and counts.max() < 2 * counts.mean()
     assert 0.05 < np.mean([len(labels) == 0 for labels in data.labels]) < 0.2
-    boxes = torch.cat(data.boxes)
-    assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= 128).all() and boxes[:, 2:].min() > 5
+    assert (
+        boxes.min() >= 0 and (boxes[:, :2] + boxes[:, 2:]).max() <= 128 and boxes[:, 2:].min() > 5
+    )
 
 
 def draw_without(n, hidden, monkeypatch):
@@ -44,7 +66,7 @@ def draw_without(n, hidden, monkeypatch):
     def draw_or_not(rng, pen, thing, sun, fine):
         seen.extend([thing] * (thing.name in scenes.CLASSES))
         skip = thing.name in scenes.CLASSES and len(seen) - 1 == hidden
-        draw(rng, nowhere if skip else pen, thing, 0 * sun, fine)  # the random numbers are used up either way
+        draw(rng, nowhere if skip else pen, thing, 0 * sun, fine)  # uses the same random numbers
 
     with monkeypatch.context() as patch:
         patch.setattr(scenes, "draw_thing", draw_or_not)
@@ -62,41 +84,142 @@ def test_scene_boxes_are_tight(monkeypatch):
             assert np.abs(changed - box).max() <= 2.0, (n, scenes.CLASSES[labels[i]], changed, box)
 
 
+def test_scenes_are_kept_by_bytes(monkeypatch):
+    """Of six scenes the first four are drawn once only, and all look as if all were kept."""
+    drawn, draw = [], isaid.draw_scene
+    monkeypatch.setattr(isaid, "draw_scene", lambda *which: drawn.append(which[1]) or draw(*which))
+    monkeypatch.setattr(isaid, "KEPT", 4 * 3 * SIZE * SIZE + 100)
+    few = isaid.synthetic("train", 6, SIZE, PLAIN)
+    first = [few[i][0] for i in range(6)]
+    assert drawn == [0, 1, 2, 3, 4, 5] and len(few.read.pixels) == 4
+    again = [few[i][0] for i in range(6)]
+    assert drawn[6:] == [4, 5]
+    monkeypatch.setattr(isaid, "KEPT", 10**9)
+    every = isaid.synthetic("train", 6, SIZE, PLAIN)
+    for i, image in enumerate(first):
+        assert torch.equal(image, again[i]) and torch.equal(image, every[i][0])
+    others = isaid.synthetic("train", 6, SIZE, PLAIN, seed=1)
+    del drawn[:]
+    batches = isaid.loader(others, 1, batch_size=3)
+    images = torch.cat([images for images, _, _ in batches])  # drawn in another process …
+    assert (
+        torch.equal(images, torch.stack([others[i][0] for i in range(6)])) and not drawn
+    )  # … once
+
+
 # ---------------------------------------------------------------- files
+
 
 @pytest.fixture
 def folder(tmp_path):
     """A small dataset on disk."""
-    isaid.main(["scenes", str(tmp_path / "data"), "--train", "6", "--val", "3", "--image_size", "64"])
-    return tmp_path / "data"
+    out = tmp_path / "data"
+    isaid.main(["scenes", str(out), *f"--train 6 --val 3 --image_size {SIZE}".split()])
+    return out
 
 
 def edit(folder, change, split="train"):
-    path = isaid.split_files(folder, split)[1]
-    coco = json.loads(path.read_text())
-    change(coco)
-    path.write_text(json.dumps(coco))
+    path = coco.split_files(folder, split)[1]
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
 
 def load(folder, **options):
-    return isaid.load_coco(*isaid.split_files(folder, "train"), isaid.transforms(False, 64), **options)
+    return isaid.load_coco(*coco.split_files(folder, "train"), PLAIN, **options)
 
 
-def test_scenes_on_disk_are_the_same_dataset(folder):
-    disk, memory = load(folder), isaid.synthetic("train", 6, 64, isaid.transforms(False, 64))
-    assert len(disk) == 6 and disk.categories == memory.categories
-    for i in range(6):
-        (image, target), (other, expected) = disk[i], memory[i]
-        assert torch.equal(image, other) and torch.equal(target["labels"], expected["labels"])
-        torch.testing.assert_close(target["boxes"], expected["boxes"])
-    assert len(load(folder, limit=2)) == 2
+def split_of(folder, split, setting="detect", **flags):
+    flags.update(augment="none", setting=setting, image_size=SIZE, seed=0)
+    return isaid.open_split(split, argparse.Namespace(data=str(folder), **flags), train=False)
+
+
+def place(root, split, layout):
+    """Where a layout has (the images, the annotations) of a split."""
+    kind = "image_info" if split == "test" else "instances"
+    beside = root / {"val": "valid"}.get(split, split)
+    return {
+        "isaid": coco.split_files(root, split),
+        "coco": (root / f"{split}2017", root / f"annotations/{kind}_{split}2017.json"),
+        "coco, images": (root / f"images/{split}", root / f"annotations/{kind}_{split}.json"),
+        "roboflow": (beside, beside / "_annotations.coco.json"),
+    }[layout]
+
+
+@pytest.mark.parametrize("layout", ["isaid", "coco", "coco, images", "roboflow"])
+def test_layouts(folder, tmp_path, layout, capsys):
+    """The same dataset in memory and on disk, in every layout; also without its annotations."""
+    root, out = tmp_path / "other", tmp_path / "run"
+    for split in ("train", "val", "test"):
+        theirs = coco.split_files(folder, split.replace("test", "val"))
+        images, file = place(root, split, layout)
+        shutil.copytree(theirs[0], images)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(theirs[1], file)
+        (file.parent / f"captions_{split}2017.json").write_text("{}")  # no annotations of objects
+        assert coco.find_split(root, split) == (images, file)
+    for split, n in (("train", 6), ("val", 3)):
+        memory, bare = isaid.synthetic(split, n, SIZE, PLAIN), split_of(root, split, "pretrain")
+        assert same(split_of(root, split), memory)
+        assert all(torch.equal(bare[i][0], memory[i][0]) for i in range(n)) and len(bare) == n
+        assert not bare.annotations and not bare.categories
+    assert len(split_of(root, "train", limit_train=2)) == 2
+    assert same(split_of(root, "test"), split_of(root, "val"))
+    with pytest.raises(SystemExit) as stop:
+        isaid.main(["check", str(root)])
+    assert not stop.value.code and "images   6," in capsys.readouterr().out
+    if layout == "coco":
+        train.main([*TINY, "--data", str(root), "--out", str(out)])
+        printed, state = capsys.readouterr().out, torch.load(out / "best.pt", weights_only=True)
+        assert "instances_train2017.json: 6 images" in printed and state["window"] == SIZE
+        assert [c["name"] for c in state["categories"]] == list(scenes.CLASSES)
+        assert 0 <= json.loads((out / "log.jsonl").read_text())["ap"] <= 1
+
+
+def test_any_folder_of_images(tmp_path):
+    """Every twentieth is held out; masks, as iSAID keeps them beside its images, are not images."""
+    names = [f"{part}/{i:02}.png" for part in "ab" for i in range(21)]
+    for name in (*names, "a/00_instance_color_RGB.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (70, 60)).save(tmp_path / name)
+    held_out, others = (split_of(tmp_path, split, "pretrain") for split in ("val", "train"))
+    found = [image["file_name"].removeprefix(f"{tmp_path}/") for image in held_out.images]
+    assert found == [names[i] for i in (0, 20, 40)] and len(others) == 39
+    assert not {x["file_name"] for x in held_out.images} & {x["file_name"] for x in others.images}
+    (tmp_path / "a").rename(tmp_path / "train")  # as ImageNet has them
+    (tmp_path / "b").rename(tmp_path / "val")
+    assert [len(coco.find_images(tmp_path, split)[1]) for split in ("train", "val")] == [21, 21]
+    (tmp_path / "few").mkdir()
+    with pytest.raises(coco.DataError, match="holds no images"):
+        coco.find_images(tmp_path / "few", "train")
+    (tmp_path / "val/00.png").rename(tmp_path / "few/0.PNG")
+    with pytest.raises(coco.DataError, match="holds one image"):
+        coco.find_images(tmp_path / "few", "val")
+
+
+def test_what_is_not_recognised_gets_the_three_layouts(folder, capsys):
+    (folder / "val/images").rename(folder / "val/pictures")
+    expected = (
+        rf"error: {folder}: no annotated split 'val' is recognised there; .*val/images and "
+        r"val/instancesonly_filtered_val.json \(iSAID's patches\).*annotations/instances_val\*.json"
+        r" .*\(COCO\).*valid/_annotations.coco.json beside the images \(Roboflow\)"
+    )
+    with pytest.raises(SystemExit, match=f"^{expected}$"):
+        train.main([*TINY, "--data", str(folder)])
+    with pytest.raises(SystemExit) as stop:
+        isaid.main(["check", str(folder)])
+    out = capsys.readouterr().out
+    assert stop.value.code == 1 and re.search(f"(?m)^{expected}$", out) and "images   6," in out
 
 
 def test_labels_follow_category_ids(folder):
     """Ids with gaps and in any order become 0..K-1, in the order of the ids."""
-    def change(coco):
-        coco["categories"] = [{"id": 70, "name": "late"}, {"id": 5, "name": "early"}]
-        coco["annotations"] = [{"id": 9, "image_id": 0, "category_id": c, "bbox": [4, 4, 8, 8]} for c in (70, 5, 70)]
+
+    def change(content):
+        content["categories"] = [{"id": 70, "name": "late"}, {"id": 5, "name": "early"}]
+        box = {"image_id": 0, "bbox": [4, 4, 8, 8]}
+        content["annotations"] = [{**box, "id": 9, "category_id": i} for i in (70, 5, 70)]
+
     edit(folder, change)
     data = load(folder)
     assert [c["name"] for c in data.categories] == ["early", "late"]
@@ -105,251 +228,214 @@ def test_labels_follow_category_ids(folder):
 
 
 def test_boxes_are_clipped_and_counted(folder):
-    def change(coco):
+    inside = [[-10, 10, 20, 20], [50, 50, 30, 30], [10, 10, 20, 20]]
+    removed = [[10, 10, 0, 5], [80, 80, 5, 5], [5, 5, -3, 4], [0, 0, float("nan"), 3]]
+
+    def change(content):
         box = {"image_id": 0, "category_id": 1}
-        coco["annotations"] = [{**box, "id": i, "bbox": b} for i, b in enumerate((
-            [-10, 10, 20, 20], [50, 50, 30, 30], [10, 10, 0, 5], [80, 80, 5, 5], [5, 5, -3, 4], [0, 0, float("nan"), 3],
-            [10, 10, 20, 20]))] + [{**box, "id": 8, "bbox": [1, 1, 60, 60], "iscrowd": 1}]
+        content["annotations"] = [{**box, "bbox": b} for b in inside + removed]
+        content["annotations"] += [{**box, "bbox": [1, 1, 60, 60], "iscrowd": 1}]
+
     edit(folder, change)
     data = load(folder)
     assert (data.clipped, data.removed) == (2, 4)
     assert data.boxes[0].tolist() == [[0, 10, 10, 20], [50, 50, 14, 14], [10, 10, 20, 20]]
     assert [a["area"] for a in data.annotations[:3]] == [200, 196, 400]  # of what is left of them
     assert [data.tiny(size) for size in (64, 6, 4, 2)] == [0, 1, 2, 3]
-    assert [a["iscrowd"] for a in data.annotations] == [0, 0, 0, 1]  # the crowd region is left to the evaluation
-    text, stops = isaid.check(*isaid.split_files(folder, "train"))
-    assert re.search(r"without area, removed +4\n.*outside, clipped +2\n.*crowd.* 1\n", text) and not stops
+    assert [a["iscrowd"] for a in data.annotations] == [0, 0, 0, 1]  # the evaluation ignores it
+    said = data.summary(num_queries=2, image_size=4)
+    assert "6 images, 3 boxes, 2 clipped to their image, 4 without area removed, 2 under a" in said
+    assert "1 (16.7%) of them hold more objects than there are queries: 2" in said
+    text, classes = isaid.check(*coco.split_files(folder, "train"))
+    assert re.search(r"removed +4\n.*outside, clipped +2\n.*crowd.* 1\n", text) and classes
 
 
 def test_sizes_missing_in_the_file_come_from_the_images(folder):
-    edit(folder, lambda coco: [image.pop("width") for image in coco["images"]])
-    assert load(folder).images[0]["width"] == 64
+    edit(folder, lambda content: [image.pop("width") for image in content["images"]])
+    data = load(folder)
+    assert data.images[0]["width"] == SIZE and data.side() == SIZE
 
 
 BROKEN = {
-    "not valid JSON": lambda f: isaid.split_files(f, "train")[1].write_text('{"images": ['),
-    "no list 'annotations'": lambda f: edit(f, lambda c: c.pop("annotations")),
-    "has no 'file_name'": lambda f: edit(f, lambda c: c["images"][1].pop("file_name")),
-    "has no 'bbox'": lambda f: edit(f, lambda c: c["annotations"][0].pop("bbox")),
-    "it must be 4 numbers": lambda f: edit(f, lambda c: c["annotations"][0].update(bbox=[1, 2, 3])),
-    "must be 4 numbers, x": lambda f: edit(f, lambda c: c["annotations"][0].update(bbox=[1, 2, 3, 10 ** 400])),
-    "id 'im0', which is not a whole number": lambda f: edit(f, lambda c: c["images"][0].update(id="im0")),
-    "name None, which is not text": lambda f: edit(f, lambda c: c["categories"][0].update(name=None)),
-    "width '64', which is not a number": lambda f: edit(f, lambda c: c["images"][0].update(width="64")),
-    "height -64, which is not a number": lambda f: edit(f, lambda c: c["images"][0].update(height=-64)),
-    "iscrowd 'x', which is not a number": lambda f: edit(f, lambda c: c["annotations"][0].update(iscrowd="x")),
-    "category_id 99": lambda f: edit(f, lambda c: c["annotations"][0].update(category_id=99)),
-    "image_id 77": lambda f: edit(f, lambda c: c["annotations"][0].update(image_id=77)),
-    "id 1 occurs twice": lambda f: edit(f, lambda c: c["images"][0].update(id=1)),
-    "name 'a.nb', which is not printable": lambda f: edit(f, lambda c: c["categories"][0].update(name="a\nb")),
-    "has boxes within 0..1 only": lambda f: edit(f, lambda c: [a.update(bbox=[0.2, 0.1, 0.3, 1]) for a in c["annotations"]]),
-    "has no images": lambda f: edit(f, lambda c: c.update(images=[], annotations=[])),
-    "has no categories": lambda f: edit(f, lambda c: c.update(categories=[], annotations=[])),
-    "1 of 6 images are missing": lambda f: (f / "train/images/scene_000002.png").unlink(),
-    "no such folder": lambda f: shutil.rmtree(f / "train/images"),
-    "cannot be read": lambda f: isaid.split_files(f, "train")[1].unlink(),
+    "no list 'annotations'": lambda c: c.pop("annotations"),
+    "has no images": lambda c: c.update(images=[], annotations=[]),
+    "has no categories": lambda c: c.update(categories=[], annotations=[]),
+    "entry 1 of 'images' has no 'file_name'": lambda c: c["images"][1].pop("file_name"),
+    "entry 0 of 'annotations' has no 'bbox'": lambda c: c["annotations"][0].pop("bbox"),
+    "it must be 4 numbers": lambda c: c["annotations"][0].update(bbox=[1, 2, 3]),
+    "must be 4 numbers, x": lambda c: c["annotations"][0].update(bbox=[1, 2, 3, 10**400]),
+    "bbox 'x', which is not a list": lambda c: c["annotations"][0].update(bbox="x"),
+    "iscrowd 'x', which is not a number": lambda c: c["annotations"][0].update(iscrowd="x"),
+    "category_id 99, which is not among": lambda c: c["annotations"][0].update(category_id=99),
+    "image_id 77, which is not among": lambda c: c["annotations"][1].update(image_id=77),
+    "id 'im0', which is not a whole": lambda c: c["images"][0].update(id="im0"),
+    "id 1 occurs twice among the images": lambda c: c["images"][0].update(id=1),
+    "width '64', which is not a number": lambda c: c["images"][0].update(width="64"),
+    "height -64, which is not a number": lambda c: c["images"][0].update(height=-64),
+    "name None, which is not text": lambda c: c["categories"][0].update(name=None),
+    "name 'a.nb', which is not printable": lambda c: c["categories"][0].update(name="a\nb"),
+    "has boxes within 0..1 only": lambda c: [a.update(bbox=[0.2, 0, 1]) for a in c["annotations"]],
+    "6 of 6 images are missing": lambda c: [i.update(file_name="x.png") for i in c["images"]],
 }
 
 
 @pytest.mark.parametrize("message", BROKEN)
 def test_broken_files_are_named(folder, message):
-    BROKEN[message](folder)
-    with pytest.raises(isaid.DataError, match=message) as error:
+    edit(folder, BROKEN[message])
+    with pytest.raises(coco.DataError, match=message) as error:
         load(folder)
-    assert "train" in str(error.value) and "\n" not in str(error.value)
+    assert "_train.json: " in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["empty", "not an image", "truncated", "16 bits"])
-def test_unreadable_images_are_named(folder, content):
-    path = folder / "train/images/scene_000000.png"
+@pytest.mark.parametrize("content", ["empty", "not an image", "truncated", "16 bits", "other size"])
+def test_unusable_images_are_named(folder, content):
+    path, said = folder / "train/images/scene_000000.png", "scene_000000.png: "
     if content == "16 bits":
-        Image.fromarray(np.full((64, 64), 4000, np.uint16)).save(path)
+        Image.fromarray(np.full((SIZE, SIZE), 4000, np.uint16)).save(path)
+    elif content == "other size":
+        Image.new("RGB", (30, 20)).save(path)
+        said = "scene_000000.png should have 64 x 64 pixels, the file has 30 x 20"
     else:
-        path.write_bytes({"empty": b"", "not an image": b"hello", "truncated": path.read_bytes()[:2000]}[content])
-    with pytest.raises(isaid.DataError, match="scene_000000.png"):
+        parts = {"empty": b"", "not an image": b"hello", "truncated": path.read_bytes()[:2000]}
+        path.write_bytes(parts[content])
+    with pytest.raises(coco.DataError, match=said):
         load(folder)[0]
-
-
-def test_images_of_another_size_are_refused(folder):
-    Image.new("RGB", (30, 20)).save(folder / "train/images/scene_000001.png")
-    with pytest.raises(isaid.DataError, match="scene_000001.png should have 64 x 64 pixels, the file has 30 x 20"):
-        load(folder)[1]
-
-
-def test_check_command(folder, capsys):
-    edit(folder, lambda c: c["annotations"].extend(
-        {"id": 1000 + i, "image_id": 3, "category_id": 2, "bbox": [1, 1, 4, 4]} for i in range(101)))
-    Image.new("RGB", (30, 20)).save(folder / "train/images/scene_000001.png")
-    (folder / "train/images/scene_000002.png").write_bytes((folder / "train/images/scene_000004.png").read_bytes()[:900])
-    with pytest.raises(SystemExit) as stop:
-        isaid.main(["check", str(folder)])
-    out = capsys.readouterr().out
-    assert stop.value.code == 1 and "; 2 more cannot be used" in out and "images   3," in out and "64 x 64 (4)" in out
-    assert re.search("cannot be used +2\n    .*scene_000001.png should have 64 x 64 .*\n    .*scene_000002.png: is damaged", out)
-    assert "DETR's 100 queries  1 (25.0%)" in out and "300 queries  0 (0.0%)" in out
-    with pytest.raises(SystemExit) as stop:
-        isaid.main(["check", "--images", str(folder / "val/images"), "--json", str(isaid.split_files(folder, "val")[1])])
-    assert stop.value.code == 0 and "images   3," in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="has no folder train or val"):
-        isaid.main(["check", str(folder / "train")])
+    json_path = coco.split_files(folder, "train")[1]
+    json_path.write_text('{"images": [')
+    with pytest.raises(coco.DataError, match="_train.json: is not valid JSON"):
+        load(folder)
 
 
 def test_check_names_every_fault(folder, capsys):
-    """A deliberately broken dataset: all that a training would stop on is listed at once, the rest counted once that is mended."""
-    def spoil(coco):
-        boxes = coco["annotations"]
-        boxes[0].update(category_id=99)
-        boxes[1].update(image_id=77)
-        coco["images"][0].update(id=1)
-        coco["categories"][3].update(id=2)
-    edit(folder, spoil)
+    """All that a training would stop on is listed at once; the rest is counted."""
 
-    def check():
+    def check(change):
+        edit(folder, change)
         with pytest.raises(SystemExit) as stop:
             isaid.main(["check", str(folder)])
         return stop.value.code, capsys.readouterr().out
-    status, out = check()
-    assert status == 1 and "faults, 4" in out
-    for text in ("category_id 99, which is not among the categories", "image_id 77, which is not among the images",
-                 "id 1 occurs twice among the images", "id 2 occurs twice among the categories"):
-        assert text in out
 
-    def mend(coco):
-        boxes = coco["annotations"]
-        coco["images"][0].update(id=0)
-        coco["categories"][3].update(id=4)
-        for box, change in zip(boxes, ({"category_id": 1, "bbox": [5, 5, -3, 4]}, {"image_id": 0, "bbox": [0, 0, float("nan"), 3]},
-                                       {"bbox": [50, 50, 30, 30], "id": boxes[1]["id"]})):
-            box.update(change)
-    edit(folder, mend)
-    status, out = check()
-    assert status == 0
-    assert re.search(r"without area, removed +2\n.*outside, clipped +1\n.*\n.*ids used again +1\n", out)
-    edit(folder, lambda coco: coco["categories"][0].update(name="boat"))
-    status, out = check()
+    path, images = coco.split_files(folder, "train")[1], folder / "train/images"
+    whole = path.read_text()
+    spoilt = ["category_id 99", "image_id 77", "id 1 occurs twice", "width '64'", "name None"]
+    chosen = [text for text in BROKEN if text.startswith(tuple(spoilt))]
+    status, out = check(lambda content: [BROKEN[text](content) for text in chosen])
+    assert status == 1 and "faults   5\n" in out and all(text in out for text in chosen)
+
+    def harmless(content):
+        dense = {"image_id": 3, "category_id": 2, "bbox": [1, 1, 4, 4]}
+        content["annotations"] += [{**dense, "id": 1000 + i} for i in range(101)]
+        content["annotations"] += [{**dense, "bbox": [5, 5, -3, 4]}, {**dense, "id": 1000}]
+
+    path.write_text(whole)
+    status, out = check(harmless)
+    assert status == 0 and "images   6," in out and "64 x 64 (6)" in out
+    assert re.search(r"removed +1\n(.*\n)+.*ids used again +1\n", out)
+    assert "DETR's 100 queries  1 (16.7%)" in out and "300 queries  0 (0.0%)" in out
+    status, out = check(lambda content: content["categories"][0].update(name="boat"))
     assert status == 1 and "the splits have different classes: 1 boat" in out
-    edit(folder, lambda coco: coco["annotations"][0].update(bbox="x", category_id=99))
-    assert "bbox 'x', which is not a list" in (out := check()[1]) and "category_id 99" in out  # one fault hides no other
-    edit(folder, mend)
-    for n in (2, 5):
-        (folder / f"train/images/scene_00000{n}.png").unlink()
-    edit(folder, lambda coco: coco["images"][5].pop("width"))
-    status, out = check()
-    assert status == 1 and all(f"scene_00000{n}.png: is missing" in out for n in (2, 5))
-    shutil.rmtree(folder / "val")
-    assert "there is no val; to train with --data both are needed" in check()[1]
+    with pytest.raises(SystemExit, match="has the classes 1 boat.* 1 ship"):
+        train.main([*TINY, "--data", str(folder)])
+    Image.new("RGB", (30, 20)).save(images / "scene_000001.png")
+    (images / "scene_000002.png").write_bytes((images / "scene_000002.png").read_bytes()[:900])
+    for n in (4, 5):
+        (images / f"scene_00000{n}.png").unlink()
+    status, out = check(lambda content: None)
+    assert status == 1 and "faults   4\n" in out and "images   2," in out and "64 x 64 (2)" in out
+    assert all(f"scene_00000{n}.png: is missing" in out for n in (4, 5))
+    assert "scene_000001.png should have 64 x 64" in out and "scene_000002.png: is damaged" in out
 
 
 # ---------------------------------------------------------------- augmentation
 
-def white_box(size, box):
+
+def white_box(size, box, transform):
     """A black picture with one white rectangle, as a dataset of one image."""
-    (w, h), (x, y, bw, bh) = size, box
-    image = Image.new("RGB", size)
+    (w, h), (x, y, bw, bh), image = size, box, Image.new("RGB", size)
     image.paste("white", (x, y, x + bw, y + bh))
-    return {"images": [{"id": 0, "file_name": "", "width": w, "height": h}], "categories": [{"id": 1, "name": "box"}],
-            "annotations": [{"id": 1, "image_id": 0, "category_id": 1, "bbox": [x, y, bw, bh]}]}, image
+    content = {"categories": [{"id": 1, "name": "box"}]}
+    content["images"] = [{"id": 0, "file_name": "", "width": w, "height": h}]
+    content["annotations"] = [{"image_id": 0, "category_id": 1, "bbox": box}]
+    return isaid.Detection("white box", content, lambda i, at_least: (image, size), transform)
 
 
-@pytest.mark.parametrize("size", [(90, 60), (64, 64), (700, 500)])
-@pytest.mark.parametrize("options", [
-    {"image_size": 64, "hflip": False}, {"image_size": 64, "vflip": True}, {"image_size": 96, "quarter_turns": True},
-    {"vflip": True, "quarter_turns": True}, {}], ids=lambda o: "-".join(o) or "official")
-def test_boxes_follow_their_object(size, options):
-    coco, image = white_box(size, (12, 30, 40, 20))
-    data = isaid.Detection("white box", coco, lambda i, at_least: (image, image.size), isaid.transforms(True, **options))
-    whites, places = torch.tensor([(1 - m) / s for m, s in zip(isaid.MEAN, isaid.STD)]), set()
-    for data.epoch in range(12):
+@pytest.mark.parametrize("size", [(90, 60), (64, 64), (700, 500)], ids=str)
+@pytest.mark.parametrize("image_size", [64, 96, None])
+@pytest.mark.parametrize("augment", isaid.AUGMENT)
+def test_boxes_follow_their_object(size, image_size, augment):
+    """The box is where the white is; of the eight ways to lie those are met that are meant."""
+    image_size = image_size or (80 if augment == "crop" else None)
+    data = white_box(size, [8, 30, 40, 20], isaid.transforms(True, image_size, augment))
+    places = set()
+    for data.epoch in range(40 if image_size else 6):
         picture, target = data[0]
-        bright = (picture - whites[:, None, None]).abs().amax(0) < 1.5
+        bright = coco.unnormalise(picture).amin(0) > 0.66
+        H, W = bright.shape
+        assert H == W == image_size if image_size else max(H, W) <= 1333 and min(H, W) <= 800
         if len(target["boxes"]) == 0:  # cropped away
             assert bright.float().mean() < 0.01
             continue
-        H, W = bright.shape
-        if options.get("image_size"):
-            assert H == W == options["image_size"]
-        else:
-            assert max(H, W) <= 1333 and min(H, W) <= 800
         y, x = (v.float() for v in bright.nonzero(as_tuple=True))
         found = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1])
-        cx, cy, w, h = (target["boxes"][0] * torch.tensor([W, H, W, H])).tolist()
-        expected = torch.tensor([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2])
+        centre, half = (target["boxes"][0] * torch.tensor([W, H, W, H])).view(2, 2) / torch.tensor(
+            [[1], [2]]
+        )
+        expected = torch.cat([centre - half, centre + half])
         assert (found - expected).abs().max() <= max(W / size[0], H / size[1], 1) + 1.5
         places.add(tuple(target["boxes"][0].mul(100).round().tolist()))
-    moves = 1 if options.get("hflip") is False else 2
-    assert len(places) >= moves and (moves > 1 or len(places) == 1)
+    ways = {"none": 1, "flip": 2, "aerial": 8}.get(augment)
+    assert len(places) == ways if ways and image_size else len(places) > 2
 
 
-def test_evaluation_is_not_augmented():
-    data = isaid.synthetic("val", 2, 64, isaid.transforms(False, 64, vflip=True, quarter_turns=True))
-    first = data[1][0]
-    data.epoch = 5
-    assert torch.equal(data[1][0], first)
+def test_augmentation_depends_on_seed_epoch_and_index_alone():
+    data = isaid.synthetic("train", 3, SIZE, isaid.transforms(True, SIZE, "aerial"))
 
-
-def test_augmentation_depends_on_seed_epoch_and_index():
-    def item(seed, epoch, i):
-        data = isaid.synthetic("train", 3, 64, isaid.transforms(True, 64, vflip=True, quarter_turns=True))
-        data.seed, data.epoch = seed, epoch
-        state = torch.get_rng_state()
-        image = data[i][0]
+    def item(epoch, i, seed=0):
+        data.seed, data.epoch, state = seed, epoch, torch.get_rng_state()
+        image, target = data[i]
         assert torch.equal(torch.get_rng_state(), state)  # the model's randomness is left alone
-        return image
-    assert torch.equal(item(0, 1, 2), item(0, 1, 2))
-    variants = [item(0, epoch, 2) for epoch in range(8)]
-    assert any(not torch.equal(variants[0], other) for other in variants[1:])
+        assert target["image_id"] == i % 3
+        return image, target["seed"]
+
+    assert torch.equal(item(1, 2)[0], item(1, 2)[0]) and item(1, 2)[1] == item(1, 2)[1]
+    for variants in (  # other epochs, other passes over the images, other seeds
+        [item(epoch, 2) for epoch in range(8)],
+        [item(0, 2 + 3 * k) for k in range(8)],
+        [item(0, 2, seed) for seed in range(8)],
+    ):
+        assert any(not torch.equal(variants[0][0], image) for image, _ in variants)
+        assert len({seed for _, seed in variants}) == 8
+    data = isaid.synthetic("val", 2, SIZE, isaid.transforms(False, SIZE, "aerial"))
+    assert torch.equal(item(0, 1)[0], item(5, 1)[0])  # what is held out is not augmented
 
 
 def test_collate_pads_right_and_below():
-    images, padding, targets = isaid.collate([(torch.ones(3, 4, 6), {"n": 0}), (torch.ones(3, 5, 2), {"n": 1})])
-    assert images.shape == (2, 3, 5, 6) and targets == [{"n": 0}, {"n": 1}]
-    assert torch.equal(images[:, 0] == 0, padding)
-    assert (~padding).sum((1, 2)).tolist() == [24, 10] and not padding[0, :4].any() and not padding[1, :, :2].any()
+    images, padding, targets = isaid.collate([(torch.ones(3, 4, 6), 0), (torch.ones(3, 5, 2), 1)])
+    assert images.shape == (2, 3, 5, 6) and targets == [0, 1]
+    assert torch.equal(images[:, 0] == 0, padding) and (~padding).sum((1, 2)).tolist() == [24, 10]
+    assert not padding[0, :4].any() and not padding[1, :, :2].any()
 
 
-# ---------------------------------------------------------------- loading
-
-def test_large_jpegs_are_decoded_small(tmp_path):
-    """A JPEG of four times the wanted size gives nearly the same item, from a quarter of the pixels; other files are read whole."""
-    picture = scenes.draw_scene(0, 3, 256).resize((1024, 1024))
-    coco = isaid.synthetic("train", 4, 256, None)
-    boxes = [{**a, "image_id": 0, "bbox": [4 * v for v in a["bbox"]]} for a in coco.annotations if a["image_id"] == 3]
-    assert boxes
-    for suffix, read in (("jpg", 256), ("png", 1024)):
-        picture.save(tmp_path / f"a.{suffix}", **({"quality": 95} if suffix == "jpg" else {}))
-        content = {"images": [{"id": 0, "file_name": f"a.{suffix}"}], "annotations": boxes, "categories": coco.categories}
-        (tmp_path / "a.json").write_text(json.dumps(content))
-        data = isaid.load_coco(tmp_path, tmp_path / "a.json", isaid.transforms(False, 256))
-        whole, target = data[0]
-        data.at_least = 256
-        assert data.read(0, 256)[0].size == (read, read) and data.read(0, 256)[1] == (1024, 1024)
-        small, other = data[0]
-        assert other["size"] == target["size"] == (1024, 1024)
-        torch.testing.assert_close(other["boxes"], target["boxes"])
-        assert (small - whole).abs().mean() < 0.05
-
-
-def test_repeat_factors():
-    """A class in one of 100 images, with a threshold of 0.04: shown twice as often; every epoch has as many items."""
-    images = [{"id": i, "width": 10, "height": 10, "file_name": ""} for i in range(100)]
-    annotations = [{"image_id": i, "category_id": 1, "bbox": [0, 0, 5, 5]} for i in range(50)]
-    annotations += [{"image_id": 7, "category_id": 2, "bbox": [0, 0, 5, 5]}]
-    coco = {"images": images, "annotations": annotations, "categories": [{"id": i, "name": str(i)} for i in (1, 2, 3)]}
-    data = isaid.Detection("rare", coco, None, None)
-    factors = isaid.repeat_factors(data, 0.04)
-    assert factors[7] == pytest.approx(2) and factors.sum() == pytest.approx(101)
-    counts = np.zeros(100)
-    uneven = torch.linspace(1, 2.5, 100)
-    for epoch in range(200):
-        items = train.repeated(uneven, torch.tensor((epoch + 0.5) / 200))
-        assert len(items) == round(float(uneven.sum())) and len(set(items.tolist())) == len(items)
-        counts += np.bincount(items.numpy() % 100, minlength=100)
-    assert np.abs(counts / 200 - uneven.numpy()).max() < 0.02
-    assert sorted(train.repeated(factors, torch.tensor(0.3)).tolist()) == [*range(100), 107]
-
-
-def test_repeated_images_are_augmented_anew():
-    data = isaid.synthetic("train", 3, 64, isaid.transforms(True, 64, vflip=True, quarter_turns=True))
-    variants = [data[2 + 3 * k] for k in range(8)]
-    assert {target["image_id"] for _, target in variants} == {2}
-    assert any(not torch.equal(variants[0][0], image) for image, _ in variants[1:])
+@pytest.mark.parametrize("suffix, read", [("jpg", 256), ("png", 1024)])
+def test_large_jpegs_are_decoded_small(tmp_path, suffix, read):
+    """A JPEG of four times the size gives nearly the same item from a quarter of the pixels."""
+    isaid.write_scenes(tmp_path / "x", {"train": 4}, 256, seed=0)
+    images, path = coco.split_files(tmp_path / "x", "train")
+    content = json.loads(path.read_text())
+    image = Image.open(images / "scene_000003.png").resize((1024, 1024))
+    image.save(images / f"a.{suffix}", **({"quality": 95} if suffix == "jpg" else {}))
+    content["images"] = [{"id": 3, "file_name": f"a.{suffix}"}]
+    content["annotations"] = [
+        {**a, "bbox": [4 * v for v in a["bbox"]]}
+        for a in content["annotations"]
+        if a["image_id"] == 3
+    ]
+    path.write_text(json.dumps(content))
+    data = isaid.load_coco(images, path, isaid.transforms(False, 256))
+    whole, target = data[0]
+    data.at_least = 256
+    small, other = data[0]
+    assert data.read(0, 256)[0].size == (read, read) and other["size"] == (1024, 1024)
+    assert len(other["boxes"]) == len(content["annotations"]) > 0
+    torch.testing.assert_close(other["boxes"], target["boxes"])
+    assert (small - whole).abs().mean() < 0.05
