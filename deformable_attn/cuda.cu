@@ -1,6 +1,8 @@
-// Multi-scale deformable attention on NVIDIA GPUs (Deformable DETR, arXiv 2010.04159, equation 3): forward and backward.
+// Multi-scale deformable attention on NVIDIA GPUs (Deformable DETR, arXiv 2010.04159, equation 3):
+// forward and backward.
 //
-// Compiled at first use by NVRTC for one type and one number of channels, which cuda.py gives as macros; it includes no header:
+// Compiled at first use by NVRTC for one type and one number of channels, which cuda.py gives as
+// macros; it includes no header:
 //   DTYPE    0 float, 1 half, 2 bfloat16, 3 double: of value and out
 //   D        channels of a head
 //   WIDTH    channels that a thread loads at once, up to 16 bytes
@@ -9,13 +11,14 @@
 //   TILE     neighbouring queries that are worked on together, head by head
 //   LEVELS   at most
 //
-// N images, Q queries, M heads, D channels a head, L levels, P points, S = sum of height x width over the levels. All arrays are
-// contiguous: value (N, S, M, D), locations (N, Q, M, L, P, 2), weights (N, Q, M, L, P), out (N, Q, M, D). Locations, weights, sums
-// and gradients are float, or double for double.
+// N images, Q queries, M heads, D channels a head, L levels, P points, S = sum of height x width
+// over the levels. All arrays are contiguous: value (N, S, M, D), locations (N, Q, M, L, P, 2),
+// weights (N, Q, M, L, P), out (N, Q, M, D). Locations, weights, sums and gradients are float, or
+// double for double.
 //
-// LANES neighbouring threads, a group, share one head of one query. Every lane loads WIDTH of a pixel's channels at once, and
-// its sums stay in registers. The pixels and shares of a point are worked out once, by one lane, and passed on through
-// shared memory, BATCH points at a time.
+// LANES neighbouring threads, a group, share one head of one query. Every lane loads WIDTH of a
+// pixel's channels at once, and its sums stay in registers. The pixels and shares of a point are
+// worked out once, by one lane, and passed on through shared memory, BATCH points at a time.
 #if DTYPE == 3
 typedef double Real;
 #else
@@ -27,13 +30,15 @@ typedef unsigned short Stored;
 typedef Real Stored;
 #endif
 
-constexpr int ROUNDS = (D / WIDTH + LANES - 1) / LANES;  // a lane has channels (round * LANES + lane) * WIDTH onwards
+constexpr int ROUNDS =
+    (D / WIDTH + LANES - 1) / LANES;  // a lane has channels (round * LANES + lane) * WIDTH onwards
 constexpr int BATCH = LANES < 4 ? 4 * LANES : 16;
 constexpr int GROUPS = THREADS / LANES;  // in a block
 constexpr unsigned ALL = 0xffffffffu;
 
 struct alignas(sizeof(Stored) * WIDTH) Channels { Stored c[WIDTH]; };
-struct alignas(16) Pixels {  // around a point: 0 upper left, 1 upper right, 2 lower left, 3 lower right
+struct alignas(16)
+    Pixels {  // around a point: 0 upper left, 1 upper right, 2 lower left, 3 lower right
   int row[4];                // of the map; some row of it where the pixel lies outside
   Real share[4];             // of the pixel in the bilinear sample, times the weight; 0 outside
 };
@@ -45,13 +50,22 @@ struct Sizes {  // as the host passes them
 };
 
 #if DTYPE == 1
-__device__ float real(unsigned short x) { float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x)); return r; }
-__device__ unsigned short stored(float x) { unsigned short r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x)); return r; }
+__device__ float real(unsigned short x) {
+  float r;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x));
+  return r;
+}
+__device__ unsigned short stored(float x) {
+  unsigned short r;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x));
+  return r;
+}
 #elif DTYPE == 2
 __device__ float real(unsigned short x) { return __uint_as_float(unsigned(x) << 16); }
 __device__ unsigned short stored(float x) {  // to the nearest, ties to even; a NaN stays one
   const unsigned bits = __float_as_uint(x);
-  return x == x ? (unsigned short)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16) : (unsigned short)0x7fff;
+  return x == x ? (unsigned short)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)
+                : (unsigned short)0x7fff;
 }
 #else
 __device__ Real real(Real x) { return x; }
@@ -74,10 +88,13 @@ __device__ Place locate(const Real* xy, const Sizes& z, int level) {
   y = y > Real(-2) ? y : Real(-2), y = y < at.height ? y : at.height;
   const int x0 = int(floor(x)), y0 = int(floor(y)), x1 = x0 + 1, y1 = y0 + 1;
   at.fx = x - Real(x0), at.fy = y - Real(y0);
-  at.left = x0 >= 0 && x0 < w, at.right = x1 >= 0 && x1 < w, at.top = y0 >= 0 && y0 < h, at.bottom = y1 >= 0 && y1 < h;
+  at.left = x0 >= 0 && x0 < w, at.right = x1 >= 0 && x1 < w, at.top = y0 >= 0 && y0 < h,
+  at.bottom = y1 >= 0 && y1 < h;
   const int column0 = at.left ? x0 : 0, column1 = at.right ? x1 : 0;
-  const int row0 = z.start[level] + (at.top ? y0 * w : 0), row1 = z.start[level] + (at.bottom ? y1 * w : 0);
-  at.row[0] = row0 + column0, at.row[1] = row0 + column1, at.row[2] = row1 + column0, at.row[3] = row1 + column1;
+  const int row0 = z.start[level] + (at.top ? y0 * w : 0),
+            row1 = z.start[level] + (at.bottom ? y1 * w : 0);
+  at.row[0] = row0 + column0, at.row[1] = row0 + column1, at.row[2] = row1 + column0,
+  at.row[3] = row1 + column1;
   return at;
 }
 
@@ -97,7 +114,8 @@ struct Work {  // which head of which query of which image a group has
   long long here, map;  // index into (N, Q, M); index of its channels' first one in value
 };
 
-// Images one after the other, in them tiles of queries, in a tile head after head: what is read together lies together.
+// Images one after the other, in them tiles of queries, in a tile head after head: what is read
+// together lies together.
 __device__ Work work(const Sizes& z, const int* order) {
   Work w;
   w.lane = threadIdx.x % LANES, w.group = threadIdx.x / LANES;
@@ -117,7 +135,8 @@ __device__ void add(Real* to, const Real* what) {  // WIDTH values, atomically e
   int c = 0;
 #if DTYPE != 3 && __CUDA_ARCH__ >= 900
   for (; c + 4 <= WIDTH; c += 4) {
-    atomicAdd(reinterpret_cast<float4*>(to + c), make_float4(what[c], what[c + 1], what[c + 2], what[c + 3]));
+    atomicAdd(reinterpret_cast<float4*>(to + c),
+              make_float4(what[c], what[c + 1], what[c + 2], what[c + 3]));
   }
 #endif
   for (; c < WIDTH; ++c) atomicAdd(to + c, what[c]);
@@ -132,8 +151,9 @@ __device__ void sum_over_lanes(Real (&v)[4]) {
 
 // order (Q,): the queries, neighbours together, or null.
 extern "C" __global__ void __launch_bounds__(THREADS)
-forward(const Sizes z, const int* __restrict__ order,
-        const Stored* __restrict__ value, const Real* __restrict__ locations, const Real* __restrict__ weights, Stored* __restrict__ out) {
+    forward(const Sizes z, const int* __restrict__ order, const Stored* __restrict__ value,
+            const Real* __restrict__ locations, const Real* __restrict__ weights,
+            Stored* __restrict__ out) {
   __shared__ Pixels shared[GROUPS][BATCH];
   const Work w = work(z, order);
   const int points = z.L * z.P;
@@ -175,11 +195,13 @@ forward(const Sizes z, const int* __restrict__ order,
   }
 }
 
-// grad_value must be zero at the start. The gradients of a point are combinations of four dot products, <grad_out, pixel>.
+// grad_value must be zero at the start. The gradients of a point are combinations of four dot
+// products, <grad_out, pixel>.
 extern "C" __global__ void __launch_bounds__(THREADS, 8)
-backward(const Sizes z, const int* __restrict__ order,
-         const Stored* __restrict__ grad_out, const Stored* __restrict__ value, const Real* __restrict__ locations,
-         const Real* __restrict__ weights, Real* __restrict__ grad_value, Real* __restrict__ grad_locations, Real* __restrict__ grad_weights) {
+    backward(const Sizes z, const int* __restrict__ order, const Stored* __restrict__ grad_out,
+             const Stored* __restrict__ value, const Real* __restrict__ locations,
+             const Real* __restrict__ weights, Real* __restrict__ grad_value,
+             Real* __restrict__ grad_locations, Real* __restrict__ grad_weights) {
   __shared__ Pixels shared[GROUPS][BATCH];
   __shared__ Four dots[GROUPS][BATCH];
   const Work w = work(z, order);
@@ -232,11 +254,15 @@ backward(const Sizes z, const int* __restrict__ order,
       const Place at = locate(locations + 2 * p, z, (first + i) / z.P);
       const Real weight = weights[p];
       const Four d = dots[w.group][i];
-      const Real d0 = at.top && at.left ? d.v[0] : Real(0), d1 = at.top && at.right ? d.v[1] : Real(0);
-      const Real d2 = at.bottom && at.left ? d.v[2] : Real(0), d3 = at.bottom && at.right ? d.v[3] : Real(0);
-      grad_weights[p] = (1 - at.fy) * ((1 - at.fx) * d0 + at.fx * d1) + at.fy * ((1 - at.fx) * d2 + at.fx * d3);
+      const Real d0 = at.top && at.left ? d.v[0] : Real(0),
+                 d1 = at.top && at.right ? d.v[1] : Real(0);
+      const Real d2 = at.bottom && at.left ? d.v[2] : Real(0),
+                 d3 = at.bottom && at.right ? d.v[3] : Real(0);
+      grad_weights[p] =
+          (1 - at.fy) * ((1 - at.fx) * d0 + at.fx * d1) + at.fy * ((1 - at.fx) * d2 + at.fx * d3);
       grad_locations[2 * p] = weight * at.width * ((1 - at.fy) * (d1 - d0) + at.fy * (d3 - d2));
-      grad_locations[2 * p + 1] = weight * at.height * ((1 - at.fx) * (d2 - d0) + at.fx * (d3 - d1));
+      grad_locations[2 * p + 1] =
+          weight * at.height * ((1 - at.fx) * (d2 - d0) + at.fx * (d3 - d1));
     }
   }
 }

@@ -1,4 +1,5 @@
-// Runs cuda.cu on the CPU, to test it where there is no GPU: the threads of a block are coroutines, one block after the other.
+// Runs cuda.cu on the CPU, to test it where there is no GPU: the threads of a block are coroutines,
+// one block after the other.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -51,7 +52,9 @@ template <typename T> T __shfl_xor_sync(unsigned, T value, int step) {
 struct float4 { float x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 template <typename T> void atomicAdd(T* to, T what) { *to += what; }
-inline void atomicAdd(float4* to, float4 what) { to->x += what.x, to->y += what.y, to->z += what.z, to->w += what.w; }
+inline void atomicAdd(float4* to, float4 what) {
+  to->x += what.x, to->y += what.y, to->z += what.z, to->w += what.w;
+}
 inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
 
@@ -64,7 +67,8 @@ template <typename F> void run_blocks(unsigned blocks, unsigned count, F kernel)
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
     for (auto& thread : threads) {
       getcontext(&thread.context);
-      thread.context.uc_stack.ss_sp = thread.stack.data(), thread.context.uc_stack.ss_size = thread.stack.size();
+      thread.context.uc_stack.ss_sp = thread.stack.data(),
+      thread.context.uc_stack.ss_size = thread.stack.size();
       thread.context.uc_link = &scheduler, thread.done = false;
       makecontext(&thread.context, +[] { (*body)(), threads[threadIdx.x].done = true; }, 0);
     }
@@ -81,7 +85,8 @@ template <typename F> void run_blocks(unsigned blocks, unsigned count, F kernel)
 
 #include KERNEL
 
-extern "C" void launch(int which, unsigned blocks, unsigned count, void** arguments) {  // as cuLaunchKernel takes them
+extern "C" void launch(int which, unsigned blocks, unsigned count,
+                       void** arguments) {  // as cuLaunchKernel takes them
   const Sizes& z = *static_cast<Sizes*>(arguments[0]);
   const auto order = *static_cast<const int**>(arguments[1]);
   const auto stored = [&](int i) { return *static_cast<Stored**>(arguments[i]); };
@@ -89,6 +94,8 @@ extern "C" void launch(int which, unsigned blocks, unsigned count, void** argume
   if (which == 0) {
     run_blocks(blocks, count, [&] { forward(z, order, stored(2), real(3), real(4), stored(5)); });
   } else {
-    run_blocks(blocks, count, [&] { backward(z, order, stored(2), stored(3), real(4), real(5), real(6), real(7), real(8)); });
+    run_blocks(blocks, count, [&] {
+      backward(z, order, stored(2), stored(3), real(4), real(5), real(6), real(7), real(8));
+    });
   }
 }
