@@ -1,7 +1,6 @@
 """Scenes, datasets good and broken in three layouts, boxes that follow their objects."""
 
 import argparse
-import functools
 import itertools
 import json
 import re
@@ -35,19 +34,13 @@ def same(a, b):
     return len(a) == len(b) and a.categories == b.categories
 
 
-# ---------------------------------------------------------------- synthetic scenes
-
-
 def test_scenes_depend_on_seed_and_number_alone():
-    first = scenes.draw_scene(3, 7, 96)
-    scenes.draw_scene(3, 8, 96)
-    assert np.array_equal(scenes.draw_scene(3, 7, 96), first)
-    assert not np.array_equal(scenes.draw_scene(4, 7, 96), first)
-    small, large = (isaid.synthetic("train", n, SIZE, PLAIN, seed=1) for n in (3, 9))
-    held_out = isaid.synthetic("val", 3, SIZE, PLAIN, seed=1)
-    for i in range(3):
-        assert torch.equal(small[i][0], large[i][0])
-        assert not any(torch.equal(small[i][0], held_out[k][0]) for k in range(3))
+    def drawn(split, n, seed=1):
+        read = isaid.synthetic(split, n, SIZE, None, seed).read
+        return [read(i)[0].tobytes() for i in reversed(range(n))]
+
+    assert drawn("train", 3) == drawn("train", 9)[-3:]
+    assert len({*drawn("train", 9), *drawn("val", 3), *drawn("train", 3, seed=2)}) == 15
 
 
 def test_scenes_hold_all_classes_and_some_are_empty():
@@ -63,24 +56,25 @@ def test_scenes_hold_all_classes_and_some_are_empty():
 
 def test_scene_boxes_are_tight(monkeypatch):
     """The box is where the picture changes when the object is not drawn."""
-    draw, numbers, hidden = scenes.draw_thing, iter(()), None
+    draw = scenes.draw_thing
 
-    def draw_or_not(rng, pen, thing, sun, fine):  # without shadows
-        if thing.name in scenes.CLASSES and next(numbers) == hidden:
-            thing = thing._replace(centre=-1e6)  # far away; as many random numbers are drawn
-        draw(rng, pen, thing, 0 * sun, fine)
+    def picture(n, hidden):
+        numbers = itertools.count()
 
-    monkeypatch.setattr(scenes, "draw_thing", draw_or_not)
+        def draw_or_not(rng, pen, thing, sun, fine):  # without shadows
+            if thing.name in scenes.CLASSES and next(numbers) == hidden:
+                thing = thing._replace(centre=-1e6)  # far away, with the same random numbers
+            draw(rng, pen, thing, 0 * sun, fine)
+
+        monkeypatch.setattr(scenes, "draw_thing", draw_or_not)
+        return np.asarray(scenes.draw_scene(0, n, 128), float)
+
     for n in range(12):
         labels, boxes, _ = scenes.scene_objects(0, n, 128)
-        pictures = []
-        for hidden in range(-1, len(boxes)):
-            numbers = itertools.count()
-            pictures.append(np.asarray(scenes.draw_scene(0, n, 128), float))
-        for label, box, picture in zip(labels, boxes, pictures[1:]):
-            changed = torch.from_numpy(np.abs(picture - pictures[0]).max(-1) > 12)
-            found = masks_to_boxes(changed[None])[0].numpy() + [0, 0, 1, 1]
-            assert np.abs(found - box).max() <= 2.0, (n, scenes.CLASSES[label], found, box)
+        for i, box in enumerate(boxes):
+            changed = np.abs(picture(n, i) - picture(n, None)).max(-1) > 12
+            found = masks_to_boxes(torch.from_numpy(changed)[None])[0].numpy() + [0, 0, 1, 1]
+            assert np.abs(found - box).max() <= 2.0, (n, scenes.CLASSES[labels[i]], found, box)
 
 
 def test_scenes_are_kept_by_bytes(monkeypatch):
@@ -98,68 +92,57 @@ def test_scenes_are_kept_by_bytes(monkeypatch):
     assert torch.equal(loaded, torch.stack([other[i][0] for i in range(4)])) and not drawn
 
 
-# ---------------------------------------------------------------- files
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A small dataset on disk."""
-    out = tmp_path / "data"
-    isaid.main(["scenes", str(out), *f"--train 6 --val 3 --image_size {SIZE}".split()])
-    return out
+    isaid.main(f"scenes {tmp_path}/data --train 6 --val 3 --image_size {SIZE}".split())
+    return tmp_path / "data"
 
 
-def edit(folder, change, split="train"):
-    path = coco.split_files(folder, split)[1]
+def edit(folder, change):
+    path = coco.split_files(folder, "train")[1]
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
 
 
-def load(folder, **options):
-    return isaid.load_coco(*coco.split_files(folder, "train"), PLAIN, **options)
-
-
-def split_of(folder, split, setting="detect", **flags):
+def load(folder, split="train", setting="detect", **flags):
     flags.update(augment="none", setting=setting, image_size=SIZE, seed=0)
     return isaid.open_split(split, argparse.Namespace(data=str(folder), **flags), train=False)
 
 
-def place(root, split, layout):
-    """Where a layout has (the images, the annotations) of a split."""
-    kind = "image_info" if split == "test" else "instances"
-    beside = root / {"val": "valid"}.get(split, split)
-    return {
-        "isaid": coco.split_files(root, split),
-        "coco": (root / f"{split}2017", root / f"annotations/{kind}_{split}2017.json"),
-        "coco, images": (root / f"images/{split}", root / f"annotations/{kind}_{split}.json"),
-        "roboflow": (beside, beside / "_annotations.coco.json"),
-    }[layout]
+LAYOUTS = {
+    "train/images": "train/instancesonly_filtered_train.json",  # iSAID's
+    "train2017": "annotations/instances_train2017.json",  # COCO's, in two ways
+    "images/train": "annotations/instances_train.json",
+    "train": "train/_annotations.coco.json",  # Roboflow's
+}
 
 
-@pytest.mark.parametrize("layout", ["isaid", "coco", "coco, images", "roboflow"])
-def test_layouts(folder, tmp_path, layout, capsys):
+@pytest.mark.parametrize("images", LAYOUTS)
+def test_layouts(folder, tmp_path, images, capsys):
     """The same dataset in memory and on disk, in every layout; also without its annotations."""
-    root, out = tmp_path / "other", tmp_path / "run"
+    root, out, file = tmp_path / "other", tmp_path / "run", LAYOUTS[images]
     for split in ("train", "val", "test"):
+        name = "valid" if split == "val" and images == "train" else split
+        place, path = root / images.replace("train", name), root / file.replace("train", name)
+        if split == "test":
+            path = path.with_name(path.name.replace("instances_", "image_info_"))
         theirs = coco.split_files(folder, split.replace("test", "val"))
-        images, file = place(root, split, layout)
-        shutil.copytree(theirs[0], images)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(theirs[1], file)
-        (file.parent / f"captions_{split}2017.json").write_text("{}")  # no annotations of objects
-        assert coco.find_split(root, split) == (images, file)
+        shutil.copytree(theirs[0], place)
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(theirs[1], path)
+        (path.parent / f"captions_{split}2017.json").write_text("{}")  # not of objects
+        assert coco.find_split(root, split) == (place, path)
     for split, n in (("train", 6), ("val", 3)):
-        memory, bare = isaid.synthetic(split, n, SIZE, PLAIN), split_of(root, split, "pretrain")
-        assert same(split_of(root, split), memory)
-        assert all(torch.equal(bare[i][0], memory[i][0]) for i in range(n)) and len(bare) == n
-        assert not bare.annotations and not bare.categories
-    assert len(split_of(root, "train", limit_train=2)) == 2
-    assert same(split_of(root, "test"), split_of(root, "val"))
-    with pytest.raises(SystemExit) as stop:
+        memory, bare = isaid.synthetic(split, n, SIZE, PLAIN), load(root, split, "pretrain")
+        assert same(load(root, split), memory) and len(bare) == n and not bare.annotations
+        assert all(torch.equal(bare[i][0], memory[i][0]) for i in range(n))
+    assert len(load(root, limit_train=2)) == 2 and same(load(root, "test"), load(root, "val"))
+    with pytest.raises(SystemExit, match="^0$"):
         isaid.main(["check", str(root)])
-    assert not stop.value.code and "images   6," in capsys.readouterr().out
-    if layout == "coco":
+    assert "images   6," in capsys.readouterr().out
+    if images == "train2017":
         train.main([*TINY, "--data", str(root), "--out", str(out)])
         printed, state = capsys.readouterr().out, torch.load(out / "best.pt", weights_only=True)
         assert "instances_train2017.json: 6 images" in printed and state["window"] == SIZE
@@ -170,75 +153,55 @@ def test_layouts(folder, tmp_path, layout, capsys):
 def test_any_folder_of_images(tmp_path):
     """Every twentieth is held out; masks, as iSAID keeps them beside its images, are not images."""
     names = [f"{part}/{i:02}.png" for part in "ab" for i in range(21)]
-    for name in (*names, "a/00_instance_color_RGB.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (70, 60)).save(tmp_path / name)
-    held_out, others = (coco.find_images(tmp_path, split)[1] for split in ("val", "train"))
-    assert held_out == [tmp_path / names[i] for i in (0, 20, 40)]
-    assert len(split_of(tmp_path, "train", "pretrain")) == 39 and not {*held_out} & {*others}
-    (tmp_path / "few").mkdir()
-    with pytest.raises(coco.DataError, match="holds no images"):
-        coco.find_images(tmp_path / "few", "train")
-    (tmp_path / "a/20.png").rename(tmp_path / "few/0.PNG")
+    for name in (*names, "a/00_instance_color_RGB.png", "one/0.PNG"):
+        (tmp_path / "any" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (70, 60)).save(tmp_path / "any" / name)
+    (tmp_path / "any/one").rename(tmp_path / "one")
+    held_out, others = (coco.find_images(tmp_path / "any", x)[1] for x in ("val", "train"))
+    assert held_out == [tmp_path / "any" / names[i] for i in (0, 20, 40)]
+    assert len(load(tmp_path / "any", "train", "pretrain")) == 39 and not {*held_out} & {*others}
     with pytest.raises(coco.DataError, match="holds one image"):
-        coco.find_images(tmp_path / "few", "val")
-    (tmp_path / "a").rename(tmp_path / "train")  # as ImageNet has them
-    (tmp_path / "b").rename(tmp_path / "val")
-    assert [len(coco.find_images(tmp_path, split)[1]) for split in ("train", "val")] == [20, 21]
+        coco.find_images(tmp_path / "one", "val")
+    for part, name in (("a", "train"), ("b", "val")):  # as ImageNet has them
+        (tmp_path / "any" / part).rename(tmp_path / "any" / name)
+    assert [len(coco.find_images(tmp_path / "any", x)[1]) for x in ("train", "val")] == [21, 21]
 
 
 def test_what_is_not_recognised_gets_the_three_layouts(folder, capsys):
     (folder / "val/images").rename(folder / "val/pictures")
-    expected = (
-        rf"error: {folder}: no annotated split 'val' is recognised there; .*val/images and "
-        r"val/instancesonly_filtered_val.json \(iSAID's patches\).*annotations/instances_val\*.json"
-        r" .*\(COCO\).*valid/_annotations.coco.json beside the images \(Roboflow\)"
+    said = (
+        rf"^error: {folder}: no annotated split 'val' is recognised there; .*iSAID's.*/instances_val"
+        r"\*.json .*\(COCO\).*valid/_annotations.coco.json beside the images \(Roboflow\)$"
     )
-    with pytest.raises(SystemExit, match=f"^{expected}$"):
+    with pytest.raises(SystemExit, match=said):
         train.main([*TINY, "--data", str(folder)])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="^1$"):
         isaid.main(["check", str(folder)])
     out = capsys.readouterr().out
-    assert stop.value.code == 1 and re.search(f"(?m)^{expected}$", out) and "images   6," in out
+    assert re.search(f"(?m){said}", out) and "images   6," in out  # of the other split
 
 
-def test_labels_follow_category_ids(folder):
+def test_boxes_are_clipped_and_labels_follow_ids(folder):
     """Ids with gaps and in any order become 0..K-1, in the order of the ids."""
-
-    def change(content):
-        content["categories"] = [{"id": 70, "name": "late"}, {"id": 5, "name": "early"}]
-        box = {"image_id": 0, "bbox": [4, 4, 8, 8]}
-        content["annotations"] = [{**box, "id": 9, "category_id": i} for i in (70, 5, 70)]
-        del content["images"][0]["width"]  # it is the image's
-
-    edit(folder, change)
+    boxes = [[-10, 10, 20, 20], [50, 50, 30, 30], [10, 10, 20, 20], [1, 1, 60, 60]]
+    boxes += [[10, 10, 0, 5], [80, 80, 5, 5], [5, 5, -3, 4], [0, 0, float("nan"), 3]]
+    found = [{"image_id": 0, "category_id": 5, "bbox": box} for box in boxes]
+    found[0]["category_id"] = found[2]["category_id"] = 70
+    found[3]["iscrowd"] = 1
+    categories = [{"id": 70, "name": "late"}, {"id": 5, "name": "early"}]
+    edit(folder, lambda content: content.update(annotations=found, categories=categories))
+    edit(folder, lambda content: content["images"][0].pop("width"))  # it is the image's
     data = load(folder)
-    assert [c["name"] for c in data.categories] == ["early", "late"] and data.side() == SIZE
-    assert data[0][1]["labels"].tolist() == [1, 0, 1] and data.counts() == [1, 2]
-    assert data[1][1]["boxes"].shape == (0, 4) and data.images[0]["width"] == SIZE
-
-
-def test_boxes_are_clipped_and_counted(folder):
-    inside = [[-10, 10, 20, 20], [50, 50, 30, 30], [10, 10, 20, 20]]
-    removed = [[10, 10, 0, 5], [80, 80, 5, 5], [5, 5, -3, 4], [0, 0, float("nan"), 3]]
-
-    def change(content):
-        box = {"image_id": 0, "category_id": 1}
-        content["annotations"] = [{**box, "bbox": b} for b in inside + removed]
-        content["annotations"] += [{**box, "bbox": [1, 1, 60, 60], "iscrowd": 1}]
-
-    edit(folder, change)
-    data = load(folder)
-    assert (data.clipped, data.removed) == (2, 4)
+    assert (data.clipped, data.removed) == (2, 4) and data.images[0]["width"] == SIZE
     assert data.boxes[0].tolist() == [[0, 10, 10, 20], [50, 50, 14, 14], [10, 10, 20, 20]]
+    assert [c["name"] for c in data.categories] == ["early", "late"] and data.counts() == [1, 2]
+    assert data[0][1]["labels"].tolist() == [1, 0, 1] and data[1][1]["boxes"].shape == (0, 4)
     assert [a["area"] for a in data.annotations[:3]] == [200, 196, 400]  # of what is left of them
-    assert [data.tiny(size) for size in (64, 6, 4, 2)] == [0, 1, 2, 3]
     assert [a["iscrowd"] for a in data.annotations] == [0, 0, 0, 1]  # the evaluation ignores it
+    assert [data.tiny(size) for size in (64, 6, 4, 2)] == [0, 1, 2, 3]
     said = data.summary(num_queries=2, image_size=4)
     assert "6 images, 3 boxes, 2 clipped to their image, 4 without area removed, 2 under a" in said
     assert "1 (16.7%) of them hold more objects than there are queries: 2" in said
-    text, classes = isaid.check(*coco.split_files(folder, "train"))
-    assert re.search(r"removed +4\n.*outside, clipped +2\n.*crowd.* 1\n", text) and classes
 
 
 BROKEN = {
@@ -247,10 +210,8 @@ BROKEN = {
     "has no categories": lambda c: c.update(categories=[], annotations=[]),
     "entry 1 of 'images' has no 'file_name'": lambda c: c["images"][1].pop("file_name"),
     "entry 0 of 'annotations' has no 'bbox'": lambda c: c["annotations"][0].pop("bbox"),
-    "it must be 4 numbers": lambda c: c["annotations"][0].update(bbox=[1, 2, 3]),
     "must be 4 numbers, x": lambda c: c["annotations"][0].update(bbox=[1, 2, 3, 10**400]),
     "bbox 'x', which is not a list": lambda c: c["annotations"][0].update(bbox="x"),
-    "iscrowd 'x', which is not a number": lambda c: c["annotations"][0].update(iscrowd="x"),
     "category_id 99, which is not among": lambda c: c["annotations"][0].update(category_id=99),
     "image_id 77, which is not among": lambda c: c["annotations"][1].update(image_id=77),
     "id 'im0', which is not a whole": lambda c: c["images"][0].update(id="im0"),
@@ -266,26 +227,23 @@ BROKEN = {
 
 @pytest.mark.parametrize("message", [*BROKEN, "is not valid JSON"])
 def test_broken_files_are_named(folder, message):
-    if message in BROKEN:
-        edit(folder, BROKEN[message])
-    else:
-        coco.split_files(folder, "train")[1].write_text('{"images": [')
+    coco.split_files(folder, "val")[1].write_text('{"images": [')
+    split = "train" if message in BROKEN else "val"
+    edit(folder, BROKEN.get(message, len))
     with pytest.raises(coco.DataError, match=message) as error:
-        load(folder)
-    assert "_train.json: " in str(error.value) and "\n" not in str(error.value)
+        load(folder, split)
+    assert f"_{split}.json: " in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["empty", "text", "truncated", "16 bits", "other size"])
+@pytest.mark.parametrize("content", ["", "text", "truncated", "16 bits", "other size"])
 def test_unusable_images_are_named(folder, content):
     path, said = folder / "train/images/scene_000000.png", "scene_000000.png: "
+    path.write_bytes(path.read_bytes()[:2000] if content == "truncated" else content.encode())
     if content == "16 bits":
         Image.fromarray(np.full((SIZE, SIZE), 4000, np.uint16)).save(path)
     elif content == "other size":
         Image.new("RGB", (30, 20)).save(path)
         said = "scene_000000.png should have 64 x 64 pixels, the file has 30 x 20"
-    else:
-        parts = {"empty": b"", "text": b"hello", "truncated": path.read_bytes()[:2000]}
-        path.write_bytes(parts[content])
     with pytest.raises(coco.DataError, match=said):
         load(folder)[0]
 
@@ -301,46 +259,37 @@ def test_check_names_every_fault(folder, capsys):
 
     path, images = coco.split_files(folder, "train")[1], folder / "train/images"
     whole = path.read_text()
-    spoilt = ["category_id 99", "image_id 77", "id 1 occurs twice", "width '64'", "name None"]
-    chosen = [text for text in BROKEN if text.startswith(tuple(spoilt))]
+    chosen = [text for text in BROKEN if re.match("category_id|image_id|id 1|width|name N", text)]
     status, out = check(lambda content: [BROKEN[text](content) for text in chosen])
     assert status == 1 and "faults   5\n" in out and all(text in out for text in chosen)
 
-    def harmless(content):
-        dense = {"image_id": 3, "category_id": 2, "bbox": [1, 1, 4, 4]}
-        content["annotations"] += [{**dense, "id": 1000 + i} for i in range(101)]
-        content["annotations"] += [{**dense, "bbox": [5, 5, -3, 4]}, {**dense, "id": 1000}]
-
     path.write_text(whole)
-    status, out = check(harmless)
-    assert status == 0 and "images   6," in out and "64 x 64 (6)" in out
-    assert re.search(r"removed +1\n(.*\n)+.*ids used again +1\n", out)
-    assert "DETR's 100 queries  1 (16.7%)" in out and "300 queries  0 (0.0%)" in out
+    dense = {"image_id": 3, "category_id": 2, "bbox": [1, 1, 4, 4], "id": 1000}
+    more = [{**dense, "id": 1000 + i} for i in range(101)] + [{**dense, "bbox": [5, 5, -3, 4]}]
+    status, out = check(lambda content: content["annotations"].extend([*more, dense]))
+    assert status == 0 and "images   6," in out and "100 queries  1 (16.7%)" in out
+    assert re.search(r"removed +1\n(.*\n)+.*ids used again +2\n", out)
     status, out = check(lambda content: content["categories"][0].update(name="boat"))
     assert status == 1 and "the splits have different classes: 1 boat" in out
     with pytest.raises(SystemExit, match="has the classes 1 boat.* 1 ship"):
         train.main([*TINY, "--data", str(folder)])
     Image.new("RGB", (30, 20)).save(images / "scene_000001.png")
     (images / "scene_000002.png").write_bytes((images / "scene_000002.png").read_bytes()[:900])
-    for n in (4, 5):
-        (images / f"scene_00000{n}.png").unlink()
-    status, out = check(lambda content: None)
-    assert status == 1 and "faults   4\n" in out and "images   2," in out and "64 x 64 (2)" in out
-    assert all(f"scene_00000{n}.png: is missing" in out for n in (4, 5))
-    assert "scene_000001.png should have 64 x 64" in out and "scene_000002.png: is damaged" in out
-
-
-# ---------------------------------------------------------------- augmentation
+    (images / "scene_000004.png").unlink()
+    status, out = check(len)
+    assert status == 1 and "faults   3\n" in out and "64 x 64 (3)" in out
+    for text in ("01.png should have 64 x 64", "02.png: is damaged", "04.png: is missing"):
+        assert f"scene_0000{text}" in out
 
 
 def white_box(size, box, transform):
     """A black picture with one white rectangle, as a dataset of one image."""
-    (w, h), (x, y, bw, bh), image = size, box, Image.new("RGB", size)
-    image.paste("white", (x, y, x + bw, y + bh))
-    content = {"categories": [{"id": 1, "name": "box"}]}
-    content["images"] = [{"id": 0, "file_name": "", "width": w, "height": h}]
+    (w, h), (x, y, bw, bh), picture = size, box, Image.new("RGB", size)
+    picture.paste("white", (x, y, x + bw, y + bh))
+    content = {"images": [{"id": 0, "file_name": "", "width": w, "height": h}]}
     content["annotations"] = [{"image_id": 0, "category_id": 1, "bbox": box}]
-    return isaid.Detection("white box", content, lambda i, at_least: (image, size), transform)
+    content["categories"] = [{"id": 1, "name": "box"}]
+    return isaid.Detection("a box", content, lambda i, at_least: (picture, size), transform)
 
 
 @pytest.mark.parametrize("size", [(90, 60), (64, 64), (700, 500)], ids=str)
@@ -348,9 +297,8 @@ def white_box(size, box, transform):
 @pytest.mark.parametrize("augment", isaid.AUGMENT)
 def test_boxes_follow_their_object(size, image_size, augment):
     """The box is where the white is; of the eight ways to lie those are met that are meant."""
-    image_size = image_size or (80 if augment == "crop" else None)
+    image_size, places = image_size or (80 if augment == "crop" else None), set()
     data = white_box(size, [8, 30, 40, 20], isaid.transforms(True, image_size, augment))
-    places = set()
     for data.epoch in range(40 if image_size else 6):
         picture, target = data[0]
         bright = coco.unnormalise(picture).amin(0) > 0.66
@@ -364,7 +312,7 @@ def test_boxes_follow_their_object(size, image_size, augment):
         assert (found - box).abs().max() <= max(W / size[0], H / size[1], 1) + 1.5
         places.add(tuple(target["boxes"][0].mul(100).round().tolist()))
     ways = {"none": 1, "flip": 2, "aerial": 8}.get(augment)
-    assert len(places) == ways if ways and image_size else len(places) > 1
+    assert len(places) == ways if ways and image_size else len(places) > (augment == "crop")
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone():
@@ -375,7 +323,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
         image, target = data[i]
         assert torch.equal(torch.get_rng_state(), state)  # the model's randomness is left alone
         assert target["image_id"] == i % 3
-        return str(image), target["seed"]
+        return image.numpy().tobytes(), target["seed"]
 
     assert item(0, 1, 2) == item(0, 1, 2)
     for step in ((1, 0, 0), (0, 1, 0), (0, 0, 3)):  # seeds, epochs, the same image once more
@@ -386,17 +334,19 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
 
 
 def test_collate_pads_right_and_below():
-    images, padding, targets = isaid.collate([(torch.ones(3, 4, 6), 0), (torch.ones(3, 5, 2), 1)])
-    assert images.shape == (2, 3, 5, 6) and targets == [0, 1]
-    assert torch.equal(images[:, 0] == 0, padding) and (~padding).sum((1, 2)).tolist() == [24, 10]
-    assert not padding[0, :4].any() and not padding[1, :, :2].any()
+    images, padding, targets = isaid.collate([(torch.ones(3, 1, 2), 0), (torch.ones(3, 2, 1), 1)])
+    assert padding.tolist() == [[[False, False], [True, True]], [[False, True], [False, True]]]
+    assert torch.equal(images, 1 - padding[:, None].expand(2, 3, 2, 2).float()) and targets == [
+        0,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("suffix, read", [("jpg", 256), ("png", 1024)])
 def test_large_jpegs_are_decoded_small(tmp_path, suffix, read):
     """A JPEG of four times the size gives nearly the same item from a quarter of the pixels."""
     data, path = white_box((1024, 1024), [256, 512, 128, 64], PLAIN), tmp_path / f"a.{suffix}"
-    data.read, data.transform = functools.partial(isaid._read, [path]), isaid.transforms(False, 256)
+    data.read, data.transform = lambda i, n=None: coco.read_image(path, n), isaid.transforms(False, 256)
     scenes.draw_scene(0, 3, 256).resize((1024, 1024)).save(path, quality=95)
     whole, _ = data[0]
     data.at_least = 256
