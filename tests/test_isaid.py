@@ -49,9 +49,8 @@ def test_scenes_hold_all_classes_and_some_are_empty():
     assert [c["name"] for c in data.categories] == list(scenes.CLASSES) and len(counts) == 15
     assert counts.min() > 0.5 * counts.mean() and counts.max() < 2 * counts.mean()
     assert 0.05 < np.mean([len(labels) == 0 for labels in data.labels]) < 0.2
-    assert (
-        boxes.min() >= 0 and (boxes[:, :2] + boxes[:, 2:]).max() <= 128 and boxes[:, 2:].min() > 5
-    )
+    assert boxes.min() >= 0 and boxes[:, 2:].min() > 5
+    assert (boxes[:, :2] + boxes[:, 2:]).max() <= 128
 
 
 def test_scene_boxes_are_tight(monkeypatch):
@@ -170,9 +169,9 @@ def test_any_folder_of_images(tmp_path):
 def test_what_is_not_recognised_gets_the_three_layouts(folder, capsys):
     (folder / "val/images").rename(folder / "val/pictures")
     said = (
-        rf"^error: {folder}: no annotated split 'val' is recognised there; .*iSAID's.*/instances_val"
-        r"\*.json .*\(COCO\).*valid/_annotations.coco.json beside the images \(Roboflow\)$"
+        rf"^error: {folder}: no annotated split 'val' .*iSAID's.*/instances_val\*.json .*\(COCO\)"
     )
+    said += r".*valid/_annotations.coco.json beside the images \(Roboflow\)$"
     with pytest.raises(SystemExit, match=said):
         train.main([*TINY, "--data", str(folder)])
     with pytest.raises(SystemExit, match="^1$"):
@@ -186,8 +185,7 @@ def test_boxes_are_clipped_and_labels_follow_ids(folder):
     boxes = [[-10, 10, 20, 20], [50, 50, 30, 30], [10, 10, 20, 20], [1, 1, 60, 60]]
     boxes += [[10, 10, 0, 5], [80, 80, 5, 5], [5, 5, -3, 4], [0, 0, float("nan"), 3]]
     found = [{"image_id": 0, "category_id": 5, "bbox": box} for box in boxes]
-    found[0]["category_id"] = found[2]["category_id"] = 70
-    found[3]["iscrowd"] = 1
+    found[3]["iscrowd"], found[0]["category_id"], found[2]["category_id"] = 1, 70, 70
     categories = [{"id": 70, "name": "late"}, {"id": 5, "name": "early"}]
     edit(folder, lambda content: content.update(annotations=found, categories=categories))
     edit(folder, lambda content: content["images"][0].pop("width"))  # it is the image's
@@ -210,7 +208,7 @@ BROKEN = {
     "has no categories": lambda c: c.update(categories=[], annotations=[]),
     "entry 1 of 'images' has no 'file_name'": lambda c: c["images"][1].pop("file_name"),
     "entry 0 of 'annotations' has no 'bbox'": lambda c: c["annotations"][0].pop("bbox"),
-    "must be 4 numbers, x": lambda c: c["annotations"][0].update(bbox=[1, 2, 3, 10**400]),
+    "must be 4 numbers": lambda c: c["annotations"][0].update(bbox=[1, 2, 3, 10**400]),
     "bbox 'x', which is not a list": lambda c: c["annotations"][0].update(bbox="x"),
     "category_id 99, which is not among": lambda c: c["annotations"][0].update(category_id=99),
     "image_id 77, which is not among": lambda c: c["annotations"][1].update(image_id=77),
@@ -262,7 +260,6 @@ def test_check_names_every_fault(folder, capsys):
     chosen = [text for text in BROKEN if re.match("category_id|image_id|id 1|width|name N", text)]
     status, out = check(lambda content: [BROKEN[text](content) for text in chosen])
     assert status == 1 and "faults   5\n" in out and all(text in out for text in chosen)
-
     path.write_text(whole)
     dense = {"image_id": 3, "category_id": 2, "bbox": [1, 1, 4, 4], "id": 1000}
     more = [{**dense, "id": 1000 + i} for i in range(101)] + [{**dense, "bbox": [5, 5, -3, 4]}]
@@ -336,20 +333,17 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
 def test_collate_pads_right_and_below():
     images, padding, targets = isaid.collate([(torch.ones(3, 1, 2), 0), (torch.ones(3, 2, 1), 1)])
     assert padding.tolist() == [[[False, False], [True, True]], [[False, True], [False, True]]]
-    assert torch.equal(images, 1 - padding[:, None].expand(2, 3, 2, 2).float()) and targets == [
-        0,
-        1,
-    ]
+    assert torch.equal(images[:, 2], 1 - padding.float()) and targets == [0, 1]
 
 
 @pytest.mark.parametrize("suffix, read", [("jpg", 256), ("png", 1024)])
 def test_large_jpegs_are_decoded_small(tmp_path, suffix, read):
     """A JPEG of four times the size gives nearly the same item from a quarter of the pixels."""
-    data, path = white_box((1024, 1024), [256, 512, 128, 64], PLAIN), tmp_path / f"a.{suffix}"
-    data.read, data.transform = lambda i, n=None: coco.read_image(path, n), isaid.transforms(False, 256)
+    path, transform = tmp_path / f"a.{suffix}", isaid.transforms(False, 256)
+    data = white_box((1024, 1024), [256, 512, 128, 64], transform)
+    data.read = lambda i, at_least: coco.read_image(path, at_least)
     scenes.draw_scene(0, 3, 256).resize((1024, 1024)).save(path, quality=95)
-    whole, _ = data[0]
-    data.at_least = 256
+    whole, data.at_least = data[0][0], 256
     small, target = data[0]
     assert data.read(0, 256)[0].size == (read, read) and target["size"] == (1024, 1024)
     assert target["boxes"].tolist() == [[0.3125, 0.53125, 0.125, 0.0625]]
