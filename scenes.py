@@ -11,10 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 # fmt: off
+CLASSES = ("ship", "storage_tank", "baseball_diamond", "tennis_court", "basketball_court",
            "Ground_Track_Field", "Bridge", "Large_Vehicle", "Small_Vehicle", "Helicopter",
-           "Swimming_pool", "Roundabout",
-           "Ground_Track_Field", "Bridge", "Large_Vehicle", "Small_Vehicle", "Helicopter", "Swimming_pool", "Roundabout",
-           "Soccer_ball_field", "plane", "Harbor")
+           "Swimming_pool", "Roundabout", "Soccer_ball_field", "plane", "Harbor")
 # two turns in steps of 15 degrees: any arc is a slice of it
 CIRCLE = np.exp(2j * np.pi * np.arange(-24, 25) / 24)
 
