@@ -1,0 +1,171 @@
+"""Objects in images larger than the model's: windows, seams, files.
+
+The detector here finds rectangles of plain colours.
+"""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from scipy import ndimage
+
+import coco
+import detr
+import patches
+import predict
+import train
+
+INKS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]])  # of the classes
+TINY = "--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 1 --num_queries 7 --image_size 64"
+
+
+class Rectangles(torch.nn.Module):
+    """A perfect detector of what it is shown: every connected piece of a class's colour."""
+
+    focal, postprocess, most = True, detr.Detector.postprocess, 60
+
+    def forward(self, images, padding):
+        shape = 1, len(images), self.most
+        logits, boxes = torch.full((*shape, 3), -9.0), torch.full((*shape, 4), 0.5)
+        for b, image in enumerate((coco.unnormalise(images) * 255).permute(0, 2, 3, 1).numpy()):
+            H, W = (int((~padding[b]).any(d).sum()) for d in (1, 0))
+            q = 0
+            for label, ink in enumerate(INKS):
+                pieces, _ = ndimage.label(np.abs(image[:H, :W] - ink).max(-1) < 60)
+                for y, x in ndimage.find_objects(pieces):
+                    w, h = (x.stop - x.start) / W, (y.stop - y.start) / H
+                    boxes[0, b, q] = torch.tensor([x.start / W + w / 2, y.start / H + h / 2, w, h])
+                    logits[0, b, q, label], q = 2 + w * h, q + 1
+        return {"logits": logits, "boxes": boxes}
+
+
+def scene(width, height, n, longest):
+    """(A black image with n rectangles apart, many on the seams, boxes xyxy, labels)."""
+    rng, boxes, labels = np.random.default_rng(0), [], []
+    taken, image = np.zeros((height, width), bool), np.zeros((height, width, 3), np.uint8)
+    while len(boxes) < n:
+        w, h = rng.integers(8, longest, 2)
+        seam = min(max(0, 192 * rng.integers(1, 15) - rng.integers(w)), width - w)
+        x, y = rng.choice([seam, rng.integers(0, width - w)]), rng.integers(0, height - h)
+        if taken[max(0, y - 6) : y + h + 6, max(0, x - 6) : x + w + 6].any():
+            continue
+        taken[y : y + h, x : x + w] = True
+        labels.append(int(rng.integers(3)))
+        image[y : y + h, x : x + w] = INKS[labels[-1]]
+        boxes.append([x, y, x + w, y + h])
+    return Image.fromarray(image), np.array(boxes), np.array(labels)
+
+
+@pytest.mark.parametrize("longest", [50, 500], ids=["as the overlap", "larger than a window"])
+@pytest.mark.parametrize("size", [(3000, 3000), (1000, 300), (200, 150)], ids=str)
+def test_seams_neither_cut_nor_double(size, longest):
+    """In windows of 256 pixels that overlap by 64 the same is found as at once."""
+    n, longest = max(3, 60 * size[0] * size[1] // 3000**2), min(longest, min(size) // 2)
+    image, boxes, labels = scene(*size, n, longest)
+    found = predict.find(Rectangles(), image, 256, 64, 256)
+    assert len(found["boxes"]) == len(boxes)
+    order, truth = (np.lexsort(np.round(b).astype(int).T) for b in (found["boxes"], boxes))
+    np.testing.assert_allclose(found["boxes"][order], boxes[truth], atol=0.51)
+    np.testing.assert_array_equal(found["labels"][order], labels[truth])
+    assert (np.diff(found["scores"]) <= 0).all()
+
+
+def test_resized_windows():
+    """Windows seen at half their size: boxes to the nearest of the model's pixels."""
+    image, boxes, labels = scene(900, 700, 12, 60)
+    found = predict.find(Rectangles(), image, 256, 64, 128, batch_size=3, workers=1)
+    distance = np.abs(found["boxes"][:, None] - boxes).max(-1)
+    assert distance.min(0).max() <= 2.5 and sorted(distance.argmin(1)) == list(range(12))
+    np.testing.assert_array_equal(found["labels"], labels[distance.argmin(1)])
+
+
+def test_what_is_not_cut_wins():
+    """The whole box of an object stays, whatever the scores; another class is another object."""
+    windows = np.array([[0, 0, 100, 100], [50, 0, 150, 100], [50, 0, 150, 100]])
+    boxes = np.array([[60.0, 10, 100, 40], [60, 10, 110, 40], [60, 10, 110, 40]])
+    labels, scores = np.array([0, 0, 1]), np.array([0.9, 0.5, 0.4])
+    joined, kept = predict.join(boxes, labels, scores, windows, (150, 100), margin=1)
+    assert kept.tolist() == [1, 2] and joined.tolist() == boxes[1:].tolist()
+    none = (x[:0] for x in (boxes, labels, scores, windows))
+    joined, kept = predict.join(*none, (150, 100), margin=1)
+    assert joined.shape == (0, 4) and len(kept) == 0
+
+
+@pytest.mark.parametrize("side, step", [(90, 25), (60, 15), (40, 8)])
+def test_rows_that_overlap(side, step):
+    """Parallel things side by side, as parked lorries, stay as many as they are."""
+    rng, width, found = np.random.default_rng(0), 1000, []
+    truth = np.array([[x, 60, x + side, 60 + side] for x in range(5, width - side, step)], float)
+    for x0, x1 in patches.spans(width, 256, 64):
+        window = np.array([x0, 0, x1, 256], float)
+        seen = predict.intersect(truth, window)
+        seen = seen[predict.area(seen) > 0.2 * side**2]
+        seen = predict.intersect(seen + rng.normal(0, 0.5, seen.shape), window)
+        found.append(np.concatenate([seen, np.tile(window, (len(seen), 1))], 1))
+    boxes, windows = np.split(np.concatenate(found), 2, axis=1)
+    labels, scores = np.zeros(len(boxes), int), rng.random(len(boxes))
+    joined, _ = predict.join(boxes, labels, scores, windows, (width, 256), margin=4)
+    distance = np.abs(joined[:, None] - truth).max(-1)
+    assert distance.min(1).max() < 4 and sorted(distance.argmin(1)) == list(range(len(truth)))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train.main(f"{TINY} --limit_train 8 --limit_val 4 --epochs 1 --out {out}".split())
+    return out
+
+
+def test_the_command(run, tmp_path, capsys):
+    """On a folder with folders: pictures, COCO's JSON and CSV with the same content."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    (source / "deep").mkdir(parents=True)
+    for name, (w, h) in (("a.png", (300, 200)), ("deep/b.jpg", (64, 64)), ("tiny.png", (9, 7))):
+        noise = np.random.default_rng(0).integers(0, 255, (h, w, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(source / name)
+    files = {path: path.read_bytes() for path in source.rglob("*.*")}
+    predict.main(f"{run} {source} --out {out} --score 0 --max_dets 5".split())
+    assert "in windows of 64 pixels that overlap by 16" in capsys.readouterr().out
+    found = COCO(out / "predictions.json").dataset
+    sizes = [(image["file_name"], image["width"], image["height"]) for image in found["images"]]
+    assert sizes == [("a.png", 300, 200), ("deep/b.jpg", 64, 64), ("tiny.png", 9, 7)]
+    with open(out / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = {category["id"]: category["name"] for category in found["categories"]}
+    assert len(rows) == len(found["annotations"]) > 5
+    for row, annotation in zip(rows, found["annotations"]):
+        assert row["class"] == names[annotation["category_id"]]
+        assert row["image"] == sizes[annotation["image_id"]][0]
+        numbers = [float(row[key]) for key in ("score", "x", "y", "width", "height")]
+        assert numbers == [annotation["score"], *annotation["bbox"]]
+    for name, _, _ in sizes:
+        with Image.open(out / f"{name}.boxes.jpg") as picture:
+            assert max(picture.size) >= 800
+    for _ in range(2):  # pictures beside the images neither replace them nor are taken for images
+        predict.main(f"{run} {source} --out {source}".split())
+        assert len(json.loads((source / "predictions.json").read_text())["images"]) == 3
+    assert all(path.read_bytes() == content for path, content in files.items())
+    predict.main(f"{run} {source}/a.png --score 1".split())
+    assert json.loads((run / "predictions/predictions.json").read_text())["annotations"] == []
+
+
+def test_mistakes_get_one_line(run, tmp_path):
+    for folder in ("bad", "empty"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "bad/a.png").write_text("no image")
+    pretrained = torch.load(run / "best.pt", weights_only=True)
+    pretrained["args"]["setting"] = "pretrain"
+    torch.save(pretrained, tmp_path / "a.pt")
+    for flags, message in {
+        "{run} {tmp}/none.png": "none.png: no such image or folder of images",
+        "{run} {tmp}/bad": "1 of 1 images cannot be used: .*bad/a.png",
+        "{run} {tmp}/empty": "holds no images",
+        "{run} {tmp}/bad --overlap 64": "--overlap 64 must be smaller than the window of 64",
+        "{tmp}/a.pt {tmp}/bad": "a.pt: is of a pretraining, it detects nothing",
+    }.items():
+        with pytest.raises(SystemExit, match=f"^error: [^\n]*{message}[^\n]*$"):
+            predict.main(flags.format(run=run, tmp=tmp_path).split())
