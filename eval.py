@@ -313,8 +313,9 @@ def load_run(run, device):
     if not {"model", "detector", "categories", "args", "task"} <= checkpoint.keys():
         message = f"{path}: is not a checkpoint of train.py"
         raise ValueError(f"{message}; start from it with train.py --init {path}")
-    task, pretrain = None, checkpoint["args"]["setting"] == "pretrain"
+    task = None
     try:
+        pretrain = checkpoint["args"]["setting"] == "pretrain"
         model = detr.build_detector(**checkpoint["detector"])
         untrained = model.state_dict() if pretrain else {}  # such a run has no decoder
         model.load_state_dict({**untrained, **checkpoint["model"]})

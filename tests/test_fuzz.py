@@ -1,7 +1,9 @@
-"""Hostile input to every reader: it is taken, or refused with one line; no traceback, no file anywhere else.
+"""Hostile input to every reader is taken, or refused with one line; no file appears anywhere else.
 
-    FUZZ=2000 python -m pytest tests/test_fuzz.py -s        more cases; the number tried is printed
+FUZZ=2000 python -m pytest tests/test_fuzz.py -s        more cases; the number tried is printed
 """
+
+import collections
 import copy
 import io
 import json
@@ -9,7 +11,6 @@ import os
 import struct
 import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,195 +19,186 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import coco
 import detr
+import eval as evaluation
 import isaid
-import patches
 import reproduce
 import train
 
 CASES = int(os.environ.get("FUZZ", 40))  # of each test
-tried = {}  # kind of input: number of cases
-fuzz = settings(max_examples=CASES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-junk = st.recursive(st.none() | st.booleans() | st.integers(-10 ** 25, 10 ** 25) | st.floats() | st.text(max_size=8),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4), max_leaves=8)
-COCO = {"images": [{"id": i, "file_name": f"{i}.png", "width": 9, "height": 7} for i in range(2)],
-        "annotations": [{"id": 1, "image_id": 0, "category_id": 3, "bbox": [1, 1, 3, 3], "area": 9, "iscrowd": 0,
-                         "segmentation": [[1, 1, 4, 1, 4, 4, 1, 4]]}],
-        "categories": [{"id": 3, "name": "ship"}, {"id": 5, "name": "plane"}]}
+tried = collections.Counter()  # cases of each kind of input
+checks = list(HealthCheck)
+fuzz = settings(max_examples=CASES, deadline=None, database=None, suppress_health_check=checks)
+atoms = st.none() | st.booleans() | st.integers(-(10**25), 10**25) | st.floats() | st.text()
+junk = st.recursive(
+    atoms, lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=5), x), max_leaves=8
+)
+BOX = {"id": 1, "image_id": 0, "category_id": 3, "bbox": [1, 1, 3, 3], "area": 9, "iscrowd": 0}
+IMAGES = [{"id": i, "file_name": f"{i}.png", "width": 9, "height": 7} for i in range(2)]
+CLASSES = [{"id": 3, "name": "ship"}, {"id": 5, "name": "plane"}]
+COCO = {"images": IMAGES, "annotations": [BOX], "categories": CLASSES}
+TABLE = "a: --epochs 1\nb: --init {a}  # after a\n\nc-1: @x.txt\n"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where a reader may read; nothing may appear in it, nor in the working directory."""
-    folder = tmp_path_factory.mktemp("fuzz")
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where a reader may read; nothing may appear there, nor in the working directory."""
     for i in range(2):
-        Image.new("RGB", (9, 7)).save(folder / f"{i}.png")
-    yield folder
-    assert {path.name for path in folder.iterdir()} <= {"0.png", "1.png", "a.json", "a.pt", "a.png", "a.txt"}
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    yield
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def report():
-    yield
-    print(f"\nfuzz: {sum(tried.values()):,} cases: " + ", ".join(f"{name} {n:,}" for name, n in tried.items()))
+        Image.new("RGB", (9, 7)).save(tmp_path / f"{i}.png")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    yield tmp_path
+    assert {x.name for x in tmp_path.rglob("*")} <= {"0.png", "1.png", "a.json", "cwd", *READERS}
+    print(f"\nfuzz: {tried.total():,} cases: {tried}")
 
 
 def attempt(name, function, *arguments):
     """The result, or the refusal in one line."""
-    tried[name] = tried.get(name, 0) + 1
+    tried[name] += 1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return function(*arguments)
     except ValueError as error:
-        assert type(error) in (ValueError, isaid.DataError), repr(error)
-        assert str(error) and "\n" not in isaid.one_line(error)
+        assert type(error) in (ValueError, coco.DataError), repr(error)
+        assert str(error) and "\n" not in coco.one_line(error)
 
 
 def places(value, path=()):
     """The paths of everything in nested lists and dicts."""
-    yield path
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        yield from places(value[key], (*path, key))
+    keys = value if isinstance(value, dict) else range(len(value)) if type(value) is list else ()
+    return [path, *(x for key in keys for x in places(value[key], (*path, key)))]
 
 
 @st.composite
-def spoilt(draw, value=COCO):
-    """A COCO file with up to three places replaced or removed."""
+def spoilt(draw, value):
+    """A value with up to three places replaced or removed."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 3))):
-        *path, last = draw(st.sampled_from([path for path in places(value) if path]))
+        *path, last = draw(st.sampled_from(places(value)[1:]))
         inner = value
         for key in path:
             inner = inner[key]
-        if draw(st.booleans()) or isinstance(inner, list):
-            inner[last] = draw(junk)
-        else:
+        inner[last] = draw(junk)
+        if draw(st.booleans()):
             del inner[last]
     return value
 
 
 @fuzz
-@given(st.one_of(spoilt(), junk))
+@given(spoilt(COCO) | junk)
 def test_coco_files(folder, content):
     (folder / "a.json").write_text(json.dumps(content))
-    data = attempt("COCO files", isaid.load_coco, folder, folder / "a.json", isaid.transforms(False, 64))
+    data = attempt("COCO", isaid.load_coco, folder, folder / "a.json", isaid.transforms(False, 64))
     if data:
-        assert len(data) and all((0 <= labels).all() and (labels < len(data.categories)).all() for labels in data.labels)
-        assert all(boxes.isfinite().all() for boxes in data.boxes)
-    attempt("checks", isaid.check, folder, folder / "a.json")
-    found = attempt("official annotations", patches.read_annotations, folder / "a.json")
-    for annotation in [a for _, each in (found or {}).values() for a in each]:
-        mask = attempt("segmentations", patches.local_mask, annotation, 7, 9)
-        if mask:
-            patches.clip_objects([(*mask, annotation)], (0, 7, 0, 9))
+        labels, boxes = torch.cat(data.labels), torch.cat(data.boxes)
+        assert len(data) and boxes.isfinite().all() and (boxes[:, 2:] > 0).all()
+        assert ((0 <= labels) & (labels < len(data.categories))).all()
+    found = attempt("checks", isaid.check, folder, folder / "a.json")
+    assert not data or found[1] is None or found[1] == coco.class_names(data.categories)
+
+
+def saved(save, *options):
+    save(out := io.BytesIO(), *options)
+    return out.getvalue()
+
+
+SMALL = {"backbone": "resnet18", "hidden_dim": 32, "enc_layers": 1, "dec_layers": 1}
+MODEL = detr.build_detector("detr", 3, **SMALL)
+WEIGHTS = {"model": {name: x.flatten()[:2] for name, x in MODEL.state_dict().items()}, "args": 1}
+RUN = {"model": {}, "args": {"setting": "pretrain", "attn": "auto"}, "task": {"name": "x"}}
+RUN.update(task_state={}, categories=CLASSES)
+PICTURE = Image.fromarray(np.arange(1800, dtype=np.uint8).reshape(20, 30, 3))
+FILES = [("a.png", saved(PICTURE.save, kind)) for kind in ("PNG", "JPEG", "WEBP", "TIFF", "BMP")]
+FILES += [("a.txt", TABLE.encode()), ("a.pt", saved(lambda out: torch.save(WEIGHTS, out)))]
+READERS = {
+    "a.png": lambda path: coco.read_image(path, 8),
+    "a.pt": lambda path: detr.load_weights(MODEL, path),
+    "a.txt": reproduce.read_table,
+}
+changes = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6)
+
+
+@pytest.mark.parametrize("name, content", FILES)
+@fuzz
+@given(changes, st.floats(0.1, 1) | st.just(1.0), st.text(max_size=20))
+def test_damaged_files(folder, name, content, changes, keep, more):
+    content = bytearray(content[: max(1, int(keep * len(content)))])
+    for place, byte in changes:
+        content[int(place * (len(content) - 1))] = byte
+    (folder / name).write_bytes(content + more.encode(errors="replace"))
+    found = attempt(name, READERS[name], folder / name)
+    assert not found or name != "a.png" or found[0].mode == "RGB"
 
 
 @fuzz
 @given(st.binary(max_size=200) | st.text(max_size=60).map(str.encode))
 def test_files_that_are_something_else(folder, content):
-    for name in ("a.json", "a.pt", "a.png", "a.txt"):
+    for name, reader in {**READERS, "a.json": coco.load_json}.items():
         (folder / name).write_bytes(content)
-    attempt("JSON", isaid.load_json, folder / "a.json")
-    attempt("checkpoints", detr.load_checkpoint, folder / "a.pt")
-    attempt("images", isaid.read_image, folder / "a.png")
-    attempt("tables", reproduce.read_table, folder / "a.txt")
-
-
-def spoil(content, changes, keep):
-    content = bytearray(content[:max(1, int(keep * len(content)))])
-    for place, byte in changes:
-        content[int(place * (len(content) - 1))] = byte
-    return bytes(content)
-
-
-changes = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6)
-
-
-def picture(kind):
-    out = io.BytesIO()
-    Image.fromarray(np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3)).save(out, kind)
-    return out.getvalue()
-
-
-PICTURES = {kind: picture(kind) for kind in ("PNG", "JPEG", "WEBP", "TIFF", "BMP")}
+        attempt(f"other {name}", reader, folder / name)
 
 
 @fuzz
-@given(st.sampled_from(sorted(PICTURES)), changes, st.floats(0.1, 1) | st.just(1.0))
-def test_damaged_images(folder, kind, changes, keep):
-    (folder / "a.png").write_bytes(spoil(PICTURES[kind], changes, keep))
-    found = attempt("images", isaid.read_image, folder / "a.png", 8)
-    assert found is None or found[0].mode == "RGB"
-
-
-@fuzz
-@given(st.integers(0, 2 ** 32 - 1), st.integers(0, 2 ** 32 - 1))
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 def test_images_that_say_they_are_huge(folder, width, height):
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    if 4096 < width * height < isaid.Image.MAX_IMAGE_PIXELS * 2:
-        return  # allowed: its memory is wanted
-    (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
-    attempt("images", isaid.read_image, folder / "a.png")
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    model, out = detr.build_detector("detr", 3, backbone="resnet18", hidden_dim=32, enc_layers=1, dec_layers=1), io.BytesIO()
-    torch.save({"model": {name: tensor.flatten()[:2] for name, tensor in model.state_dict().items()}, "args": {"a": 1}}, out)
-    return model, out.getvalue()
+    if not 4096 < width * height < coco.Image.MAX_IMAGE_PIXELS * 2:  # of these memory is wanted
+        content = FILES[0][1]
+        head = content[12:16] + struct.pack(">II", width, height) + content[24:29]
+        head += struct.pack(">I", zlib.crc32(head))
+        (folder / "a.png").write_bytes(content[:12] + head + content[33:])
+        attempt("huge images", coco.read_image, folder / "a.png")
 
 
 @fuzz
-@given(changes, st.floats(0.1, 1) | st.just(1.0))
-def test_damaged_checkpoints(folder, checkpoint, changes, keep):
-    (folder / "a.pt").write_bytes(spoil(checkpoint[1], changes, keep))
-    attempt("checkpoints", detr.load_weights, checkpoint[0], folder / "a.pt")
-
-
-@fuzz
-@given(junk)
-def test_checkpoints_of_something_else(folder, checkpoint, content):
-    for value in (content, {"model": content}):
+@given(junk | spoilt(RUN))
+def test_checkpoints_of_something_else(folder, content):
+    run = (
+        {**content, "detector": {"name": "detr", "num_classes": 3, **SMALL}}
+        if isinstance(content, dict)
+        else content
+    )
+    for value in (run, {"model": content}):
         try:
             torch.save(value, folder / "a.pt")
         except Exception:  # what torch cannot save nobody will load
             continue
-        attempt("checkpoints", detr.load_weights, checkpoint[0], folder / "a.pt")
+        attempt("other checkpoints", READERS["a.pt"], folder / "a.pt")
+        attempt("other runs", evaluation.load_run, folder / "a.pt", "cpu")
 
 
-FLAGS = sorted(flag for action in train.build_parser()._actions for flag in action.option_strings if flag not in ("-h", "--help"))
-values = st.sampled_from(["0", "-1", "1e400", "nan", "x", "", "detr", "pretrain", "backbone", "64", "0.5", "9" * 20, "cpu", "@x",
-                          "mim-discrete", "../x", "\x00", "é"]) | st.text(max_size=5)
+ACTIONS = [a for a in train.build_parser()._actions if "--help" not in a.option_strings]
+WORDS = (
+    "0 -1 1 2 1e400 nan x detr pretrain backbone encoder 64 0.5 cpu @x mim-discrete ../x".split()
+)
+WORDS += ["", "9" * 20, "\x00", "é"]
+
+
+def with_value(action):
+    """A flag and a value that it may take."""
+    flag, value = st.sampled_from(action.option_strings), st.sampled_from(action.choices or WORDS)
+    return st.tuples(flag) if action.nargs == 0 else st.tuples(flag, value)
+
+
+given_flags = st.sampled_from(ACTIONS).flatmap(with_value) | st.tuples(st.text(max_size=5))
 
 
 @fuzz
-@given(st.lists(st.sampled_from(FLAGS) | values, max_size=8))
-def test_flags(capsys, flags):
-    tried["flags"] = tried.get("flags", 0) + 1
+@given(st.lists(given_flags, max_size=5))
+def test_flags(folder, capsys, parts):
+    """What is taken is of the kind that the flags promise."""
+    tried["flags"] += 1
     try:
-        args = train.parse(flags)
+        args, _ = train.parse([word for part in parts for word in part])
     except SystemExit as stop:
         said = capsys.readouterr().err
         assert stop.code == 2 and said.startswith("error: ") and "Traceback" not in said
-    else:
-        assert args.batch_size >= 1 and Path(args.out or "x").name is not None
-
-
-TABLE = "a: --epochs 1\nb: --init {a}  # after a\n\nc-1: @x.txt\n"
-
-
-@fuzz
-@given(changes, st.floats(0.1, 1) | st.just(1.0), st.text(max_size=20))
-def test_damaged_tables(folder, changes, keep, more):
-    (folder / "a.txt").write_bytes(spoil(TABLE.encode(), changes, keep) + more.encode(errors="replace"))
-    attempt("tables", reproduce.read_table, folder / "a.txt")
+        return
+    tried["flags that are taken"] += 1
+    for action in ACTIONS:
+        value = getattr(args, action.dest)
+        for one in value if isinstance(value, list) else [value]:
+            kind = bool if action.nargs == 0 else action.type or str
+            again = one if one in (None, False) else kind(str(one))
+            assert again == one and one in (None, *(action.choices or [one]))
