@@ -142,6 +142,7 @@ def resume(run, state, device):
             raise ValueError(f"last.pt: was made with {before} {name}, not {now}; {NEED_SAME}")
     pretrain = run.content["args"]["setting"] == "pretrain"
     untrained = run.model.state_dict() if pretrain else {}  # such a checkpoint has no decoder
+    untrained = {name: x for name, x in untrained.items() if detr.part_of(name) == "decoder"}
     try:
         run.model.load_state_dict({**untrained, **state["model"]})
         if run.task:
@@ -152,12 +153,12 @@ def resume(run, state, device):
             setattr(run, name, state[name])
         own = processes[parallel.rank()]
         run.sums = {name: value.to(device) for name, value in own["sums"].items()}
+        torch.set_rng_state(own["cpu"])
+        if own["cuda"] is not None:
+            torch.cuda.set_rng_state(own["cuda"])
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         why = str(error).splitlines()[0]
         raise ValueError(f"last.pt: cannot be gone on from ({why}); use --init") from None
-    torch.set_rng_state(own["cpu"])
-    if own["cuda"] is not None:
-        torch.cuda.set_rng_state(own["cuda"])
 
 
 class Signals:
@@ -194,7 +195,7 @@ def make_folder(args):
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=args.resume)
-        if not (out / "config.json").exists():
+        if not (out / "last.pt").exists():  # a run may end before its first checkpoint
             config = {"args": vars(args), "versions": versions(), "revision": revision()}
             (out / "config.json").write_text(json.dumps(config, indent=1))
     except FileExistsError:

@@ -75,6 +75,9 @@ class Detection(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images)
 
+    def __iter__(self):  # an index beyond the last image is valid
+        return (self[i] for i in range(len(self)))
+
     def __getitem__(self, index):
         i = index % len(self)
         image, (picture, (w, h)) = self.images[i], self.read(i, self.at_least)
@@ -454,19 +457,17 @@ def statistics(data):
 
 def check_dataset(root):
     """Print the check of a dataset; the exit status, 1 if training on it would stop."""
-    status, classes = 0, set()
+    found = []
     for split in ("train", "val"):
         try:
-            text, found = check(*coco.find_split(root, split))
+            found.append(check(*coco.find_split(root, split)))
         except DataError as error:
-            text, found = f"error: {error}", None
-        print(f"{text}\n")
-        status |= found is None
-        classes.add(found)
+            found.append((f"error: {error}", None))
+        print(f"{found[-1][0]}\n")
+    classes = {names for _, names in found}
     if len(classes - {None}) > 1:
-        print(f"the splits have different classes: {' | '.join(sorted(classes - {None}))}")
-        status = 1
-    return int(status)
+        print(f"the splits have different classes: {' | '.join(sorted(classes))}")
+    return int(len(classes) > 1 or None in classes)
 
 
 def main(argv=None):

@@ -71,6 +71,8 @@ def find(model, image, window, overlap, image_size, score=0.3, batch_size=8, dev
     for images, padding, targets in tqdm(loader, "windows", leave=False, disable=None):
         outputs = model(images.to(device), padding.to(device))
         outputs = {name: outputs[name][-1:].cpu() for name in ("logits", "boxes")}
+        if not all(output.isfinite().all() for output in outputs.values()):
+            raise ValueError("what the model finds is NaN or infinite; its training diverged")
         sizes = [target["size"] for target in targets]
         for target, found in zip(targets, model.postprocess(outputs, sizes, top)):
             good = found["scores"] >= score

@@ -38,7 +38,7 @@ from coco import Parser, number
 
 ROOT = Path(__file__).resolve().parent
 RUNS, RESULTS = ROOT / "runs", ROOT / "results"
-ELSEWHERE = {"out", "device", "workers", "resume", "init"}  # flags that change no result
+ELSEWHERE = {"out", "device", "workers", "resume", "seed", "data", "tokenizer_weights"}  # no change
 
 # ---------------------------------------------------------------- rows and their results
 
@@ -71,19 +71,18 @@ def starts_of(flags):
 
 def resolve(rows, name):
     """All flags of a row, recipes and defaults included, and those of what it starts from."""
-    flags = [flag.replace("@", f"@{ROOT}/", 1) if flag[0] == "@" else flag for flag in rows[name]]
+    flags = [f"@{ROOT / flag[1:]}" if flag[0] == "@" else flag for flag in rows[name]]
     args, _ = train.parse(flags)
     starts = [resolve(rows, start) for start in starts_of(rows[name])]
-    return {
-        **{k: v for k, v in vars(args).items() if k not in ELSEWHERE | {"seed"}},
-        "starts": starts,
-    }
+    return {**{k: v for k, v in vars(args).items() if k not in ELSEWHERE}, "starts": starts}
 
 
 def difference(before, now):
     """The flags that two resolved rows have both, with other values; "" if there are none."""
     changed = [k for k in before.keys() & now.keys() - {"starts"} if before[k] != now[k]]
     text = ", ".join(f"--{k} {before[k]}, now {now[k]}" for k in sorted(changed))
+    if len(before["starts"]) != len(now["starts"]):
+        text = text or "another start"
     starts = (difference(a, b) for a, b in zip(before["starts"], now["starts"]))
     return text or next((f"in what it starts from {text}" for text in starts if text), "")
 
@@ -96,8 +95,11 @@ def read_results(table, rows, seeds=None, chosen=None):
         for path in sorted((RESULTS / table).glob(f"{name}-*.json")):
             seed = path.stem.removeprefix(f"{name}-")
             if seed.isdecimal() and (not seeds or int(seed) in seeds):
-                result = json.loads(path.read_text())
-                changed = difference(result["flags"], wanted)
+                try:
+                    result = json.loads(path.read_text())
+                    changed = difference(result["flags"], wanted)
+                except (ValueError, KeyError):
+                    raise ValueError(f"{path}: is no result of reproduce.py; delete it") from None
                 if changed:
                     raise ValueError(f"{path} was made with {changed}; delete it to run it anew")
                 results[name][int(seed)] = result

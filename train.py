@@ -298,7 +298,7 @@ def parse(argv=None):
         args.workers = 0 if args.device == "cpu" else min(8, os.cpu_count() or 1)
     for name in ("data", "tokenizer_weights"):  # eval.py may run elsewhere
         if getattr(args, name):
-            setattr(args, name, str(Path(getattr(args, name)).resolve()))
+            setattr(args, name, os.path.abspath(getattr(args, name)))
     return args, [name for name in unused(args) if name in given]
 
 
@@ -365,7 +365,7 @@ def build_task(args, strides, train_set):
     if ssl_tasks.TASKS[args.ssl_task] is ssl_tasks.MaskedTokens:
         config.update(vocabulary=args.vocabulary, tokenizer_weights=args.tokenizer_weights)
     task = ssl_tasks.build_task(**config)
-    if hasattr(task, "tokenizer") and not args.resume:
+    if hasattr(task, "tokenizer") and train_set:
         order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(args.seed))
         sample = isaid.loader(train_set, args.workers, batch_size=8, sampler=order[:256].tolist())
         sample = ((x, ssl_tasks.whole_patches(padding, task.patch)) for x, padding, _ in sample)
@@ -383,12 +383,11 @@ def prepare(args):
         images = f"{len(train_set)} training images do not fill a step"
         raise ValueError(f"{images}; lower --batch_size or --accumulate, or start fewer processes")
     state = checkpoint.open_last(args) if args.resume else None
-    args.resume = state is not None
     detector = detector_config(args, max(1, len(train_set.categories)))
     model, start = build_model(detector, args)
     attention = ": ".join(detr.use_backend(model, args.device, args.attn))
     model.to(args.device, memory_format=torch.channels_last)  # convolutions are faster so
-    task, task_config = build_task(args, model.strides, train_set)
+    task, task_config = build_task(args, model.strides, None if state else train_set)
     content = {"args": vars(args), "detector": detector, "task": task_config}
     content.update(categories=train_set.categories, window=train_set.side())
     optimizer = build_optimizer(model, task, args)

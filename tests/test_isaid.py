@@ -183,7 +183,7 @@ def test_what_is_not_recognised_gets_the_three_layouts(folder, capsys):
 def test_boxes_are_clipped_and_labels_follow_ids(folder):
     """Ids with gaps and in any order become 0..K-1, in the order of the ids."""
     boxes = [[-10, 10, 20, 20], [50, 50, 30, 30], [10, 10, 20, 20], [1, 1, 60, 60]]
-    boxes += [[10, 10, 0, 5], [80, 80, 5, 5], [5, 5, -3, 4], [0, 0, float("nan"), 3]]
+    boxes += [[10, 10, 0, 5], [80, 80, 5, 5], [0, 0, float("inf"), 3], [0, 0, float("nan"), 3]]
     found = [{"image_id": 0, "category_id": 5, "bbox": box} for box in boxes]
     found[3]["iscrowd"], found[0]["category_id"], found[2]["category_id"] = 1, 70, 70
     categories = [{"id": 70, "name": "late"}, {"id": 5, "name": "early"}]

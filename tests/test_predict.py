@@ -29,8 +29,7 @@ class Rectangles(torch.nn.Module):
         shape = 1, len(images), self.most
         logits, boxes = torch.full((*shape, 3), -9.0), torch.full((*shape, 4), 0.5)
         for b, image in enumerate((coco.unnormalise(images) * 255).permute(0, 2, 3, 1).numpy()):
-            H, W = (int((~padding[b]).any(d).sum()) for d in (1, 0))
-            q = 0
+            H, W, q = *(int((~padding[b]).any(d).sum()) for d in (1, 0)), 0
             for label, ink in enumerate(INKS):
                 pieces, _ = ndimage.label(np.abs(image[:H, :W] - ink).max(-1) < 60)
                 for y, x in ndimage.find_objects(pieces):
@@ -64,11 +63,10 @@ def test_seams_neither_cut_nor_double(size, longest):
     n, longest = max(3, 60 * size[0] * size[1] // 3000**2), min(longest, min(size) // 2)
     image, boxes, labels = scene(*size, n, longest)
     found = predict.find(Rectangles(), image, 256, 64, 256)
-    assert len(found["boxes"]) == len(boxes)
+    assert len(found["boxes"]) == len(boxes) and (np.diff(found["scores"]) <= 0).all()
     order, truth = (np.lexsort(np.round(b).astype(int).T) for b in (found["boxes"], boxes))
     np.testing.assert_allclose(found["boxes"][order], boxes[truth], atol=0.51)
     np.testing.assert_array_equal(found["labels"][order], labels[truth])
-    assert (np.diff(found["scores"]) <= 0).all()
 
 
 def test_resized_windows():
@@ -88,6 +86,10 @@ def test_what_is_not_cut_wins():
     joined, kept = predict.join(boxes, labels, scores, windows, (150, 100), margin=1)
     assert kept.tolist() == [1, 2] and joined.tolist() == boxes[1:].tolist()
     assert not len(predict.find(Rectangles(), Image.new("RGB", (99, 70)), 64, 16, 64)["boxes"])
+    part = np.array([[10.0, 10, 60, 60], [50, 40, 60, 60]])  # of the first, at its window's border
+    for labels, expected in ((np.array([0, 0]), [0]), (np.array([0, 1]), [0, 1])):
+        _, kept = predict.join(part, labels, scores[:2], windows[:2], (150, 100), margin=1)
+        assert kept.tolist() == expected
 
 
 @pytest.mark.parametrize("side, step", [(90, 25), (60, 15), (40, 8)])
@@ -136,9 +138,7 @@ def test_the_command(run, tmp_path, capsys):
         assert row["image"] == sizes[annotation["image_id"]][0]
         numbers = [float(row[key]) for key in ("score", "x", "y", "width", "height")]
         assert numbers == [annotation["score"], *annotation["bbox"]]
-    for name, _, _ in sizes:
-        with Image.open(out / f"{name}.boxes.jpg") as picture:
-            assert max(picture.size) >= 800
+    assert all(max(Image.open(out / f"{name}.boxes.jpg").size) >= 800 for name, _, _ in sizes)
     for _ in range(2):  # pictures beside the images neither replace them nor are taken for images
         predict.main(f"{run} {source} --out {source}".split())
         assert len(json.loads((source / "predictions.json").read_text())["images"]) == 3
