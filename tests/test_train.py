@@ -507,21 +507,23 @@ def test_compiled(model, tmp_path, monkeypatch):
 def test_two_batches_a_step(tmp_path, monkeypatch):
     """Their gradients are averaged."""
     norms, clip = [], torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(
-        torch.nn.utils, "clip_grad_norm_",
-        lambda parameters, most: norms.append([p.grad.clone() for p in parameters]) or clip(parameters, most))  # fmt: skip
-    flags = f"--frozen_bn --init {tmp_path}/start/last.pt --epochs 1 --augment none --lr_drop 0"
+
+    def spy(parameters, most):
+        norms.append([p.grad.clone() for p in parameters])
+        return clip(parameters, most)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
     train.main([*TINY, "--epochs", "1", "--out", str(tmp_path / "start")])
     norms.clear()
+    flags = f"--frozen_bn --init {tmp_path}/start/last.pt --epochs 1 --augment none --lr_drop 0"
     train.main([*TINY, *flags.split(), "--accumulate", "2", "--out", str(tmp_path / "run")])
     args, _ = train.parse([*TINY, *flags.split()])
     run, data, _, _ = train.prepare(args)
     train.train_mode(run.model, args)
     for batch in isaid.epoch_loader(data, args, 1):
         step(run, batch, args)  # gradients add up
-    for mine, parameter in zip(
-        norms[0], (p for g in run.optimizer.param_groups for p in g["params"])
-    ):
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    for mine, parameter in zip(norms[0], parameters, strict=True):
         torch.testing.assert_close(mine, parameter.grad / 2, rtol=1e-3, atol=1e-5)
 
 
