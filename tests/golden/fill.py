@@ -1,14 +1,15 @@
-"""Deterministic weights and inputs behind the files beside this file.
+"""Deterministic weights and inputs behind the files beside this one.
 
-The golden files hold what the official DETR and Deformable DETR code computes (evaluation mode, float32, CPU) when its
-parameters are filled by `fill` and it is given `images()` and `targets()`. Weights are not stored: any model
-whose state dict has the same names and shapes is filled the same way. Each .npz holds
+They hold what the official DETR and Deformable DETR code computes (evaluation mode, float32, CPU)
+when its parameters are filled by `fill` and it is given `images()` and `targets()`. Weights are not
+stored: any model whose state dict has the same names and shapes is filled the same way. Each holds
   config                   JSON: the model's arguments under the official names
   state                    JSON: parameter and buffer names -> shapes
-  pred_logits, pred_boxes  (B, Q, K), (B, Q, 4) of the last decoder layer; aux_logits, aux_boxes: (layers-1, ...); enc_* for two-stage
+  pred_logits, pred_boxes  (B, Q, K), (B, Q, 4) of the last decoder layer; aux_logits, aux_boxes:
+                           (layers-1, ...); enc_* for two-stage
   match_src_i, match_tgt_i per image i, from the official matcher on the last layer
   losses                   JSON: every unweighted loss; total: their weighted sum
-  grad_norms               JSON: L2 norm of the gradient of `total` for each parameter that has one
+  grad_norms               JSON: L2 norm of the gradient of `total` for each parameter with one
   post_scores, post_labels, post_boxes: the official post-processing, for image sizes `SIZES`
 """
 
@@ -59,7 +60,7 @@ def fill(state_dict):
 
 
 def images():
-    """Three images and their padding: (3, 3, 96, 128) float32, (3, 96, 128) bool with True = padding."""
+    """Three images (3, 3, 96, 128) float32 and their padding (3, 96, 128), True = padding."""
     batch, padding = torch.zeros(3, 3, 96, 128), torch.ones(3, 96, 128, dtype=torch.bool)
     for i, (h, w) in enumerate(SIZES):
         rng = np.random.RandomState(i)
