@@ -42,7 +42,11 @@ def number(kind, zero=False, most=2**32):
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Leaves the description as it is and shows defaults."""
+    """Leaves the description as it is and shows defaults, where there are any."""
+
+    def _get_help_string(self, action):
+        none = action.default in (None, False, [])
+        return action.help if none else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

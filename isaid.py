@@ -441,9 +441,10 @@ def statistics(data):
     sides = torch.cat(data.boxes)[:, 2:].prod(1).sqrt().numpy()
     for label, category in enumerate(data.categories):
         mine = sides[labels == label]
-        found = np.percentile(mine, [0, 50, 100]) if len(mine) else [np.nan] * 3
         row = f"  {category['id']:>4}  {category['name']:20} {len(mine):8,}"
-        lines.append(row + " {:9.0f} {:7.0f} {:8.0f}".format(*found))
+        if len(mine):
+            row += " {:9.0f} {:7.0f} {:8.0f}".format(*np.percentile(mine, [0, 50, 100]))
+        lines.append(row)
     lines += [
         f"  boxes without area, removed       {data.removed:,}",
         f"  boxes reaching outside, clipped   {data.clipped:,}",
