@@ -1,18 +1,105 @@
 """Runs that stop and go on with the same bits; checkpoints whole or absent, none half read."""
 
+import atexit
+import itertools
+import json
+import multiprocessing
 import os
-import re
+import runpy
 import shutil
+import socket
+import sys
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM
 
 import pytest
 import torch
-from test_train import TINY, Command, same_run
 
 import checkpoint
 import train
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 2 --dim_feedforward 32".split()
+TINY += "--num_queries 8 --image_size 64 --limit_train 8 --limit_val 3 --batch_size 4".split()
+
+FORKS = multiprocessing.get_context("forkserver")  # it imports torch once for all of them
+FORKS.set_forkserver_preload(["train", "test_checkpoint"])
+
+
+def _child(script, flags, said, names, strike):
+    """python SCRIPT FLAGS; strike: (function of a module, at which call of it, signals to send)."""
+    os.setsid()
+    for fd, end in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{said}.{end}", os.O_WRONLY | os.O_CREAT), fd)
+    os.environ.update(names)
+    torch.set_num_threads(1)
+    if strike:
+        (module, name), at, signals = strike[0].split("."), *strike[1:]
+        original, calls = getattr(sys.modules[module], name), itertools.count(1)
+
+        def struck(*args):
+            if next(calls) == at:
+                for signal in signals:  # to all of the group, as terminals and launchers do
+                    os.killpg(0, signal)
+            return original(*args)
+
+        setattr(sys.modules[module], name, struck)
+    sys.argv = [script, *flags]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves these out
+
+
+class Command:
+    """A command in one process or, as torchrun starts it, in several; a strike hits the last."""
+
+    def __init__(self, folder, script, *flags, processes=1, strike=()):
+        self.said, flags = Path(tempfile.mkdtemp(dir=folder)), [str(flag) for flag in flags]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        self.processes, names["WORLD_SIZE"] = [], str(processes)
+        for rank in range(processes):
+            mine = {**names, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            call = script, flags, self.said / str(rank), mine, strike * (rank == processes - 1)
+            self.processes.append(FORKS.Process(target=_child, args=call))
+            with pytest.MonkeyPatch.context() as patch:  # for the server, which the first starts
+                patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+                self.processes[-1].start()
+
+    def end(self, status=0):
+        """What the first one printed, and all of them to stderr, when they have ended so."""
+        for process in self.processes:
+            process.join(100)
+        errors = "".join(path.read_text() for path in self.said.glob("*.err"))
+        assert {process.exitcode for process in self.processes} == {status}, errors
+        assert "Traceback" not in errors
+        return (self.said / "0.out").read_text(), errors
+
+
+def equal(a, b, path=""):
+    """Whether two checkpoints or logs are the same to the bit, apart from times and folders."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        times = {"seconds", "waited", "eval_seconds", "images_per_second", "data_wait"}
+        for name in a.keys() - times - {"out", "resume", "workers"}:
+            equal(a[name], b[name], f"{path}/{name}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            equal(x, y, f"{path}/{i}")
+    else:
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
+
+
+def same_run(one, other):
+    for name in ("last.pt", "best.pt"):
+        equal(*(torch.load(run / name, weights_only=True) for run in (one, other)), name)
+    equal(*([json.loads(x) for x in (run / "log.jsonl").open()] for run in (one, other)))
+
 
 FLAGS = [*TINY, *"--limit_train 16 --epochs 2 --dropout 0.1 --augment aerial".split()]
 # processes, flags, and how the run is stopped: at which call of a function, by which signals,
@@ -49,63 +136,73 @@ def test_stopped_and_resumed_is_undisturbed(kind, undisturbed, tmp_path):
     command = ["train.py", *FLAGS, *flags.split(), "--out", out, "--resume"]
     for *strike, status, then in strikes:  # with nothing there yet --resume is the start
         said, _ = Command(tmp_path, *command, processes=processes, strike=strike).end(status)
-        assert status < 0 or f"start       {start}" in said
-        stopped = f"{then} steps; to go on, the same command with --out {out} --resume"
-        assert status < 0 or stopped.replace("resumed", "stopped") in said
+        stopped = f"{then.replace('resumed', 'stopped')} steps; to go on, the same command with"
+        for text in (f"start       {start}", f"{stopped} --out {out} --resume"):
+            assert text in said or status == -SIGKILL  # which leaves no time to say it
         start, config = then, (out / "config.json").read_text()
     said, _ = Command(tmp_path, *command, processes=processes).end()
-    assert f"start       {start}" in said
-    assert (out / "config.json").read_text() == config
+    assert f"start       {start}" in said and (out / "config.json").read_text() == config
     same_run(undisturbed(kind), out)
 
 
 @pytest.mark.parametrize("signals, status", [([SIGINT] * 2, 130), ([SIGTERM] * 2, -SIGTERM)])
 def test_a_second_signal_does_not_wait(signals, status, tmp_path):
-    strike = "parallel.average_gradients", 1, signals
-    said, _ = Command(tmp_path, "train.py", *FLAGS, "--out", tmp_path / "run", strike=strike).end(
-        status
-    )
-    assert "stopped" not in said and not (tmp_path / "run/last.pt").exists()
+    strike, out = ("parallel.average_gradients", 1, signals), tmp_path / "run"
+    said, _ = Command(tmp_path, "train.py", *FLAGS, "--out", out, strike=strike).end(status)
+    assert "stopped" not in said and not (out / "last.pt").exists()
 
 
 @pytest.fixture
-def again(undisturbed, tmp_path, capsys):
-    """Go on with a copy of the complete run: (a function of flags, the copy)."""
-    out = tmp_path / "run"
-    shutil.copytree(undisturbed("detect"), out)
-    return lambda *flags: train.main([*FLAGS, "--out", str(out), *flags]), out
+def again(undisturbed, tmp_path):
+    """A copy of a complete run, and to go on with it: a function of what is said, and flags."""
+    out = Path(shutil.copytree(undisturbed("detect"), tmp_path / "run"))
+
+    def go_on(message, *flags):
+        with pytest.raises(SystemExit, match=rf"^error: {message}[^\n]*\Z"):
+            train.main([*FLAGS, "--out", str(out), *flags])
+
+    return out, go_on
 
 
-def test_a_complete_run_stays_as_it_is(again, undisturbed, capsys):
-    (go_on, out), before = again, undisturbed("detect")
-    go_on("--resume", "--workers", "1")  # these may differ
-    assert "resumed in epoch 3 after 0 of 4 steps" in capsys.readouterr().out
+def test_a_complete_run_stays_as_it_is(again, undisturbed, tmp_path):
+    before, out = undisturbed("detect"), again[0]
+    flags = "--out", out, "--resume", "--workers", 1, "--device", "cpu"  # these may differ
+    said, _ = Command(tmp_path, "train.py", *FLAGS, *flags).end()
+    assert "resumed in epoch 3 after 0 of 4 steps" in said
     same_run(before, out)
     assert (out / "config.json").read_text() == (before / "config.json").read_text()
 
 
 def test_what_cannot_be_gone_on_with_is_refused(again):
-    go_on, out = again
-
-    def refused(message, *flags):
-        with pytest.raises(SystemExit) as stop:
-            go_on(*flags)
-        assert re.fullmatch(f"error: {message}", stop.value.code), stop.value.code
-
+    (out, go_on), resume = again, "--resume"
     last, whole = out / "last.pt", (out / "last.pt").read_bytes()
-    other = "--resume", "--lr", "1e-3", "--epochs", "4"
-    refused(f"{last}: was made with --epochs 2, not 4, --lr 0.0005, not 0.001; a run .*", *other)
-    refused("--out .*run exists already; name a new folder, or go on with its run: --resume")
+    go_on(f"{last}: was made with --epochs 2, not 4; a run goes on", resume, "--epochs", "4")
+    go_on(f"--out {out} exists already; name a new folder, or go on with its run: --resume")
     assert last.read_bytes() == whole
-    middle = len(whole) // 2
-    damaged = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
+    damaged = whole[: 10**7] + bytes([whole[10**7] ^ 255]) + whole[10**7 + 1 :]
     for content in (damaged, whole[:5000], b"", b"text"):
         last.write_bytes(content)
-        refused(f"{last}: not a checkpoint of tensors and plain values, or damaged .*", "--resume")
+        go_on(f"{last}: not a checkpoint of tensors and plain values, or damaged ", resume)
     torch.save({"model": {}, "args": Namespace(lr=1)}, last)  # as the official ones
-    refused(f"{last}: is not a checkpoint of train.py; start from it with --init", "--resume")
+    go_on(f"{last}: is not a checkpoint of train.py; start from it with --init", resume)
     last.unlink()
-    refused(f"{last}: is gone, but its run has been going; name another folder", "--resume")
+    go_on(f"{last}: is gone, but its run has been going; name another folder", resume)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_keeps_the_last_good_checkpoint(again):
+    out, go_on = again
+    before = (out / "last.pt").read_bytes()
+    (out / "last.tmp").symlink_to("/dev/full")
+    go_on(f"{out}/last.pt: cannot be written; is the disk full?", "--resume")
+    assert (out / "last.pt").read_bytes() == before and not os.path.lexists(out / "last.tmp")
+
+
+def test_folders_that_cannot_be_written():
+    for path in ("/proc/run", "/dev/null/run"):
+        if Path(path).parent.exists():
+            with pytest.raises(SystemExit, match=f"^error: --out {path} cannot be made"):
+                train.main([*FLAGS, "--out", path])
 
 
 @pytest.mark.parametrize("kind", ["detect", "pretrain", "multitask"])
@@ -114,43 +211,20 @@ def test_nothing_is_filled_in(kind, undisturbed, tmp_path):
     state = torch.load(undisturbed(kind) / "last.pt", weights_only=True)
     flags = [*FLAGS, *KINDS[kind][1].split(), "--workers", "0", "--out", str(tmp_path)]
     run, *_ = train.prepare(train.parse(flags)[0])
+    (own,) = state["processes"]
 
-    def refused(message, **changed):
-        with pytest.raises(ValueError, match=message):
-            checkpoint.resume(run, {**state, **changed}, "cpu")
+    def refused(message, without="", **changed):
+        changed = {key: x for key, x in {**state, **changed}.items() if key != without}
+        with pytest.raises(ValueError, match=f"^last.pt: {message}"):
+            checkpoint.resume(run, changed, "cpu")
 
-    weights, (own,) = state["model"], state["processes"]
-    refused("last.pt: was made with 9 steps an epoch, not", steps=9)
-    refused("last.pt: was made with 2 processes, not 1; a run goes on", processes=[own, own])
-    classes = [{"id": 1, "name": "boat"}]
-    refused("last.pt: was made with .*'boat'.* classes, not", categories=classes)
+    refused("was made with 9 steps an epoch, not", steps=9)
+    refused("was made with 2 processes, not 1; a run goes on", processes=[own, own])
+    refused("was made with .*boat.* classes, not", categories=[{"id": 1, "name": "boat"}])
     for name in ("backbone.0.body.conv1.weight", "transformer.encoder.layers.0.norm1.bias"):
-        refused("last.pt: cannot", model={k: x for k, x in weights.items() if k != name})
+        refused("cannot", model={k: x for k, x in state["model"].items() if k != name})
     for name in own:
-        refused("last.pt: cannot", processes=[{k: x for k, x in own.items() if k != name}])
+        refused("cannot", processes=[{k: x for k, x in own.items() if k != name}])
+    refused("cannot", **({"task_state": {}} if run.task else {"model": {}}))
     for name in {*checkpoint.PLAIN, "model", "optimizer", "schedule"} - {"steps"}:
-        del state[name]  # from here on they lack more and more
-        refused("last.pt: cannot be gone on from")
-    if run.task:
-        refused("last.pt: cannot", task_state={})
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_keeps_the_last_good_checkpoint(again):
-    go_on, out = again
-    before = (out / "last.pt").read_bytes()
-    (out / "last.tmp").symlink_to("/dev/full")
-    with pytest.raises(SystemExit) as stop:
-        go_on("--resume")
-    said = stop.value.code
-    assert said.startswith(f"error: {out}/last.pt: cannot be written; is the disk full? (")
-    assert "\n" not in said and not os.path.lexists(out / "last.tmp")
-    assert (out / "last.pt").read_bytes() == before
-
-
-@pytest.mark.parametrize("path", ["/proc/run", "/dev/null/run"])
-def test_folders_that_cannot_be_written(path):
-    if not Path(path).parent.exists():
-        pytest.skip("no such place here")
-    with pytest.raises(SystemExit, match=f"error: --out {path} cannot be made"):
-        train.main([*FLAGS, "--out", path])
+        refused(f"cannot be gone on from .'{name}'", without=name)

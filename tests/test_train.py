@@ -308,9 +308,9 @@ def test_nan_stops_before_the_step(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- the loop and its house
 
 FLOORS = ["deformable_attn coco scenes parallel", "patches ssl_tasks visual_tokens detr",
-          "pictures checkpoint isaid", "eval", "train predict", "reproduce bench"]  # fmt: skip
+          "pictures checkpoint isaid", "eval", "train predict", "reproduce"]  # fmt: skip
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
-SAME = {("ssl_tasks", "visual_tokens"), ("bench", "reproduce")}  # on one floor, one way
+SAME = {("ssl_tasks", "visual_tokens")}  # on one floor, one way
 
 
 def imports_of(tree):
@@ -369,7 +369,7 @@ def test_every_flag_is_used():
     assert len(flags) <= 55 and not unused
 
 
-@pytest.mark.parametrize("name", ["train", "eval", "predict", "isaid", "reproduce", "bench"])
+@pytest.mark.parametrize("name", ["train", "eval", "predict", "isaid", "reproduce"])
 def test_idle_threads_sleep_unless_told_otherwise(name):
     code = f"import {name}, os; print(os.environ.get('GOMP_SPINCOUNT'))"
     for given, wanted in (({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"),
