@@ -61,8 +61,9 @@ def compute_losses(model, task, images, padding, targets, args):
                 corrupted = model.features(task.corrupt_images(images, corruption), padding)
             if detect:  # corrupted and clean go through the encoder as one batch
                 both = [a._make(map(torch.cat, zip(a, b))) for a, b in zip(corrupted, levels)]
-                halves = [list(zip(*(x.chunk(2) for x in level))) for level in model.encode(both)]
-                corrupted, clean = ([detr.Level(*h[i]) for h in halves] for i in (0, 1))
+                memory, B = model.encode(both), len(images)
+                corrupted = [level._make(x[:B] for x in level) for level in memory]
+                clean = [level._make(x[B:] for x in level) for level in memory]
             else:
                 corrupted = model.encode(corrupted)
         if detect:
@@ -239,8 +240,7 @@ def build_parser():
     add("--num_feature_levels", type=count, default=3, help="strides 8, 16, 32 …; 2: 16, 32; 1: 32")
     add("--with_box_refine", action=switch, default=True, help="layers correct each other's boxes")
     add("--two_stage", action=switch, default=False, help="the encoder proposes the queries")
-    backends = deformable_attn.BACKENDS
-    add("--attn", choices=backends, default="auto", help="what computes deformable attention")
+    add("--attn", choices=deformable_attn.BACKENDS, default="auto", help="kernel or reference")
 
     add = parser.add_argument_group("self-supervised task").add_argument
     add("--ssl_task", choices=tuple(ssl_tasks.TASKS), default="mim-continuous", help="which one")
