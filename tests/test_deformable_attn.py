@@ -156,33 +156,6 @@ def test_no_queries_no_images(place):
         assert found[0].shape == shape and not found[1].any()
 
 
-@on_every_backend
-def test_pixel_centres_are_exact(place):
-    device, backend = place
-    shapes = ((2, 3),)
-    value = torch.arange(6.0, device=device).view(1, 6, 1, 1)
-    centres = [[(x + 0.5) / 3, (y + 0.5) / 2] for y in range(2) for x in range(3)]
-    centres = torch.tensor(centres, device=device).view(1, 6, 1, 1, 1, 2)
-    ones = torch.ones(1, 6, 1, 1, 1, device=device)
-    found = ms_deform_attn(value, shapes, centres, ones, backend=backend)
-    torch.testing.assert_close(found.flatten(), value.flatten())
-
-
-@on_every_backend
-def test_corners_and_borders(place):
-    """A corner of the map lies between one pixel and three outside: a quarter; beyond, nothing."""
-    device, backend = place
-    value = torch.ones(1, 12, 1, 1, device=device, dtype=torch.float64)
-    places = {(0.0, 0.0): 0.25, (1.0, 1.0): 0.25, (0.0, 0.5): 0.5, (0.5, 1.0): 0.5}
-    places.update({(-0.5 / 4, 0.5): 0.0, (0.5, 1 + 0.5 / 3): 0.0})
-    locations = torch.tensor(list(places), device=device, dtype=torch.float64)
-    ones = torch.ones(1, len(places), 1, 1, 1, device=device)
-    found = ms_deform_attn(
-        value, [(3, 4)], locations.view(1, -1, 1, 1, 1, 2), ones, backend=backend
-    )
-    assert found.flatten().tolist() == pytest.approx(list(places.values()))
-
-
 @on_every_kernel
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
 def test_points_nowhere_add_nothing(place, bad):
