@@ -160,12 +160,9 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
-class Stack(nn.Module):
+def stack(layers):
     """Layers under the name `layers`, as the official checkpoints have them."""
-
-    def __init__(self, layers):
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
+    return nn.ModuleDict({"layers": nn.ModuleList(layers)})
 
 
 class Detector(nn.Module):
@@ -262,15 +259,15 @@ class DETR(Detector):
                  nheads=8, enc_layers=6, dec_layers=6, dim_feedforward=2048, dropout=0.1,
                  num_queries=100, frozen_bn=True, backbone_weights=None):  # fmt: skip
         super().__init__()
-        counts = {"num_classes": num_classes, "num_queries": num_queries, "dec_layers": dec_layers}
-        check_sizes(hidden_dim, nheads, 4, **counts)
+        check_sizes(hidden_dim, nheads, 4, num_classes=num_classes, num_queries=num_queries,
+                    dec_layers=dec_layers)  # fmt: skip
         cnn = Backbone(backbone, 1, dilation, frozen_bn, backbone_weights)
         self.backbone, self.strides = nn.Sequential(cnn), cnn.strides
         self.input_proj = nn.Conv2d(cnn.channels[0], hidden_dim, 1)
         layer = hidden_dim, nheads, dim_feedforward, dropout
         self.transformer = nn.Module()
-        self.transformer.encoder = Stack(DETREncoderLayer(*layer) for _ in range(enc_layers))
-        self.transformer.decoder = Stack(DETRDecoderLayer(*layer) for _ in range(dec_layers))
+        self.transformer.encoder = stack(DETREncoderLayer(*layer) for _ in range(enc_layers))
+        self.transformer.decoder = stack(DETRDecoderLayer(*layer) for _ in range(dec_layers))
         self.transformer.decoder.norm = nn.LayerNorm(hidden_dim)
         xavier_(self.transformer)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
@@ -353,10 +350,9 @@ class DeformableDETR(Detector):
                  enc_n_points=4, dec_n_points=4, with_box_refine=False,
                  two_stage=False):  # fmt: skip
         super().__init__()
-        counts = {"num_classes": num_classes, "num_queries": num_queries, "dec_layers": dec_layers,
-                  "num_feature_levels": num_feature_levels, "enc_n_points": enc_n_points,
-                  "dec_n_points": dec_n_points}  # fmt: skip
-        check_sizes(hidden_dim, nheads, 32, **counts)
+        check_sizes(hidden_dim, nheads, 32, num_classes=num_classes, num_queries=num_queries,
+                    dec_layers=dec_layers, num_feature_levels=num_feature_levels,
+                    enc_n_points=enc_n_points, dec_n_points=dec_n_points)  # fmt: skip
         if two_stage and not with_box_refine:
             raise ValueError("two_stage needs with_box_refine")
         self.with_box_refine, self.two_stage = with_box_refine, two_stage
@@ -373,7 +369,7 @@ class DeformableDETR(Detector):
         layer = hidden_dim, nheads, dim_feedforward, dropout, num_feature_levels
         encoder = (DeformableEncoderLayer(*layer, enc_n_points) for _ in range(enc_layers))
         decoder = (DeformableDecoderLayer(*layer, dec_n_points) for _ in range(dec_layers))
-        self.transformer.encoder, self.transformer.decoder = Stack(encoder), Stack(decoder)
+        self.transformer.encoder, self.transformer.decoder = stack(encoder), stack(decoder)
         self._make_queries(hidden_dim)
         self._initialise()
         self._make_heads(nn.Linear(hidden_dim, num_classes), MLP(hidden_dim, 4), dec_layers)
