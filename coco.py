@@ -27,10 +27,12 @@ def one_line(error):
     return (str(error).strip().splitlines() or [repr(error)])[-1].removeprefix("coco.DataError: ")
 
 
-def number(kind, zero=False, most=2**32):
-    """An argparse type: a number greater than 0, or 0 too, and at most `most`."""
+def number(kind, zero=False, most=2**32, words=()):
+    """An argparse type: a number greater than 0, or 0 too, and at most `most`; or a word."""
 
     def parse(text):
+        if text in words:
+            return text
         value = kind(text)
         if not (0 < value <= most or zero and value == 0):
             least = "at least" if zero else "greater than"

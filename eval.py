@@ -318,6 +318,7 @@ def load_run(run, device):
         pretrain = checkpoint["args"]["setting"] == "pretrain"
         model = detr.build_detector(**checkpoint["detector"])
         untrained = model.state_dict() if pretrain else {}  # such a run has no decoder
+        untrained = {k: x for k, x in untrained.items() if detr.part_of(k) == "decoder"}
         model.load_state_dict({**untrained, **checkpoint["model"]})
         if checkpoint["task"]:
             task = ssl_tasks.build_task(**checkpoint["task"])

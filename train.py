@@ -83,9 +83,8 @@ def compute_losses(model, task, images, padding, targets, args):
 def train(run, train_set, val_set, args):
     """The training loop: epochs of batches, each epoch with its evaluation, log and checkpoint."""
     model, task, optimizer, out = run.model, run.task, run.optimizer, Path(args.out)
-    weights = {**model.criterion.weights, "loss_ssl": 1.0}
-    if args.setting == "multitask":
-        weights["loss_ssl"] = args.ssl_weight
+    ssl_weight = args.ssl_weight if args.setting == "multitask" else 1.0
+    weights = {**model.criterion.weights, "loss_ssl": ssl_weight}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     first, metrics = parallel.rank() == 0, None
     bar = tqdm(total=args.epochs * run.steps, initial=(run.epoch - 1) * run.steps + run.step,
@@ -263,7 +262,7 @@ def build_parser():
     add("--accumulate", type=count, default=1, help="batches a step")
     add("--amp", choices=("no", "bf16"), default="no", help="mixed precision")
     add("--compile", action=switch, default=False, help="torch.compile: minutes first, then faster")
-    add("--lr_drop", type=lambda x: x if x == "cycle" else natural(x), default="cycle",
+    add("--lr_drop", type=number(int, zero=True, words=("cycle",)), default="cycle",
         help="a tenth of the rate from this epoch on; 0: constant; cycle: up and down")  # fmt: skip
     add("--eval_every", type=count, default=1, help="epochs between evaluations")
     return parser
@@ -306,12 +305,13 @@ def unused(args):
     """Flags that have no effect with these."""
     task = ssl_tasks.TASKS[args.ssl_task] if args.setting != "detect" else None
     tokens, detect = task is ssl_tasks.MaskedTokens, args.setting != "pretrain"
-    deformable = "num_feature_levels with_box_refine two_stage attn lr_linear_proj_mult"
-    used = {deformable: args.model == "deformable_detr", "ssl_task ssl_patch": task,
-            "ssl_on ssl_ratio ssl_loss_on": task and task.corrupts, "ssl_weight": task and detect,
+    deformable, whole = args.model == "deformable_detr", args.init and not args.init_parts
+    used = {"num_feature_levels attn lr_linear_proj_mult": deformable,
+            "with_box_refine two_stage": deformable and detect, "backbone_weights": not whole,
+            "ssl_on ssl_ratio ssl_loss_on": task and task.corrupts, "ssl_task ssl_patch": task,
             "vocabulary": tokens and not args.tokenizer_weights, "tokenizer_weights": tokens,
-            "init_parts": args.init, "num_queries dec_layers": detect,
-            "limit_train limit_val augment": not args.overfit,
+            "ssl_weight": task and detect, "dec_layers num_queries": detect,
+            "limit_train limit_val augment": not args.overfit, "init_parts": args.init,
             "lr_backbone": "backbone" not in args.freeze}  # fmt: skip
     return [name for names, use in used.items() if not use for name in names.split()]
 

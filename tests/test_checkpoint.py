@@ -35,6 +35,7 @@ def _child(script, flags, said, names, strike):
         os.dup2(os.open(f"{said}.{end}", os.O_WRONLY | os.O_CREAT), fd)
     os.environ.update(names)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # loader processes start as usual
     if strike:
         (module, name), at, signals = strike[0].split("."), *strike[1:]
         original, calls = getattr(sys.modules[module], name), itertools.count(1)
@@ -102,8 +103,7 @@ def same_run(one, other):
 
 
 FLAGS = [*TINY, *"--limit_train 16 --epochs 2 --dropout 0.1 --augment aerial".split()]
-# processes, flags, and how the run is stopped: at which call of a function, by which signals,
-# with which status; then how the next one starts
+# processes, flags, stops (at a call of a function, by signals, with status, how the next starts)
 KINDS = {
     "detect": (1, "--workers 2", [
         ("os.fsync", 1, [SIGKILL], -9, "random weights"),  # within its first last.pt
@@ -112,7 +112,7 @@ KINDS = {
         # between epochs, saved but not yet in the log; then within last.pt of the second epoch
         ("checkpoint.write_log", 1, [SIGKILL], -9, "resumed in epoch 1 after 4 of 4"),
         ("os.fsync", 3, [SIGKILL], -9, "resumed in epoch 1 after 4 of 4")]),
-    "multitask": (1, "--setting multitask --ssl_task jigsaw-discrete --accumulate 2", [
+    "multitask": (1, "--setting multitask --ssl_task jigsaw-discrete --accumulate 2 --workers 2", [
         ("parallel.average_gradients", 3, [SIGINT], 130, "resumed in epoch 2 after 1 of 2")]),
     "two processes": (2, "--setting multitask --workers 1", [
         ("parallel.average_gradients", 3, [SIGTERM], 143, "resumed in epoch 2 after 1 of 2")]),
