@@ -1,8 +1,6 @@
 // Multi-scale deformable attention on NVIDIA GPUs (Deformable DETR, arXiv 2010.04159, equation 3):
-// forward and backward.
-//
-// Compiled at first use by NVRTC for one type and one number of channels, which cuda.py gives as
-// macros; it includes no header:
+// forward and backward. Compiled at first use by NVRTC for one type and one number of channels,
+// which cuda.py gives as macros; it includes no header.
 //   DTYPE    0 float, 1 half, 2 bfloat16, 3 double: of value and out
 //   D        channels of a head
 //   WIDTH    channels that a thread loads at once, up to 16 bytes
@@ -19,30 +17,24 @@
 // LANES neighbouring threads, a group, share one head of one query. Every lane loads WIDTH of a
 // pixel's channels at once, and its sums stay in registers. The pixels and shares of a point are
 // worked out once, by one lane, and passed on through shared memory, BATCH points at a time.
-#if DTYPE == 3
-typedef double Real;
-#else
-typedef float Real;
-#endif
-#if DTYPE == 1 || DTYPE == 2
-typedef unsigned short Stored;
-#else
-typedef Real Stored;
-#endif
+template <int> struct Types { typedef float Real; typedef unsigned short Stored; };
+template <> struct Types<0> { typedef float Real, Stored; };
+template <> struct Types<3> { typedef double Real, Stored; };
+typedef Types<DTYPE>::Real Real;
+typedef Types<DTYPE>::Stored Stored;
 
-constexpr int ROUNDS =
-    (D / WIDTH + LANES - 1) / LANES;  // a lane has channels (round * LANES + lane) * WIDTH onwards
+// In each round a lane has WIDTH channels, from (round * LANES + lane) * WIDTH on.
+constexpr int ROUNDS = (D / WIDTH + LANES - 1) / LANES;
 constexpr int BATCH = LANES < 4 ? 4 * LANES : 16;
 constexpr int GROUPS = THREADS / LANES;  // in a block
 constexpr unsigned ALL = 0xffffffffu;
 
 struct alignas(sizeof(Stored) * WIDTH) Channels { Stored c[WIDTH]; };
-struct alignas(16)
-    Pixels {  // around a point: 0 upper left, 1 upper right, 2 lower left, 3 lower right
+struct alignas(16) Four { Real v[4]; };
+struct alignas(16) Pixels {  // around a point: upper left, upper right, lower left, lower right
   int row[4];                // of the map; some row of it where the pixel lies outside
   Real share[4];             // of the pixel in the bilinear sample, times the weight; 0 outside
 };
-struct alignas(16) Four { Real v[4]; };
 
 struct Sizes {  // as the host passes them
   int N, S, M, Q, L, P;
@@ -64,8 +56,8 @@ __device__ unsigned short stored(float x) {
 __device__ float real(unsigned short x) { return __uint_as_float(unsigned(x) << 16); }
 __device__ unsigned short stored(float x) {  // to the nearest, ties to even; a NaN stays one
   const unsigned bits = __float_as_uint(x);
-  return x == x ? (unsigned short)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)
-                : (unsigned short)0x7fff;
+  typedef unsigned short Short;
+  return x == x ? Short((bits + 0x7fffu + (bits >> 16 & 1)) >> 16) : Short(0x7fff);
 }
 #else
 __device__ Real real(Real x) { return x; }
@@ -88,13 +80,12 @@ __device__ Place locate(const Real* xy, const Sizes& z, int level) {
   y = y > Real(-2) ? y : Real(-2), y = y < at.height ? y : at.height;
   const int x0 = int(floor(x)), y0 = int(floor(y)), x1 = x0 + 1, y1 = y0 + 1;
   at.fx = x - Real(x0), at.fy = y - Real(y0);
-  at.left = x0 >= 0 && x0 < w, at.right = x1 >= 0 && x1 < w, at.top = y0 >= 0 && y0 < h,
-  at.bottom = y1 >= 0 && y1 < h;
-  const int column0 = at.left ? x0 : 0, column1 = at.right ? x1 : 0;
-  const int row0 = z.start[level] + (at.top ? y0 * w : 0),
-            row1 = z.start[level] + (at.bottom ? y1 * w : 0);
-  at.row[0] = row0 + column0, at.row[1] = row0 + column1, at.row[2] = row1 + column0,
-  at.row[3] = row1 + column1;
+  at.left = x0 >= 0 && x0 < w, at.right = x1 >= 0 && x1 < w;
+  at.top = y0 >= 0 && y0 < h, at.bottom = y1 >= 0 && y1 < h;
+  const int column0 = at.left ? x0 : 0, column1 = at.right ? x1 : 0, start = z.start[level];
+  const int row0 = start + (at.top ? y0 * w : 0), row1 = start + (at.bottom ? y1 * w : 0);
+  at.row[0] = row0 + column0, at.row[1] = row0 + column1;
+  at.row[2] = row1 + column0, at.row[3] = row1 + column1;
   return at;
 }
 
@@ -131,12 +122,23 @@ __device__ Work work(const Sizes& z, const int* order) {
 
 __device__ Channels load(const Stored* from) { return *reinterpret_cast<const Channels*>(from); }
 
+// Each lane works out some of a query's points from `first` on, for all lanes of its group.
+__device__ void share_pixels(Pixels* shared, const Work& w, const Sizes& z, int points,
+                             const Real* locations, const Real* weights, int first, int count) {
+  __syncwarp();
+  for (int i = w.lane; i < count; i += LANES) {
+    const long long p = w.here * points + first + i;
+    shared[i] = pixels(locate(locations + 2 * p, z, (first + i) / z.P), weights[p]);
+  }
+  __syncwarp();
+}
+
 __device__ void add(Real* to, const Real* what) {  // WIDTH values, atomically each
   int c = 0;
 #if DTYPE != 3 && __CUDA_ARCH__ >= 900
   for (; c + 4 <= WIDTH; c += 4) {
-    atomicAdd(reinterpret_cast<float4*>(to + c),
-              make_float4(what[c], what[c + 1], what[c + 2], what[c + 3]));
+    const float4 four = make_float4(what[c], what[c + 1], what[c + 2], what[c + 3]);
+    atomicAdd(reinterpret_cast<float4*>(to + c), four);
   }
 #endif
   for (; c < WIDTH; ++c) atomicAdd(to + c, what[c]);
@@ -144,9 +146,20 @@ __device__ void add(Real* to, const Real* what) {  // WIDTH values, atomically e
 
 // Sums four values over the lanes of a group; afterwards every lane has all four.
 __device__ void sum_over_lanes(Real (&v)[4]) {
-  for (int step = LANES / 2; step > 0; step /= 2) {
+  for (int step = LANES / 2; step > 0; step /= 2)
     for (int k = 0; k < 4; ++k) v[k] += __shfl_xor_sync(ALL, v[k], step);
-  }
+}
+
+// The gradients of point p are combinations of four dot products d, <grad_out, pixel>.
+__device__ void write_gradients(const Place& at, Real weight, const Four& d, long long p,
+                                Real* grad_locations, Real* grad_weights) {
+  const Real d0 = at.top && at.left ? d.v[0] : Real(0), d1 = at.top && at.right ? d.v[1] : Real(0);
+  const Real d2 = at.bottom && at.left ? d.v[2] : Real(0);
+  const Real d3 = at.bottom && at.right ? d.v[3] : Real(0);
+  grad_weights[p] =
+      (1 - at.fy) * ((1 - at.fx) * d0 + at.fx * d1) + at.fy * ((1 - at.fx) * d2 + at.fx * d3);
+  grad_locations[2 * p] = weight * at.width * ((1 - at.fy) * (d1 - d0) + at.fy * (d3 - d2));
+  grad_locations[2 * p + 1] = weight * at.height * ((1 - at.fx) * (d2 - d0) + at.fx * (d3 - d1));
 }
 
 // order (Q,): the queries, neighbours together, or null.
@@ -161,12 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   Real sum[ROUNDS][WIDTH] = {};
   for (int first = 0; first < points; first += BATCH) {
     const int count = min(BATCH, points - first);
-    __syncwarp();
-    for (int i = w.lane; i < count; i += LANES) {
-      const long long p = w.here * points + first + i;
-      shared[w.group][i] = pixels(locate(locations + 2 * p, z, (first + i) / z.P), weights[p]);
-    }
-    __syncwarp();
+    share_pixels(shared[w.group], w, z, points, locations, weights, first, count);
 #pragma unroll 4
     for (int i = 0; i < count; ++i) {
       const Pixels p = shared[w.group][i];
@@ -195,8 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// grad_value must be zero at the start. The gradients of a point are combinations of four dot
-// products, <grad_out, pixel>.
+// grad_value must be zero at the start.
 extern "C" __global__ void __launch_bounds__(THREADS, 8)
     backward(const Sizes z, const int* __restrict__ order, const Stored* __restrict__ grad_out,
              const Stored* __restrict__ value, const Real* __restrict__ locations,
@@ -218,12 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8)
   }
   for (int first = 0; first < points; first += BATCH) {
     const int count = min(BATCH, points - first);
-    __syncwarp();
-    for (int i = w.lane; i < count; i += LANES) {
-      const long long p = w.here * points + first + i;
-      shared[w.group][i] = pixels(locate(locations + 2 * p, z, (first + i) / z.P), weights[p]);
-    }
-    __syncwarp();
+    share_pixels(shared[w.group], w, z, points, locations, weights, first, count);
 #pragma unroll 2
     for (int i = 0; i < count; ++i) {
       const Pixels p = shared[w.group][i];
@@ -254,15 +256,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8)
       const Place at = locate(locations + 2 * p, z, (first + i) / z.P);
       const Real weight = weights[p];
       const Four d = dots[w.group][i];
-      const Real d0 = at.top && at.left ? d.v[0] : Real(0),
-                 d1 = at.top && at.right ? d.v[1] : Real(0);
-      const Real d2 = at.bottom && at.left ? d.v[2] : Real(0),
-                 d3 = at.bottom && at.right ? d.v[3] : Real(0);
-      grad_weights[p] =
-          (1 - at.fy) * ((1 - at.fx) * d0 + at.fx * d1) + at.fy * ((1 - at.fx) * d2 + at.fx * d3);
-      grad_locations[2 * p] = weight * at.width * ((1 - at.fy) * (d1 - d0) + at.fy * (d3 - d2));
-      grad_locations[2 * p + 1] =
-          weight * at.height * ((1 - at.fx) * (d2 - d0) + at.fx * (d3 - d1));
+      write_gradients(at, weight, d, p, grad_locations, grad_weights);
     }
   }
 }

@@ -18,8 +18,8 @@ import train
 import visual_tokens
 
 SIZES = "--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 2 --dim_feedforward 32".split()
-TINY = [*SIZES, *"--num_queries 8 --image_size 128 --limit_train 12 --limit_val 5".split()]
-TINY += ["--batch_size", "4"]
+TINY = "--image_size 128 --num_queries 8 --limit_train 12 --limit_val 5 --batch_size 4".split()
+TINY += SIZES
 SMALL = dict(backbone="resnet18", hidden_dim=32, nheads=2, enc_layers=2, dec_layers=1)
 SMALL.update(dim_feedforward=32, dropout=0.0, num_queries=5, frozen_bn=False)
 IMAGES = [(192, 256), (200, 130), (128, 256)]  # sizes of three in a canvas of 200 x 256
@@ -40,67 +40,52 @@ def a_model(name, **options):
 
 def a_task(name, model, patch=None, **options):
     torch.manual_seed(2)
-    options = {"image_size": 256, **options}
-    if name == "mim-discrete":
-        options["vocabulary"] = 8
+    tokens = {"vocabulary": 8} if name == "mim-discrete" else {}
+    options = {"image_size": 256, **tokens, **options}
     patch, strides = patch or max(model.strides), model.strides
     task = ssl_tasks.build_task(name, dim=32, strides=strides, patch=patch, **options)
-    if name == "mim-discrete":
+    if tokens:
         task.tokenizer.codes.normal_()
     return task
 
 
-def encode(task, model, images, padding, corruption):
-    """The memory that the task reads, as evaluation makes it."""
+def results(task, model, images, padding):
+    """(corruption, memory, loss) of a task, as evaluation makes them."""
+    corruption = task.draw(padding, [1, 2, 3])
     if task.corrupts and task.on == "features":
-        return model.encode(task.corrupt_levels(model.features(images, padding), corruption))
-    return model.encode(model.features(task.corrupt_images(images, corruption), padding))
+        memory = model.encode(task.corrupt_levels(model.features(images, padding), corruption))
+    else:
+        memory = model.encode(model.features(task.corrupt_images(images, corruption), padding))
+    return corruption, memory, task.loss(memory, images, corruption)
 
 
 # ---------------------------------------------------------------- patches
 
 
-@pytest.mark.parametrize("patch", [8, 32, 64])
-def test_whole_patches(patch):
-    whole = ssl_tasks.whole_patches(batch()[1], patch)
-    assert whole.shape == (3, -(-200 // patch), 256 // patch)
-    for i, (h, w) in enumerate(IMAGES):
-        expected = torch.zeros_like(whole[i])
-        expected[: h // patch, : w // patch] = True
-        assert torch.equal(whole[i], expected)
-
-
-@pytest.mark.parametrize("patch", [16, 64])
-@pytest.mark.parametrize("name", ["mim-continuous", "jigsaw-continuous"])
+@pytest.mark.parametrize("patch", [8, 16, 64])
+@pytest.mark.parametrize("name", ["mim-continuous", "jigsaw-discrete"])
 def test_corrupting_an_image_by_hand(name, patch):
+    """Only patches that lie wholly inside their image; the jigsaw's target puts them back."""
     images, padding = batch()
     task = a_task(name, a_model("deformable_detr"), patch=patch)
     corruption = task.draw(padding, [5, 6, 7])
     corrupted, columns = task.corrupt_images(images, corruption), corruption.grid[1]
-    for b in range(3):
+    for b, (height, width) in enumerate(IMAGES):
         share = round(corruption.whole[b].sum().item() / 2)
         chosen = corruption.changed()[b].sum().item()
         assert chosen == share if name == "mim-continuous" else 1 < chosen <= share
         assert not corruption.changed()[b][~corruption.whole[b]].any()
         for p in range(corruption.whole.shape[1]):
             y, x = p // columns * patch, p % columns * patch
+            assert corruption.whole[b, p] == (y + patch <= height and x + patch <= width)
             here = corrupted[b, :, y : y + patch, x : x + patch]
             y, x = (k * patch for k in divmod(corruption.source[b, p].item(), columns))
             there = images[b, :, y : y + patch, x : x + patch]
             expected = torch.zeros_like(here) if corruption.masked[b, p] else there
             assert torch.equal(here, expected)
-
-
-@pytest.mark.parametrize("patch", [8, 64])
-def test_undoing_a_jigsaw_with_its_target_gives_the_input_back(patch):
-    images, padding = batch()
-    task = a_task("jigsaw-discrete", a_model("deformable_detr"), patch=patch, ratio=1.0)
-    corruption = task.draw(padding, [0, 1, 2])
-    corrupted = task.corrupt_images(images, corruption)
-    target = task.target(images, corruption).flatten(1)
-    undone = corruption._replace(source=target).undone()
-    assert not torch.equal(corrupted, images)
-    assert torch.equal(task.corrupt_images(corrupted, undone), images)
+    if name == "jigsaw-discrete":
+        undone = corruption._replace(source=task.target(images, corruption).flatten(1)).undone()
+        assert torch.equal(task.corrupt_images(corrupted, undone), images)
 
 
 def test_an_image_is_corrupted_by_its_seed_alone():
@@ -115,21 +100,16 @@ def test_an_image_is_corrupted_by_its_seed_alone():
 
 # ---------------------------------------------------------------- no leak
 
-LEAKS = [
-    ("detr", {}, {}),
-    ("detr", {"dilation": True}, {}),
-    ("deformable_detr", {}, {}),
-    ("deformable_detr", {}, {"patch": 8}),
-    ("deformable_detr", {}, {"patch": 16}),
-    ("deformable_detr", {"num_feature_levels": 1}, {}),
-]
+LEAKS = [("detr", {}, None), ("detr", {"dilation": True}, None)]
+LEAKS += [("deformable_detr", {}, patch) for patch in (None, 8, 16)]
+LEAKS += [("deformable_detr", {"num_feature_levels": 1}, None)]
 
 
-@pytest.mark.parametrize("name, options, flags", LEAKS)
-def test_no_leak_through_feature_maps(name, options, flags):
+@pytest.mark.parametrize("name, options, patch", LEAKS)
+def test_no_leak_through_feature_maps(name, options, patch):
     """No gradient reaches a cell of any level under a masked patch, some every other cell."""
     (images, padding), model = batch(), a_model(name, **options)
-    task = a_task("mim-continuous", model, on="features", **flags)
+    task = a_task("mim-continuous", model, on="features", patch=patch)
     corruption = task.draw(padding, [1, 2, 3])
     levels = [x._replace(features=x.features.detach().requires_grad_())
               for x in model.features(images, padding)]  # fmt: skip
@@ -147,19 +127,18 @@ def test_no_leak_through_feature_maps(name, options, flags):
             assert (gradient[~under & ~level.padding] > 0).all()
 
 
-@pytest.mark.parametrize("name, options, flags", LEAKS)
-def test_no_leak_through_the_image(name, options, flags):
+@pytest.mark.parametrize("name, options, patch", LEAKS)
+def test_no_leak_through_the_image(name, options, patch):
     """Pixels under a mask do not matter, and those under the padding neither."""
     (images, padding), model = batch(), a_model(name, **options)
-    task = a_task("mim-continuous", model, on="image", **flags)
+    task = a_task("mim-continuous", model, on="image", patch=patch)
     corruption = task.draw(padding, [1, 2, 3])
     changed = corruption.changed().unflatten(1, corruption.grid)
     where = ssl_tasks.spread(changed, task.patch, (200, 256))[:, None]
     inputs = images, images.masked_fill(where, 3.0), images.masked_fill(padding[:, None], 9.0)
-    memories = [encode(task, model, x, padding, corruption) for x in inputs]
+    memories = [results(task, model, x, padding)[1] for x in inputs]
     for level, other, padded in zip(*memories):
-        assert torch.equal(level.features, other.features)
-        assert torch.equal(level.features, padded.features)
+        assert level.features.equal(other.features) and level.features.equal(padded.features)
 
 
 def test_a_fine_jigsaw_does_not_leak_through_coarse_cells():
@@ -181,28 +160,21 @@ def test_a_fine_jigsaw_does_not_leak_through_coarse_cells():
 # ---------------------------------------------------------------- what is predicted and counted
 
 
-def loss_of(task, model, images, padding, seeds=(1, 2, 3)):
-    corruption = task.draw(padding, seeds)
-    memory = encode(task, model, images, padding, corruption)
-    return corruption, memory, task.loss(memory, images, corruption)
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", ssl_tasks.TASKS)
 @pytest.mark.parametrize("loss_on", ["corrupted", "all"])
 def test_the_loss_by_hand(name, kind, loss_on):
     (images, padding), model = batch(), a_model(name)
     task = a_task(kind, model, loss_on=loss_on)
-    corruption, memory, loss = loss_of(task, model, images, padding)
+    corruption, memory, loss = results(task, model, images, padding)
     prediction, errors, n = task.compare(memory, images, corruption)[0], [], task.patch
     every = loss_on == "all" or kind == "reconstruct"
     for b, (height, width) in enumerate(IMAGES):
         for p in range(corruption.whole.shape[1]):
             row, column = divmod(p, corruption.grid[1])
             y, x = row * n, column * n
-            if y + n > height or x + n > width:
-                continue  # not wholly inside its image
-            if not every and corruption.source[b, p] == p and not corruption.masked[b, p]:
+            changed = corruption.masked[b, p] or corruption.source[b, p] != p
+            if y + n > height or x + n > width or not (every or changed):
                 continue
             here = b, slice(None), slice(y, y + n), slice(x, x + n)
             if kind.endswith("discrete"):
@@ -214,42 +186,23 @@ def test_the_loss_by_hand(name, kind, loss_on):
             else:
                 errors.append((prediction[here] - images[here]).abs().mean())
     torch.testing.assert_close(loss, torch.stack(errors).mean())
-    whole = sum((h // n) * (w // n) for h, w in IMAGES)
-    assert len(errors) == whole if every else len(errors) <= whole / 2 + 1.5
     half = task.loss(memory, images, corruption, num_patches=2 * len(errors))
     torch.testing.assert_close(half * 2, loss)
+    padded = images.masked_fill(padding[:, None], 5.0)  # never counts
+    assert torch.equal(results(task, model, padded, padding)[2], loss)
 
 
-def test_a_permuted_patch_that_stays_is_not_counted():
-    task, (_, padding) = a_task("jigsaw-continuous", a_model("detr")), batch()
-    corruption = task.draw(padding, [0, 1, 2])
-    here = torch.arange(corruption.source.shape[1]).expand(3, -1)
-    assert task.loss_mask(corruption).sum() > 0
-    assert task.loss_mask(corruption._replace(source=here)).sum() == 0
-
-
-def test_nothing_to_count_costs_nothing():
-    model, (images, padding) = a_model("detr"), batch()
+def test_masking_nothing():
+    """It costs nothing, or if all patches count it is reconstruction."""
+    (images, padding), model = batch(), a_model("deformable_detr")
+    masked, plain = (a_task(name, model, ratio=0.0, loss_on="all")
+                     for name in ("mim-continuous", "reconstruct"))  # fmt: skip
+    plain.head.load_state_dict(masked.head.state_dict())
+    assert torch.equal(*(results(task, model, images, padding)[2] for task in (masked, plain)))
     task = a_task("mim-continuous", model, ratio=0.0, image_size=None)
-    _, _, loss = loss_of(task, model, images, padding)
+    loss = results(task, model, images, padding)[2]
     loss.backward()
     assert loss == 0 and all((p.grad == 0).all() for p in task.parameters())
-
-
-def test_masking_nothing_and_counting_all_is_reconstruction():
-    model, (images, padding) = a_model("deformable_detr"), batch()
-    masked = a_task("mim-continuous", model, ratio=0.0, loss_on="all")
-    plain = a_task("reconstruct", model)
-    plain.head.load_state_dict(masked.head.state_dict())
-    losses = [loss_of(task, model, images, padding)[2] for task in (masked, plain)]
-    assert torch.equal(*losses)
-
-
-@pytest.mark.parametrize("kind", ssl_tasks.TASKS)
-def test_padding_is_never_counted(kind):
-    model, (images, padding) = a_model("detr"), batch()
-    task, other = a_task(kind, model, loss_on="all"), images.masked_fill(padding[:, None], 5.0)
-    assert torch.equal(*(loss_of(task, model, x, padding)[2] for x in (images, other)))
 
 
 # ---------------------------------------------------------------- visual tokens
@@ -267,8 +220,7 @@ def test_kmeans_tokens():
     assert (torch.cdist(colours, means).min(1).values < 0.05).all()
     tokens = tokenizer(images)
     for (b, y, x), token in np.ndenumerate(tokens.numpy()):
-        patch = images[b, :, 32 * y : 32 * y + 32, 32 * x : 32 * x + 32]
-        small = F.adaptive_avg_pool2d(patch, 4).flatten()
+        small = F.avg_pool2d(images[b, :, 32 * y : 32 * y + 32, 32 * x : 32 * x + 32], 8).flatten()
         assert token == (tokenizer.codes - small).square().sum(1).argmin()
     assert (tokenizer.paint(tokens, (128, 128)) - images).abs().mean() < 0.1
     with pytest.raises(ValueError, match="a vocabulary of 97 needs as many patches.* has 96"):
@@ -303,7 +255,7 @@ def dalle_file(tmp_path_factory):
 
 def test_dalle_tokens(dalle_file, monkeypatch):
     """One token a patch, of the crop that the model sees, in the range of colours DALL-E knows."""
-    images, padding = batch()
+    images = batch()[0]
     images += F.interpolate(torch.randn(3, 3, 7, 8) * 3, scale_factor=32)[..., :200, :]
     tokenizer, seen, original = visual_tokens.Dalle(32, dalle_file), [], visual_tokens.dalle_logits
     spy = lambda state, x: seen.append(x) or original(state, x)  # noqa: E731
@@ -314,10 +266,6 @@ def test_dalle_tokens(dalle_file, monkeypatch):
     pixels = F.pad((images[0] * std + mean).clamp(0, 1), (0, 0, 0, 24))
     torch.testing.assert_close(seen[0][0], 0.8 * F.avg_pool2d(pixels, 4) + 0.1)
     assert torch.equal(tokenizer(images[[2, 0]]), tokens[[2, 0]])
-    whole = ssl_tasks.whole_patches(padding, 32)
-    tokenizer.fit([(images, whole)], seed=0)
-    same = visual_tokens.thumbnails(images, 32)[whole & (tokens == tokens[0, 0, 0])]
-    torch.testing.assert_close(tokenizer.codes[tokens[0, 0, 0]], same.mean(0))
 
 
 def test_dalle_equals_the_published_package(tmp_path):
@@ -333,13 +281,9 @@ def test_dalle_equals_the_published_package(tmp_path):
     torch.testing.assert_close(found, encoder(map_pixels(pixels)))
 
 
-class Evil:
-    def __reduce__(self):
-        return print, ("executed",)
-
-
 def test_dalle_files_execute_nothing(tmp_path, dalle_file, capsys):
-    torch.save(Evil(), tmp_path / "evil.pkl")
+    evil = type("Evil", (), {"__reduce__": lambda self: (print, ("executed",))})
+    torch.save(evil(), tmp_path / "evil.pkl")
     torch.save({"blocks.input.w": torch.zeros(3)}, tmp_path / "other.pkl")
     (tmp_path / "cut.pkl").write_bytes(dalle_file.read_bytes()[:2000])
     for name in ("evil", "other", "cut", "none"):
@@ -357,53 +301,48 @@ def lines_of(run):
 
 
 @pytest.fixture(scope="module")
-def quarters(tmp_path_factory):
-    """A dataset that is learnt in seconds: each quarter of an image has one of four colours."""
-    folder = tmp_path_factory.mktemp("quarters") / "data"
-    isaid.main(["scenes", str(folder), *"--train 96 --val 24 --image_size 64".split()])
-    inks, rng = (
-        [(220, 40, 40), (40, 200, 60), (40, 60, 220), (230, 220, 60)],
-        np.random.default_rng(0),
-    )
+def blues(tmp_path_factory):
+    """Images that are learnt in seconds: red and green tell the place, blue is all or nothing."""
+    folder = tmp_path_factory.mktemp("blues") / "data"
+    isaid.main(["scenes", str(folder), *"--train 112 --val 24 --image_size 64".split()])
+    ramp, rng = np.tile(np.linspace(100, 160, 64), (64, 1)), np.random.default_rng(0)
     for path in sorted(folder.rglob("*.png")):
-        image = Image.new("RGB", (64, 64))
-        for box, ink in zip(((0, 0), (32, 0), (0, 32), (32, 32)), rng.permutation(4)):
-            image.paste(inks[ink], (*box, box[0] + 32, box[1] + 32))
-        image.save(path)
+        blue = np.full((64, 64), rng.choice([0, 255]))
+        Image.fromarray(np.stack([ramp, ramp.T, blue], 2).astype(np.uint8)).save(path)
     return folder
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("setting", ["pretrain", "multitask"])
 @pytest.mark.parametrize("task", ssl_tasks.TASKS)
-def test_every_task_is_learnt(model, setting, task, quarters, tmp_path):
-    """On held-out images it beats the best answer that does not look at the image."""
-    flags = (
-        f"--model {model} --setting {setting} --ssl_task {task} --data {quarters} --image_size 64"
-    )
-    flags += (
-        " --ssl_patch 16 --epochs 4 --eval_every 4 --batch_size 8 --ssl_weight 30 --augment none"
-    )
-    flags += " --lr 2e-3 --lr_backbone 1e-3 --num_queries 8 --clip_max_norm 1"
-    flags += " --vocabulary 4" * (task == "mim-discrete") + " --dilation" * (model == "detr")
-    if task.startswith(("mim", "jigsaw-continuous")):
-        flags += " --ssl_on image --ssl_ratio 0.25"
-    train.main([*SIZES, *flags.split(), "--out", str(tmp_path / "run")])
-    line, guess = lines_of(tmp_path / "run")[-1], reproduce.guess(tmp_path / "run")
-    if task.endswith("discrete"):
-        assert line["ssl_acc"] > 1.3 * guess["acc"]
-    else:
-        assert line["ssl_loss"] < 0.9 * guess["loss"]
+def test_every_task_is_learnt(model, setting, task, blues, tmp_path):
+    """Held out, it beats the mean patch by more than knowing the place would (0.8), or 0.6 right.
+
+    All twenty take a step; to save time ten learn: each task with both models, in both settings.
+    """
+    run = tmp_path / "run"
+    learns = (list(ssl_tasks.TASKS).index(task) + MODELS.index(model) + len(setting)) % 2 == 0
+    flags = f"--model {model} --setting {setting} --ssl_task {task} --data {blues} --epochs 1"
+    flags += " --image_size 64 --ssl_patch 32 --batch_size 4 --augment none --ssl_weight 30"
+    flags += " --lr 1e-2 --lr_backbone 1e-3 --clip_max_norm 1 --vocabulary 4 --num_queries 8"
+    flags += " --ssl_ratio 1" * ("jigsaw" in task) + " --limit_train 4 --limit_val 6" * (not learns)
+    flags += " --ssl_on image" * (setting == "multitask")
+    train.main([*SIZES, *flags.split(), "--out", str(run)])
+    line, guess = lines_of(run)[-1], reproduce.guess(run)
     assert ("ap" in line) == ("train_loss_giou" in line) == (setting == "multitask")
-    checkpoint = torch.load(tmp_path / "run/best.pt", weights_only=True)
-    parts = {detr.part_of(name) for name in checkpoint["model"]}
-    assert parts == {"backbone", "encoder", *(["decoder"] if setting == "multitask" else [])}
-    evaluation.main([str(tmp_path / "run/last.pt")])
-    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
-    assert metrics["ssl_loss"] == pytest.approx(line["ssl_loss"], rel=1e-5)  # the same corruption
-    assert metrics.get("ap") == line.get("ap")
-    rows = {"reconstruct": 2, "mim-discrete": 4}.get(task, 3)
-    assert Image.open(tmp_path / "run/ssl.png").size == (6 * 260, rows * 276)
+    weights = torch.load(run / "best.pt", weights_only=True)["model"]
+    assert Image.open(run / "ssl.png").size[0] == 4 * 260
+    parts = {"backbone", "encoder", *(["decoder"] if setting == "multitask" else [])}
+    assert {detr.part_of(name) for name in weights} == parts
+    if learns and task.endswith("discrete"):
+        assert line["ssl_acc"] > max(0.75, 1.2 * guess["acc"])
+    elif learns:
+        assert line["ssl_loss"] < 0.6 * guess["loss"]
+    if learns:
+        evaluation.main([str(run / "last.pt")])
+        metrics = json.loads((run / "metrics.json").read_text())
+        assert metrics["ssl_loss"] == pytest.approx(line["ssl_loss"], rel=1e-5)
+        assert metrics.get("ap") == line.get("ap")
 
 
 def test_the_same_seed_gives_the_same_corruption(tmp_path):
@@ -424,24 +363,18 @@ def pretrained(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize(
-    "flags, taken",
-    [
-        ([], ("backbone", "encoder")),
-        (["--init_parts", "backbone"], ("backbone",)),
-        ("--init_parts encoder --dec_layers 3 --num_queries 5".split(), ("encoder",)),
-    ],
-)
+TAKEN = {"": ("backbone", "encoder"), "--init_parts backbone": ("backbone",)}
+TAKEN["--init_parts encoder --dec_layers 3 --num_queries 5"] = ("encoder",)
+
+
+@pytest.mark.parametrize("flags, taken", TAKEN.items())
 def test_pretrain_then_detect(pretrained, flags, taken, tmp_path):
     """What was pretrained is transferred, and the command says so."""
-    args, _ = train.parse([*TINY, "--init", str(pretrained), *flags])
+    args, _ = train.parse([*TINY, "--init", str(pretrained), *flags.split()])
     model, note = train.build_model(train.detector_config(args, 15), args)
     assert note == f"{' and '.join(taken)} from {pretrained}"
-    before, after = (
-        torch.load(pretrained / "best.pt", weights_only=True)["model"],
-        model.state_dict(),
-    )
-    for name, tensor in before.items():
+    after = model.state_dict()
+    for name, tensor in torch.load(pretrained / "best.pt", weights_only=True)["model"].items():
         if tensor.dim() > 1:  # norms start at the same values anyway
             assert torch.equal(tensor, after[name]) == (detr.part_of(name) in taken), name
 
@@ -454,26 +387,23 @@ def test_images_without_annotations(tmp_path, capsys):
         Image.new("RGB", (150 + 5 * i, 140), (10 * i, 100, 50)).save(path)
     (tmp_path / "any" / "notes.txt").write_text("not an image")
     for kind in ("color", "id"):
-        mask = tmp_path / "any" / f"P0002_0_800_0_800_instance_{kind}_RGB.png"
-        Image.new("RGB", (64, 64)).save(mask)
+        Image.new("RGB", (64, 64)).save(f"{tmp_path}/any/P2_0_800_0_800_instance_{kind}_RGB.png")
     isaid.main(["scenes", str(tmp_path / "patches"), "--train", "6", "--val", "3"])
     for path in (tmp_path / "patches").rglob("*.json"):
         path.unlink()
     flags = "--setting pretrain --image_size 128 --epochs 1 --batch_size 4".split()
     for name, counts in (("any", (20, 2)), ("patches", (6, 3))):
-        data = ["--data", str(tmp_path / name), "--out", str(tmp_path / f"run-{name}")]
-        train.main([*SIZES, *flags, *data])
+        train.main([*SIZES, *flags, f"--data={tmp_path}/{name}", f"--out={tmp_path}/run-{name}"])
         printed = capsys.readouterr().out
         assert f": {counts[0]} images" in printed and f": {counts[1]} images" in printed
     names = [set(coco.find_images(tmp_path / "any", split)[1]) for split in ("train", "val")]
     assert not names[0] & names[1]
 
 
-def test_official_augmentation_and_dalle(tmp_path, dalle_file):
+def test_official_augmentation_and_dalle(blues, tmp_path, dalle_file):
     """Images of several sizes, padded; tokens of DALL-E; evaluation finds its file again."""
-    isaid.main(["scenes", str(tmp_path / "data"), *"--train 2 --val 1 --image_size 64".split()])
-    flags = f"--data {tmp_path}/data --setting pretrain --ssl_task mim-discrete --epochs 1"
-    flags += f" --batch_size 2 --tokenizer_weights {dalle_file} --out {tmp_path}/run"
+    flags = f"--data {blues} --setting pretrain --ssl_task mim-discrete --epochs 1 --batch_size 2"
+    flags += f" --limit_train 2 --limit_val 1 --tokenizer_weights {dalle_file} --out {tmp_path}/run"
     train.main([*SIZES, *flags.split()])
     state = torch.load(tmp_path / "run/last.pt", weights_only=True)["task_state"]
     assert not any("blocks" in name for name in state)  # its weights stay in their file
@@ -482,13 +412,9 @@ def test_official_augmentation_and_dalle(tmp_path, dalle_file):
     assert found == pytest.approx(lines_of(tmp_path / "run")[0]["ssl_loss"], rel=1e-5)
 
 
-def test_discrete_jigsaw_wants_one_size(tmp_path):
-    isaid.main(["scenes", str(tmp_path / "data"), *"--train 2 --val 1 --image_size 64".split()])
-    flags = f"--data {tmp_path}/data --setting pretrain --ssl_task jigsaw-discrete".split()
+def test_what_cannot_be_is_refused(blues, pretrained, tmp_path):
+    flags = f"--data {blues} --setting pretrain --ssl_task jigsaw-discrete".split()
     with pytest.raises(SystemExit, match="all images must have one size: give image_size"):
         train.main([*SIZES, *flags])
-
-
-def test_evaluating_a_pretraining_detects_nothing(pretrained, tmp_path):
     with pytest.raises(SystemExit, match="it detects nothing"):
         evaluation.main([str(pretrained), "--export", str(tmp_path / "x.json")])
