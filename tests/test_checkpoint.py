@@ -8,9 +8,9 @@ import os
 import runpy
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
-from argparse import Namespace
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM
 
@@ -23,7 +23,6 @@ import train
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 2 --dim_feedforward 32".split()
 TINY += "--num_queries 8 --image_size 64 --limit_train 8 --limit_val 3 --batch_size 4".split()
-
 FORKS = multiprocessing.get_context("forkserver")  # it imports torch once for all of them
 FORKS.set_forkserver_preload(["train", "test_checkpoint"])
 
@@ -42,8 +41,9 @@ def _child(script, flags, said, names, strike):
 
         def struck(*args):
             if next(calls) == at:
-                for signal in signals:  # to all of the group, as terminals and launchers do
-                    os.killpg(0, signal)
+                for signal in signals:  # from outside to all of the group, as launchers do
+                    code = f"import os, time; os.killpg({os.getpid()}, {signal:d}); time.sleep(0.3)"
+                    subprocess.call([sys.executable, "-c", code], start_new_session=True)
             return original(*args)
 
         setattr(sys.modules[module], name, struck)
@@ -59,8 +59,7 @@ class Command:
 
     def __init__(self, folder, script, *flags, processes=1, strike=()):
         self.said, flags = Path(tempfile.mkdtemp(dir=folder)), [str(flag) for flag in flags]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+        with socket.create_server(("127.0.0.1", 0)) as free:
             names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         self.processes, names["WORLD_SIZE"] = [], str(processes)
         for rank in range(processes):
@@ -131,8 +130,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopped_and_resumed_is_undisturbed(kind, undisturbed, tmp_path):
     """Weights, optimizer, schedule, random numbers, log and best.pt, all to the bit."""
-    processes, flags, strikes = KINDS[kind]
-    out, start = tmp_path / "run", "random weights"
+    (processes, flags, strikes), out, start = KINDS[kind], tmp_path / "run", "random weights"
     command = ["train.py", *FLAGS, *flags.split(), "--out", out, "--resume"]
     for *strike, status, then in strikes:  # with nothing there yet --resume is the start
         said, _ = Command(tmp_path, *command, processes=processes, strike=strike).end(status)
@@ -164,17 +162,13 @@ def again(undisturbed, tmp_path):
     return out, go_on
 
 
-def test_a_complete_run_stays_as_it_is(again, undisturbed, tmp_path):
-    before, out = undisturbed("detect"), again[0]
-    flags = "--out", out, "--resume", "--workers", 1, "--device", "cpu"  # these may differ
+def test_going_on_with_a_complete_run(again, undisturbed, tmp_path):
+    (out, go_on), resume, before = again, "--resume", undisturbed("detect")
+    flags = "--out", out, resume, "--workers", 1, "--device", "cpu"  # these may differ
     said, _ = Command(tmp_path, "train.py", *FLAGS, *flags).end()
     assert "resumed in epoch 3 after 0 of 4 steps" in said
     same_run(before, out)
     assert (out / "config.json").read_text() == (before / "config.json").read_text()
-
-
-def test_what_cannot_be_gone_on_with_is_refused(again):
-    (out, go_on), resume = again, "--resume"
     last, whole = out / "last.pt", (out / "last.pt").read_bytes()
     go_on(f"{last}: was made with --epochs 2, not 4; a run goes on", resume, "--epochs", "4")
     go_on(f"--out {out} exists already; name a new folder, or go on with its run: --resume")
@@ -183,26 +177,22 @@ def test_what_cannot_be_gone_on_with_is_refused(again):
     for content in (damaged, whole[:5000], b"", b"text"):
         last.write_bytes(content)
         go_on(f"{last}: not a checkpoint of tensors and plain values, or damaged ", resume)
-    torch.save({"model": {}, "args": Namespace(lr=1)}, last)  # as the official ones
+    torch.save({"model": {}, "args": train.parse([])[0]}, last)  # as the official ones
     go_on(f"{last}: is not a checkpoint of train.py; start from it with --init", resume)
     last.unlink()
     go_on(f"{last}: is gone, but its run has been going; name another folder", resume)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_keeps_the_last_good_checkpoint(again):
+def test_where_nothing_can_be_written(again):
     out, go_on = again
     before = (out / "last.pt").read_bytes()
     (out / "last.tmp").symlink_to("/dev/full")
     go_on(f"{out}/last.pt: cannot be written; is the disk full?", "--resume")
     assert (out / "last.pt").read_bytes() == before and not os.path.lexists(out / "last.tmp")
-
-
-def test_folders_that_cannot_be_written():
-    for path in ("/proc/run", "/dev/null/run"):
-        if Path(path).parent.exists():
-            with pytest.raises(SystemExit, match=f"^error: --out {path} cannot be made"):
-                train.main([*FLAGS, "--out", path])
+    for path in ("/proc/run", "/dev/null/run"):  # folders that cannot be written
+        with pytest.raises(SystemExit, match=f"^error: --out {path} cannot be made"):
+            train.main([*FLAGS, "--out", path])
 
 
 @pytest.mark.parametrize("kind", ["detect", "pretrain", "multitask"])

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import inspect
 import json
 import math
 import os
@@ -23,14 +24,10 @@ import detr
 import eval as evaluation
 import isaid
 import pictures
-import ssl_tasks
 import train
 
 TASK = "--setting multitask --ssl_weight 3".split()
-WEIGHTS = {"detr": {"loss_ce": 1}, "deformable_detr": {"loss_ce": 2}}  # the official ones
-for weights in WEIGHTS.values():
-    weights.update(loss_bbox=5, loss_giou=2)
-    weights.update({f"{name}_enc": weight for name, weight in weights.items()})
+WEIGHTS = {"ce": 2, "bbox": 5, "giou": 2}  # the official ones, but DETR has 1 for classes
 
 
 def log_of(run):
@@ -45,14 +42,27 @@ def prepared(*flags):
     return run, args, data, next(iter(isaid.epoch_loader(data, args, 1)))
 
 
+def spied(patch, *methods):
+    """Watch methods, given as (object or None, name): {name: its calls}."""
+    calls = {}
+    for owner, name in methods:
+        patch.setattr(owner or Mock(), name, spy := Mock(wraps=getattr(owner, name, None)))
+        calls[name] = spy.call_args_list
+    return calls
+
+
+def gradients(run):
+    modules = [module for module in (run.model, run.task) if module]
+    return {name: p.grad for module in modules for name, p in module.named_parameters()}
+
+
 def gradients_of_a_step(run, args, batches):
-    """What the loop hands to the optimizer in its first step, with these batches: {name: …}."""
+    """What the loop hands to the optimizer in its first step, with these batches."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
         patch.setattr(isaid, "epoch_loader", lambda *_: batches)
         patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: next(iter(())))
         train.train(run, None, None, args)
-    return {name: p.grad for module in (run.model, run.task) if module
-            for name, p in module.named_parameters()}  # fmt: skip
+    return gradients(run)
 
 
 # ---------------------------------------------------------------- a run
@@ -98,6 +108,7 @@ def test_what_a_run_leaves(run):
     last, best = (torch.load(out / f"{x}.pt", weights_only=True) for x in ("last", "best"))
     assert best["epoch"] == max((line["ap"], line["epoch"]) for line in log)[1]
     assert [c["name"] for c in best["categories"]] == list(isaid.CLASSES)
+    assert last["schedule"]["last_epoch"] == 4  # it went on with every step
     assert "optimizer" in last and best.keys() < last.keys() - {"optimizer"}
 
 
@@ -209,21 +220,23 @@ def test_frozen_parts_stay_as_they_are(run, tmp_path):
 # ---------------------------------------------------------------- flags and mistakes
 
 
-@pytest.mark.parametrize(
-    "line",
-    """
+OVERRIDES = """
 @{root}/recipes/detr.txt --model deformable_detr |
 @{root}/recipes/deformable_detr.txt --lr_linear_proj_mult 1 --two_stage --model detr | \
 num_feature_levels with_box_refine lr_linear_proj_mult two_stage
 @{root}/recipes/detr.txt --lr_drop cycle |
 --model detr --two_stage --attn torch --ssl_patch 8 --ssl_on image | two_stage attn ssl_patch ssl_on
 --setting pretrain --ssl_ratio 0.3 --num_queries 9 --ssl_task reconstruct | ssl_ratio num_queries
+--setting pretrain --two_stage --ssl_weight 2 --dec_layers 4 | two_stage dec_layers ssl_weight
 --setting multitask --ssl_loss_on all --ssl_weight 2 --vocabulary 9 | vocabulary
 --ssl_task mim-discrete --vocabulary 9 --tokenizer_weights x --setting multitask | vocabulary
 --overfit 4 --limit_val 3 --init_parts encoder --augment none | augment limit_val init_parts
 --init x --init_parts backbone --lr_backbone 1 --freeze backbone | lr_backbone
-""".strip().splitlines(),
-)
+--init x --backbone_weights imagenet --model detr | backbone_weights
+"""
+
+
+@pytest.mark.parametrize("line", OVERRIDES.strip().splitlines())
 def test_what_stands_last_counts_and_what_has_no_effect_is_said(line):
     flags, unused = line.format(root=ROOT).split("|")
     args, found = train.parse(flags.split())
@@ -273,16 +286,6 @@ def test_mistakes_get_one_line(line, folder, run, tmp_path, capsys, monkeypatch)
     said = code if isinstance(code, str) else capsys.readouterr().err.removesuffix("\n")
     assert message in said and said.startswith("error: ") and "\n" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["file"]  # found before a run was made
-
-
-def test_bad_images_are_named(folder, tmp_path):
-    """In one line, also from a loader process."""
-    shutil.copytree(folder, tmp_path / "data")
-    (bad := tmp_path / "data/train/images/scene_000003.png").write_bytes(b"nonsense")
-    for n in (0, 1):
-        flags = "--data", tmp_path / "data", "--workers", n, "--out", tmp_path / f"{n}"
-        _, errors = Command(tmp_path, "train.py", *TINY, *flags).end(1)
-        assert errors == f"error: {bad}: is not an image that can be read, or it is damaged\n"
 
 
 def test_a_training_that_diverges_ends_with_one_line(tmp_path):
@@ -339,6 +342,10 @@ def test_the_house():
                 assert lines <= {"train": 120, "build_parser": 200}.get(node.name, 60), node.name
                 assert not any(map(imported, ast.walk(node))), (path, node.name)
             graph[name] |= imported(node) - {name}
+    loop = inspect.getsource(train.train)
+    for text in ("for epoch in range", "loss.backward()", "optimizer.step()", "def "):
+        assert loop.count(text) == 1, text  # in the loop's own function, which has no other in it
+    assert "= train(run, " in inspect.getsource(train.main)
     assert all(FLOOR[x] <= FLOOR[name] for name, below in graph.items() for x in below), graph
     graphlib.TopologicalSorter(graph).prepare()  # CycleError
 
@@ -363,7 +370,7 @@ def test_every_flag_is_used_somewhere():
 def test_idle_threads_sleep_in_every_command_unless_told_otherwise():
     """OpenMP reads it when torch is loaded, so what counts is what it is then."""
     commands = [path for path in FILES if '__name__ == "__main__"' in path.read_text()]
-    assert len(commands) == 6
+    assert {path.stem for path in commands} >= {*"train eval predict isaid reproduce".split()}
     name, policy = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"
     plain = {k: x for k, x in os.environ.items() if k not in (name, policy)}
     for path in commands:
@@ -398,14 +405,11 @@ def test_who_reads_which_memory(model, flags, backbone, encoder, decoder, monkey
             model.features(task.corrupt_images(images, corruption), padding))  # fmt: skip
         corrupted = model.encode(corrupted)
         assert not torch.allclose(clean[0].features, corrupted[0].features, atol=0.01)
-    seen = {"backbone": [], "encode": [], "decode": [], "loss": []}
-    model.backbone.register_forward_hook(lambda *_: seen["backbone"].append(0))
-    for owner, name in ((model, "encode"), (model, "decode"), (task, "loss")):
-        original = getattr(owner, name, None)
-        monkeypatch.setattr(owner or model, name, lambda memory, *x, name=name, f=original: (
-            seen[name].append(memory), f(memory, *x))[1], raising=False)  # fmt: skip
+    owners = (model.backbone, "forward"), (model, "encode"), (model, "decode"), (task, "loss")
+    calls = spied(monkeypatch, *owners)
     losses = train.compute_losses(model, task, *batch, args)
-    assert len(seen["backbone"]) == backbone and len(seen["decode"]) == decoder
+    seen = {name: [call.args[0] for call in calls[name]] for name in calls}
+    assert len(seen["forward"]) == backbone and len(seen["decode"]) == decoder
     assert [len(levels[0].features) for levels in seen["encode"]] == encoder
     for memory, wanted in ((seen["decode"], clean), (seen["loss"], corrupted)):
         for mine, right in zip(memory[0] if memory else [], wanted):
@@ -421,11 +425,8 @@ def test_schedules(epochs, steps):
     for drop in ("cycle", "4", "0"):
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
         args = train.parse(["--lr_drop", drop, "--epochs", str(epochs)])[0]
-        schedule, found[drop] = train.build_schedule(optimizer, args, steps), []
-        for _ in range(total):
-            found[drop].append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            schedule.step()
+        (factor,) = train.build_schedule(optimizer, args, steps).lr_lambdas
+        found[drop] = [factor(step) for step in range(total)]
     assert found["0"] == [1] * total
     assert found["4"] == pytest.approx([0.1 ** (i // steps // 4) for i in range(total)])
     top = max(1, total // 10)
@@ -434,32 +435,20 @@ def test_schedules(epochs, steps):
     assert found["cycle"] == pytest.approx([*up, 1, *down][:total])
 
 
-def spy(patch, owner, name, seen):
-    """Note (name, tensors) of each call of a function."""
-    original = getattr(owner, name)
-
-    def spied(*x, **options):
-        seen.append((name, [y for y in x if torch.is_tensor(y)]))
-        return original(*x, **options)
-
-    patch.setattr(owner, name, spied)
-
-
 @pytest.mark.parametrize("model", detr.DETECTORS)
 def test_half_precision(model, monkeypatch):
     """Losses near those of fp32, to which matching and losses are given; weights stay fp32."""
-    seen, losses = [], []
+    losses, layers = [], []
     for flags in ([], ["--amp", "bf16"]):
         run, args, _, batch = prepared(*TASK, "--model", model, *flags)
+        criterion, linear = run.model.criterion, run.model.transformer.encoder.layers[0].linear1
+        owners = (criterion, "set_losses"), (criterion, "costs"), (run.task, "errors")
+        given = spied(monkeypatch, *owners)
+        linear.register_forward_hook(lambda layer, x, out: layers.append(out.dtype))
         losses.append(train.compute_losses(run.model, run.task, *batch, args))
-        spied = ((detr.Criterion, "set_losses"), (detr.Criterion, "costs"),
-                 (ssl_tasks.PixelTask, "errors"), (detr.F, "linear"))  # fmt: skip
-        for owner, name in spied * (not flags):
-            spy(monkeypatch, owner, name, seen)
-    kinds = {(name, x.dtype) for name, tensors in seen for x in tensors[:2]}
-    given = {"set_losses", "costs", "errors"}
-    assert {kind for kind in kinds if kind[0] in given} == {(x, torch.float32) for x in given}
-    assert ("linear", torch.bfloat16) in kinds
+        kinds = {x.dtype for calls in given.values() for call in calls for x in call.args[:2]}
+        assert all(given.values()) and kinds == {torch.float32}
+    assert layers == [torch.float32, torch.bfloat16]
     sum(values.sum() for values in losses[1].values()).backward()
     for p in (*run.model.parameters(), *run.task.parameters()):
         assert p.dtype == torch.float32 and (p.grad is None or p.grad.isfinite().all())
@@ -516,15 +505,15 @@ def by_hand(run, args, halves, together):
         loss, levels = 0, model.features(images, padding)
         if args.setting != "pretrain":
             found = model.criterion(model.decode(model.encode(levels)), targets, objects)
-            loss = sum(WEIGHTS[args.model][name] * x.sum() for name, x in found.items())
+            weights = {**WEIGHTS, "ce": 1} if args.model == "detr" else WEIGHTS
+            loss = sum(weights[name.split("_")[1]] * x.sum() for name, x in found.items())
         if task:
             levels = task.corrupt_levels(levels, corruption) if task.on == "features" else (
                 model.features(task.corrupt_images(images, corruption), padding))  # fmt: skip
             weight = args.ssl_weight if args.setting == "multitask" else 1
             loss = loss + weight * task.loss(model.encode(levels), images, corruption, patches)
         (loss / 2).backward()
-    return {name: p.grad for module in (model, task) if module
-            for name, p in module.named_parameters()}  # fmt: skip
+    return gradients(run)
 
 
 def two_halves(flags):
@@ -551,7 +540,7 @@ for kind, flags in test_train.KINDS.items():
 
 
 @pytest.fixture(scope="module")
-def gradients(tmp_path_factory):
+def of_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gradients")
     (folder / "script.py").write_text(GRADIENTS)
     Command(folder, folder / "script.py", folder, processes=2).end()
@@ -559,13 +548,11 @@ def gradients(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_two_processes(kind, gradients):
+def test_gradients_of_two_processes(kind, of_two):
     """One of them has images without objects only."""
-    found = [torch.load(gradients / f"{kind} {rank}.pt") for rank in (0, 1)]
-    run, args, halves = two_halves(KINDS[kind])
-    right = by_hand(run, args, halves, together=True)
-    close(found[0], right)
-    close(found[1], right)
+    right = by_hand(*two_halves(KINDS[kind]), together=True)
+    for rank in (0, 1):
+        close(torch.load(of_two / f"{kind} {rank}.pt"), right)
 
 
 def test_two_batches_a_step():
@@ -573,21 +560,14 @@ def test_two_batches_a_step():
     close(gradients_of_a_step(run, args, halves), by_hand(run, args, halves, together=False))
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    """A run in two processes, and what it printed."""
-    here = tmp_path_factory.mktemp("together")
-    flags = [*TINY, *TASK, "--limit_train", 16, "--limit_val", 7, "--epochs", 2]
-    run = Command(here, "train.py", *flags, "--out", here / "run", processes=2)
-    return here / "run", run.end()[0]
-
-
-def test_every_image_counts_once(together, tmp_path):
+def test_every_image_counts_once(tmp_path):
     """Seven of them in one, two and three processes, as in the log; one folder, printed once."""
-    out, printed = together
+    out, flags = tmp_path / "run", [*TINY, *TASK, "--limit_train", 16, "--limit_val", 7]
+    flags += "--epochs", 2, "--out", out
+    printed, _ = Command(tmp_path, "train.py", *flags, processes=2).end()
     assert printed.count("epoch   1/2") == 1 and "8 images a step, 2 steps an epoch" in printed
     best = max(log_of(out), key=lambda line: (line["ap"], line["epoch"]))
-    assert len(log_of(out)) == 2 and [path.name for path in out.parent.glob("run*")] == ["run"]
+    assert len(log_of(out)) == 2 and [path.name for path in tmp_path.glob("run*")] == ["run"]
     found = []
     for n in (1, 2, 3):
         Command(tmp_path, "eval.py", out, "--out", tmp_path / f"{n}", processes=n).end()
@@ -599,7 +579,7 @@ def test_every_image_counts_once(together, tmp_path):
 
 
 def test_an_error_in_one_process_ends_all(folder, tmp_path):
-    """By torchrun itself; what all of them meet is said once, what the second one meets too."""
+    """What all of them meet is said once, and so is what the second one alone meets."""
     _, errors = Command(tmp_path, "train.py", *TINY, "--data", "nowhere", processes=2).end(1)
     assert errors.count("error: ") == errors.count("\n") == 1 and "nowhere: no annotated" in errors
     (tmp_path / "elsewhere.py").write_text(
@@ -608,11 +588,19 @@ def test_an_error_in_one_process_ends_all(folder, tmp_path):
     flags = *TINY, "--data", "data", "--out", tmp_path / "run"
     _, errors = Command(tmp_path, tmp_path / "elsewhere.py", *flags, processes=2).end(1)
     assert errors.startswith("error: /data: no annotated split") and errors.count("\n") == 1
+
+
+def test_a_bad_image_is_named(folder, tmp_path):
+    """In one line, also by a loader process; met by one of two processes it ends both."""
     shutil.copytree(folder, tmp_path / "data")
-    (tmp_path / "data/train/images/scene_000003.png").write_bytes(b"nonsense")
-    flags = "train.py", *TINY, "--data", tmp_path / "data", "--out", tmp_path / "run"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    (bad := tmp_path / "data/train/images/scene_000003.png").write_bytes(b"nonsense")
+    message = f"error: {bad}: is not an image that can be read, or it is damaged\n"
+    flags = ["train.py", *TINY, "--data", str(tmp_path / "data"), "--out"]
+    for n in (0, 1):
+        _, errors = Command(tmp_path, *flags, tmp_path / f"{n}", "--workers", n).end(1)
+        assert errors == message
+    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
     how = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "timeout": 100}
-    flags = map(str, flags)
-    done = subprocess.run([*torchrun, "2", *flags], capture_output=True, text=True, **how)
-    assert done.returncode == 1 and "scene_000003.png: is not an image that" in done.stderr
+    flags = *torchrun, *flags, str(tmp_path / "run")
+    done = subprocess.run(flags, capture_output=True, text=True, **how)
+    assert done.returncode == 1 and done.stderr.count(message) == 1
