@@ -42,7 +42,7 @@ def compute_losses(model, task, images, padding, targets, args):
 
     Here detectors and self-supervised tasks meet, in one of three settings:
     detect      the decoder reads the memory of the images
-    pretrain    the task reads the memory of the corrupted images; the decoder does not run
+    pretrain    the task reads the memory of corrupted images or features; no decoder runs
     multitask   both: the decoder reads the clean memory, the task the corrupted one
     """
     losses, detect, corruption = {}, args.setting != "pretrain", None
@@ -59,7 +59,7 @@ def compute_losses(model, task, images, padding, targets, args):
                 corrupted = task.corrupt_levels(levels, corruption)
             else:
                 corrupted = model.features(task.corrupt_images(images, corruption), padding)
-            if detect:  # corrupted and clean go through the encoder as one batch
+            if detect:  # the encoder sees corrupted and clean levels as one batch of 2 B
                 both = [a._make(map(torch.cat, zip(a, b))) for a, b in zip(corrupted, levels)]
                 memory, B = model.encode(both), len(images)
                 corrupted = [level._make(x[:B] for x in level) for level in memory]
@@ -159,7 +159,7 @@ def train_mode(model, args):
 
 
 def build_optimizer(model, task, args):
-    """AdamW; the CNN has a rate of its own, sampling offsets and reference points a tenth."""
+    """AdamW with the papers' groups: CNN, sampling offsets and reference points, the rest."""
     groups = collections.defaultdict(list)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -256,7 +256,7 @@ def build_parser():
     add("--batch_size", type=count, default=8, help="images at a time in each process")
     add("--lr", type=rate, default=5e-4, help="learning rate")
     add("--lr_backbone", type=rate, default=5e-4, help="of the CNN")
-    add("--lr_linear_proj_mult", type=rate, default=0.1, help="factor for sampling offsets")
+    add("--lr_linear_proj_mult", type=rate, default=0.1, help="of offsets, reference points")
     add("--weight_decay", type=factor, default=1e-4, help="of AdamW")
     add("--clip_max_norm", type=rate, default=0.1, help="largest norm of the gradient")
     add("--accumulate", type=count, default=1, help="batches a step")
