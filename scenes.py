@@ -1,8 +1,8 @@
 """Synthetic aerial scenes: objects of fifteen classes on textured ground, by their seed alone.
 
 A point is a complex number x + iy: to turn and scale a shape is one multiplication, to move it is
-one addition. Tables and formulas are laid out by hand. To add a class, add a row to SHAPES: its box
-and area follow from the first polygon of that row.
+one addition. To add a class, add a row to SHAPES: its box and area follow from the first polygon
+of that row.
 """
 
 from collections import namedtuple
@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw
 CLASSES = ("ship", "storage_tank", "baseball_diamond", "tennis_court", "basketball_court",
            "Ground_Track_Field", "Bridge", "Large_Vehicle", "Small_Vehicle", "Helicopter",
            "Swimming_pool", "Roundabout", "Soccer_ball_field", "plane", "Harbor")
-# two turns in steps of 15 degrees: any arc is a slice of it
-CIRCLE = np.exp(2j * np.pi * np.arange(-24, 25) / 24)
+# fmt: on
+CIRCLE = np.exp(2j * np.pi * np.arange(-24, 25) / 24)  # two turns by 15 degrees: arcs are slices
 
 
 def rect(x, y, w, h):
@@ -26,7 +26,7 @@ def rect(x, y, w, h):
 
 def arc(x, y, r, start=-180, stop=180):
     """Arc about (x, y) between two angles, multiples of 15 degrees; the whole circle by default."""
-    return CIRCLE[start // 15 + 24:stop // 15 + 25] * r + x + 1j * y
+    return CIRCLE[start // 15 + 24 : stop // 15 + 25] * r + x + 1j * y
 
 
 def mirror(*half):
@@ -39,17 +39,15 @@ def both(*polygons):
     return (*polygons, *(-np.asarray(p) for p in polygons))
 
 
+# fmt: off
 SHIP = mirror(.5, .36 + .1j, .18 + .17j, -.42 + .17j, -.5 + .13j)
 TRUCK = mirror(.5 + .1j, .47 + .14j, .3 + .14j, .28 + .07j, .22 + .07j, .22 + .16j, -.5 + .16j)
 CAR = mirror(.5 + .12j, .44 + .22j, .2 + .25j, -.38 + .25j, -.48 + .2j, -.5 + .1j)
 PLANE = mirror(.5, .47 + .03j, .4 + .05j, .14 + .05j, -.1 + .46j, -.19 + .46j, -.07 + .05j,
-               -.32 + .04j, -.44 + .18j,
-               -.5 + .18j, -.45 + .02j)
-# rotor, at 45 and 135 degrees
-BLADES = [.15 + .36 * CIRCLE[24 + k] * (1 + s) for k in (3, 9) for s in (-.06j, .06j)]
+               -.32 + .04j, -.44 + .18j, -.5 + .18j, -.45 + .02j)
+BLADES = [.15 + .36 * CIRCLE[24 + k] * (1 + s) for k in (3, 9) for s in (-.06j, .06j)]  # rotor
 HELICOPTER = mirror(.42, .38 + .06j, .28 + .08j, *BLADES[:2], .15 + .09j, *BLADES[2:], .02 + .08j,
-                    -.08 + .04j,
-                    -.4 + .03j, -.41 + .1j, -.5 + .1j, -.48 + .02j)
+                    -.08 + .04j, -.4 + .03j, -.41 + .1j, -.5 + .1j, -.48 + .02j)
 PIER = mirror(*(x + p for x in (.42, .19, -.04, -.27, -.5)
                 for p in (.08 + .08j, .08 + .31j, .31j, .08j)))
 POOL = CIRCLE[:24] * (.38 + .12 * (CIRCLE[:24] ** 2).real - .09 * CIRCLE[:24].imag)  # a kidney
@@ -70,11 +68,9 @@ LAWN = (88, 140, 68), (102, 150, 82), (76, 124, 62)
 AQUA = ((70, 190, 214), (92, 206, 222), (58, 164, 206))
 
 # Shortest and longest length and height (for the shadow) in pixels; colours to choose "a" and "b"
-# from; then the parts,
-# bottom first: (colour, line width or 0 for filled, polygons ...), in units of the length, which
-# lies along the x axis.
-# "+" and "-" after a colour make it lighter or darker.  The first polygon is the outline and holds
-# all others.
+# from; then the parts, bottom first: (colour, line width or 0 for filled, polygons ...), in units
+# of the length, which lies along the x axis. "+" and "-" after a colour make it lighter or darker.
+# The first polygon is the outline and holds all others.
 Shape = namedtuple("Shape", "low high height a b parts")
 SHAPES = {name: Shape(*row, parts) for name, *row, parts in (
     ("ship", 20, 44, 2, PAINT, CLAY + PALE, (("a", 0, SHIP), ("b", 0, SHIP * .84),
@@ -131,8 +127,7 @@ SHAPES = {name: Shape(*row, parts) for name, *row, parts in (
     ("pond", 0, 0, 0, CLAY, LAWN, (("a", 0, POOL * 1.6j), ("b-", 0, POOL * 1.56j),
      ("B", 0, POOL * 1.48j))))}
 
-# dark, light, patch colour; waves or furrows: spacing in pixels, strength, bend; things per 128 x
-# 128
+# dark, light, patch colour; waves: spacing in pixels, strength, bend; things per 128 x 128 pixels
 GROUNDS = {
     "water": ((34, 66, 88), (66, 108, 124), (84, 134, 138), 6, 4, 3, ()),
     "grass": ((74, 100, 54), (122, 146, 84), (150, 146, 98), 9, 4, .3, ("tree",) * 12),
@@ -140,45 +135,46 @@ GROUNDS = {
     "paved": ((118, 118, 116), (152, 150, 146), (98, 98, 100), 24, 3, 0, ()),
     "town": ((104, 108, 84), (142, 138, 116), (92, 112, 68), 3, 1, 0,
              ("roof",) * 8 + ("tree",) * 10)}
+# fmt: on
 # Bridges come at sea and on land, half as often each: with 0.17 of the scenes at sea all classes
 # are about as common.
 AT_SEA = ["ship", "Harbor"] * 2 + ["Bridge"]
 ON_LAND = [name for name in CLASSES if name not in ("ship", "Harbor")]
-# turn: length in pixels times the direction of the x axis; box: x0, y0, x1, y1 of the outline in
-# pixels, not clipped
+# turn: length in pixels times the direction of the x axis; box: xyxy in pixels, not clipped
 Thing = namedtuple("Thing", "name turn centre box")
 
 
 def place(rng, name, things, size, last=None):
     """One more Thing where there is room, next to `last` if that is given; None without room."""
     low, high = SHAPES[name][:2]
-    turn = last.turn if last else complex((low + (high - low) * rng.random())
-                                          * np.exp(2j * np.pi * rng.random()))
+    if last:
+        turn = last.turn
+    else:
+        turn = complex((low + (high - low) * rng.random()) * np.exp(2j * np.pi * rng.random()))
     outline = SHAPES[name].parts[0][2] * turn
     x0, y0 = float(outline.real.min()), float(outline.imag.min())
     w, h = float(np.ptp(outline.real)), float(np.ptp(outline.imag))
-    # at most a fifth of width and height is cut off by the border of the image: 0.64 of the box
-    # stays visible
-    spots = [((size - .6 * w) * u - .2 * w, (size - .6 * h) * v - .2 * h)
-             for u, v in rng.random((10, 2)).tolist()]
+    # the border of the image cuts off at most a fifth of width and height: 0.64 of the box stays
+    u, v = rng.random((10, 2)).T
+    spots = list(zip((size - 0.6 * w) * u - 0.2 * w, (size - 0.6 * h) * v - 0.2 * h))
     if last:  # one step to the left or right, as wide as keeps the boxes apart
         side = 1j * turn / abs(turn) + 1e-9 + 1e-9j
         side *= 3 + min(w / abs(side.real), h / abs(side.imag))
         spots[:0] = [(last.box[0] + s * side.real, last.box[1] + s * side.imag) for s in (1, -1)]
     for x, y in spots:
-        if -.2 * w <= x <= size - .8 * w and -.2 * h <= y <= size - .8 * h and all(
-                x > b[2] + 2 or x + w < b[0] - 2 or y > b[3] + 2 or y + h < b[1] - 2
-                for *_, b in things):
+        inside = -0.2 * w <= x <= size - 0.8 * w and -0.2 * h <= y <= size - 0.8 * h
+        if inside and all(
+            x > b[2] + 2 or x + w < b[0] - 2 or y > b[3] + 2 or y + h < b[1] - 2 for *_, b in things
+        ):
             return Thing(name, turn, complex(x - x0, y - y0), (x, y, x + w, y + h))
 
 
 def layout(rng, size):
     """Kind of ground, and the labelled Things on it: none, or 1 to 7 per 128 x 128 pixels."""
-    kind = "water" if rng.random() < .17 else list(GROUNDS)[1 + int(4 * rng.random())]
+    kind = "water" if rng.random() < 0.17 else list(GROUNDS)[1 + int(4 * rng.random())]
     classes, things = AT_SEA if kind == "water" else ON_LAND, []
-    for _ in range(0 if rng.random() < .1 else rng.integers(1, 2 + int(6 * (size / 128) ** 2))):
-        # alike things often stand side by side
-        last = things[-1] if things and rng.random() < .35 else None
+    for _ in range(0 if rng.random() < 0.1 else rng.integers(1, 2 + int(6 * (size / 128) ** 2))):
+        last = things[-1] if things and rng.random() < 0.35 else None  # alike things, side by side
         name = last.name if last else classes[int(rng.random() * len(classes))]
         things += filter(None, [place(rng, name, things, size, last)])
     return kind, things
@@ -190,19 +186,18 @@ def scene_objects(seed, n, size):
     whole = np.array([t.box for t in things], np.float32).reshape(-1, 4)
     boxes = whole.clip(0, size)
     outlines = [SHAPES[t.name].parts[0][2] * t.turn for t in things]
-    # shoelace formula
-    areas = np.array([abs(np.vdot(p, np.roll(p, -1)).imag) / 2 for p in outlines])
-    # what the border leaves
+    areas = np.array([abs(np.vdot(p, np.roll(p, -1)).imag) / 2 for p in outlines])  # shoelace
     seen = (boxes[:, 2:] - boxes[:, :2]).prod(1) / (whole[:, 2:] - whole[:, :2]).prod(1)
     return np.array([CLASSES.index(t.name) for t in things], np.int64), boxes, areas * seen
 
 
 def noise(rng, size, cells):
     """(size, size) float32 smooth random field: one octave per cell size, each half as strong."""
-    octaves = [Image.fromarray(rng.random((size // cell + 2,) * 2, np.float32) - .5)
-               for cell in cells]
-    return sum(np.asarray(o.resize((size, size), Image.Resampling.BICUBIC)) / 2 ** k
-               for k, o in enumerate(octaves))
+    field = 0
+    for k, cell in enumerate(cells):
+        octave = Image.fromarray(rng.random((size // cell + 2,) * 2, np.float32) - 0.5)
+        field += np.asarray(octave.resize((size, size), Image.Resampling.BICUBIC)) / 2**k
+    return field
 
 
 def bare_ground(rng, kind, size):
@@ -211,8 +206,8 @@ def bare_ground(rng, kind, size):
     dark, light, patch = np.float32(colours)
     fine = noise(rng, size, (32, 16, 8, 4, 2))[..., None]
     broad = noise(rng, size, (64, 32, 16))[..., None]
-    image = dark + (light - dark) * (.5 + .8 * fine)
-    image += (patch - image) * np.clip(4 * broad - .6, 0, .8)
+    image = dark + (light - dark) * (0.5 + 0.8 * fine)
+    image += (patch - image) * np.clip(4 * broad - 0.6, 0, 0.8)
     slope, steps = np.float32(2 * np.pi * rng.random()), np.arange(size, dtype=np.float32)
     ramp = np.cos(slope) * steps[:, None] + np.sin(slope) * steps
     if kind == "town":
@@ -223,14 +218,13 @@ def bare_ground(rng, kind, size):
 
 def draw_thing(rng, pen, thing, sun, fine):
     """Draw a Thing and its shadow, which falls along `sun`; fine: canvas pixels per image pixel."""
-    shape, tint = SHAPES[thing.name], .88 + .2 * rng.random()
-    colours = FIXED | {key: choice[int(rng.random() * len(choice))]
-                       for key, choice in (("a", shape.a), ("b", shape.b))}
-    # faint copies: a soft edge
-    shifts = [k * shape.height * sun / thing.turn for k in (.5, 1, 1.3) if shape.height]
-    shadow = "S", 0, *(shape.parts[0][2] + s for s in shifts)
+    shape, tint = SHAPES[thing.name], 0.88 + 0.2 * rng.random()
+    a, b = (choice[int(rng.random() * len(choice))] for choice in (shape.a, shape.b))
+    colours = {**FIXED, "a": a, "b": b}
+    shifts = [k * shape.height * sun / thing.turn for k in (0.5, 1, 1.3) if shape.height]
+    shadow = "S", 0, *(shape.parts[0][2] + s for s in shifts)  # faint copies: a soft edge
     for name, width, *polygons in (shadow, *shape.parts):
-        gain = tint * {"+": 1.16, "-": .76}.get(name[-1], 1)
+        gain = tint * {"+": 1.16, "-": 0.76}.get(name[-1], 1)
         colour = tuple(min(255, int(c * gain)) for c in colours[name[0]])
         for points in polygons:
             points = ((np.multiply(points, thing.turn) + thing.centre) * fine).view(float).tolist()
@@ -244,13 +238,13 @@ def draw_scene(seed, n, size, fine=2):
     """PIL RGB image of size x size pixels, drawn `fine` times as large and then reduced."""
     rng = np.random.default_rng([seed, n])
     kind, things = layout(rng, size)
-    loose = GROUNDS[kind][-1] * max(1, size * size // 128 ** 2)
+    loose = GROUNDS[kind][-1] * max(1, size * size // 128**2)
     loose = [place(rng, name, things, size) for name in loose]
     ponds = [t._replace(name="pond") for t in things if t.name == "Bridge" and kind != "water"]
     image = bare_ground(rng, kind, size).resize((size * fine,) * 2, Image.Resampling.NEAREST)
     pen, sun = ImageDraw.Draw(image, "RGBA"), np.exp(2j * np.pi * rng.random())
     for thing in ponds + [t for t in loose if t] + things:
         draw_thing(rng, pen, thing, sun, fine)
-    light = (.85 + .3 * rng.random()) * np.asarray(image.reduce(fine), np.float32)
+    light = (0.85 + 0.3 * rng.random()) * np.asarray(image.reduce(fine), np.float32)
     light += 5 * rng.standard_normal((size, size, 1), np.float32)  # grain of the camera
     return Image.fromarray(light.clip(0, 255).astype(np.uint8))
