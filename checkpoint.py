@@ -130,6 +130,15 @@ def open_last(args):
     return state
 
 
+def load(model, task, state):
+    """The weights of a checkpoint into model and task; a pretraining alone lacks the decoder's."""
+    pretrain, own = state["args"]["setting"] == "pretrain", model.state_dict()
+    left = {k: x for k, x in own.items() if pretrain and detr.part_of(k) == "decoder"}
+    model.load_state_dict({**left, **state["model"]})
+    if task:
+        task.load_state_dict(state["task_state"])
+
+
 def resume(run, state, device):
     """Put a run where the checkpoint was saved, random numbers too. Raises ValueError."""
     processes = state.get("processes", ())
@@ -140,13 +149,8 @@ def resume(run, state, device):
     ):
         if before != now:
             raise ValueError(f"last.pt: was made with {before} {name}, not {now}; {NEED_SAME}")
-    pretrain = run.content["args"]["setting"] == "pretrain"
-    untrained = run.model.state_dict() if pretrain else {}  # such a checkpoint has no decoder
-    untrained = {name: x for name, x in untrained.items() if detr.part_of(name) == "decoder"}
     try:
-        run.model.load_state_dict({**untrained, **state["model"]})
-        if run.task:
-            run.task.load_state_dict(state["task_state"])
+        load(run.model, run.task, state)
         run.optimizer.load_state_dict(state["optimizer"])
         run.schedule.load_state_dict(state["schedule"])
         for name in PLAIN:

@@ -5,9 +5,11 @@ Boxes in files are xywh in pixels. The iSAID patches are such files too (see pat
 
 import argparse
 import collections
+import functools
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -68,6 +70,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def command(main):
+    """Decorates the main of a script: wrong input ends it with one line, Ctrl-C with status 130."""
+
+    @functools.wraps(main)
+    def run(argv=None):
+        try:
+            return main(argv)
+        except (ValueError, OSError, FloatingPointError) as error:
+            sys.exit(f"error: {one_line(error)}")
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return run
 
 
 # ---------------------------------------------------------------- annotations

@@ -17,13 +17,13 @@ import io
 import itertools
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import coco
 import detr
 import isaid
@@ -308,30 +308,24 @@ def load_run(run, device):
 
     The checkpoint is a dict with "args", "categories", "window" … and "path".
     """
-    path = Path(checkpoint_file(run))
-    checkpoint = detr.load_checkpoint(path)
-    if not {"model", "detector", "categories", "args", "task"} <= checkpoint.keys():
+    path, task = Path(checkpoint_file(run)), None
+    state = detr.load_checkpoint(path)
+    if not {"model", "detector", "categories", "args", "task"} <= state.keys():
         message = f"{path}: is not a checkpoint of train.py"
         raise ValueError(f"{message}; start from it with train.py --init {path}")
-    task = None
     try:
-        pretrain = checkpoint["args"]["setting"] == "pretrain"
-        model = detr.build_detector(**checkpoint["detector"])
-        untrained = model.state_dict() if pretrain else {}  # such a run has no decoder
-        untrained = {k: x for k, x in untrained.items() if detr.part_of(k) == "decoder"}
-        model.load_state_dict({**untrained, **checkpoint["model"]})
-        if checkpoint["task"]:
-            task = ssl_tasks.build_task(**checkpoint["task"])
-            task.load_state_dict(checkpoint["task_state"])
-            task.to(device)
+        model = detr.build_detector(**state["detector"])
+        if state["task"]:
+            task = ssl_tasks.build_task(**state["task"]).to(device)
+        checkpoint.load(model, task, state)
     except (TypeError, AttributeError, RuntimeError, KeyError) as error:
         message = f"{path}: its weights do not fit its flags; was it written by another version?"
         raise ValueError(f"{message} ({str(error).splitlines()[0]})") from None
-    attn = checkpoint["args"].get("attn", "auto")
-    kind = torch.device(device).type  # a run of a GPU may be evaluated elsewhere
+    attn, kind = state["args"].get("attn", "auto"), torch.device(device).type
+    # a run of a GPU may be evaluated elsewhere
     detr.use_backend(model, device, attn if attn in ("torch", kind) else "auto")
     model.to(device, memory_format=torch.channels_last)  # convolutions are faster so
-    return model, task, {**checkpoint, "path": path}
+    return model, task, {**state, "path": path}
 
 
 def open_run(args):
@@ -339,13 +333,14 @@ def open_run(args):
 
     Raises ValueError.
     """
-    model, task, checkpoint = run = load_run(args.run, args.device)
-    flags = argparse.Namespace(**checkpoint["args"])
+    run = load_run(args.run, args.device)
+    state = run[2]
+    flags = argparse.Namespace(**state["args"])
     held_out = "train" if flags.overfit else "val"
     own = not args.data and not args.limit_val and args.split in (None, held_out)
     args.split = args.split or held_out
     if args.export and flags.setting == "pretrain":
-        raise ValueError(f"--export: {checkpoint['path']} is a pretraining, it detects nothing")
+        raise ValueError(f"--export: {state['path']} is a pretraining, it detects nothing")
     if args.data:
         flags.data, flags.limit_train, flags.limit_val = args.data, None, None
     if args.split == "test" and not flags.data:
@@ -353,11 +348,11 @@ def open_run(args):
     if args.limit_val:
         setattr(flags, f"limit_{args.split}", args.limit_val)
     data = isaid.open_split(args.split, flags, train=False)
-    if flags.setting != "pretrain" and data.categories != checkpoint["categories"]:
-        theirs, ours = coco.class_names(data.categories), coco.class_names(checkpoint["categories"])
+    if flags.setting != "pretrain" and data.categories != state["categories"]:
+        theirs, ours = coco.class_names(data.categories), coco.class_names(state["categories"])
         raise DataError(f"{data.name}: its classes {theirs} are not the model's {ours}")
     args.batch_size = args.batch_size or flags.batch_size
-    args.out = args.out or (str(checkpoint["path"].parent) if own else None)
+    args.out = args.out or (str(state["path"].parent) if own else None)
     return run, data
 
 
@@ -385,18 +380,18 @@ def parse(argv):
 
 def evaluate_run(args):
     args.device = parallel.start(args.device)
-    (model, task, checkpoint), data = parallel.everywhere(open_run, args)
-    print(f"{checkpoint['path']} on {data.name}")
+    (model, task, state), data = parallel.everywhere(open_run, args)
+    print(f"{state['path']} on {data.name}")
     out = Path(args.out) if args.out and args.split != "test" else None
     if out:
         out.mkdir(parents=True, exist_ok=True)
-    args.setting = checkpoint["args"]["setting"]
+    args.setting = state["args"]["setting"]
     metrics, results = evaluate(model, task, data, args, out, max(100, args.max_dets))
     if parallel.rank():
         return
     text = []
     if task:
-        text.append(f"{checkpoint['task']['name']}: {ssl_text(metrics)}")
+        text.append(f"{state['task']['name']}: {ssl_text(metrics)}")
     if args.export:
         Path(args.export).write_text(json.dumps(results), encoding="utf-8")
         text.append(f"{len(results):,} detections written to {args.export}")
@@ -407,21 +402,16 @@ def evaluate_run(args):
             metrics["other"] = {"max_dets": args.max_dets, "areas": args.areas, **other}
             text.append(f"\n{args.max_dets} detections, {args.areas}'s areas: {totals(other)}")
     if out:
-        metrics = {"checkpoint": str(checkpoint["path"]), "data": data.name, **metrics}
+        metrics = {"checkpoint": str(state["path"]), "data": data.name, **metrics}
         (out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
         text.append(f"\nwritten: {out}/metrics.json and pictures")
     print("\n".join(text))  # last: what it is piped to may have closed
 
 
+@coco.command
 def main(argv=None):
-    try:
-        evaluate_run(parse(argv))
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {coco.one_line(error)}")
+    evaluate_run(parse(argv))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

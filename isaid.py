@@ -471,6 +471,7 @@ def check_dataset(root):
     return int(len(classes) > 1 or None in classes)
 
 
+@coco.command
 def main(argv=None):
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -500,22 +501,15 @@ def main(argv=None):
     add("--image_size", type=count, default=SCENE_SIZE, help="pixels")
     add("--seed", type=natural, default=0, help="of the scenes")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "prepare":
-            sys.exit(patches.prepare(args))
-        elif args.command == "check":
-            sys.exit(check_dataset(args.data))
-        elif Path(args.out).exists():
-            raise DataError(f"{args.out} exists already; name a new folder")
-        counts = {"train": args.train, "val": args.val}
-        write_scenes(args.out, counts, args.image_size, args.seed)
-        print(f"{args.train} + {args.val} scenes in {args.out}")
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if args.command == "prepare":
+        sys.exit(patches.prepare(args))
+    if args.command == "check":
+        sys.exit(check_dataset(args.data))
+    if Path(args.out).exists():
+        raise DataError(f"{args.out} exists already; name a new folder")
+    write_scenes(args.out, {"train": args.train, "val": args.val}, args.image_size, args.seed)
+    print(f"{args.train} + {args.val} scenes in {args.out}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

@@ -9,8 +9,8 @@ import os
 import sys
 
 # OpenMP's threads spin while they wait for work, so two trainings on the same cores starve each
-# other: 3 images/s each where one alone makes 25. After 2,000 turns a thread sleeps instead, which
-# leaves one alone as fast and gives two of them 12 each. OpenMP reads this when torch loads it.
+# other: 2 images/s each where one alone makes 25. After 2,000 turns a thread sleeps instead, which
+# leaves one alone as fast and gives two of them 13 each. OpenMP reads this when torch loads it.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"
 

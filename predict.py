@@ -232,15 +232,10 @@ def predict(args):
         raise ValueError(f"{len(bad)} of {len(files)} images cannot be used: {bad[0]}")
 
 
+@coco.command
 def main(argv=None):
-    try:
-        predict(parse(argv))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {coco.one_line(error)}")
+    predict(parse(argv))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import checkpoint
+import coco
 import eval as evaluation
 import isaid
 import pictures
@@ -122,7 +123,7 @@ def needed(table, name, rows, seed):
 
 
 def run_row(table, name, rows, seed, threads):
-    """Run one row with one seed, if it is needed. Raises RuntimeError if train.py fails."""
+    """Run one row with one seed, if it is needed. Raises ValueError if train.py fails."""
     result, run = RESULTS / table / f"{name}-{seed}.json", RUNS / table / f"{name}-{seed}"
     there = json.loads(result.read_text())["log"] if result.exists() else None
     if not needed(table, name, rows, seed) or there and read_log(run) == there:
@@ -136,7 +137,7 @@ def run_row(table, name, rows, seed, threads):
                           capture_output=True, text=True)  # fmt: skip
     if done.returncode:
         said = done.stderr.strip() or f"exit status {done.returncode}"
-        raise RuntimeError(f"python {' '.join(command)}\n{said.splitlines()[-1]}")
+        raise ValueError(f"python {' '.join(command)}: {said.splitlines()[-1]}")
     config, log = json.loads((run / "config.json").read_text()), read_log(run)
     content = {"command": f"python {' '.join(command)}", "flags": resolve(rows, name)}
     content.update(revision=config["revision"], versions=config["versions"], log=log)
@@ -246,7 +247,7 @@ def draw(path, results):
 
 
 def make_table(args):
-    """Run what is missing of a table and print it. Raises ValueError, RuntimeError."""
+    """Run what is missing of a table and print it. Raises ValueError."""
     rows, table = read_table(args.table), Path(args.table).stem
     chosen = [name for name in rows if not args.rows or any(text in name for text in args.rows)]
     if rows and not chosen:
@@ -277,6 +278,7 @@ def make_table(args):
         draw(RESULTS / table / "curves.png", results)
 
 
+@coco.command
 def main(argv=None):
     parser = Parser(description=__doc__)
     add, natural = parser.add_argument, number(int, zero=True)
@@ -285,14 +287,8 @@ def main(argv=None):
     add("--rows", nargs="+", metavar="TEXT", help="only rows with one of these in their name")
     add("--jobs", type=number(int), default=1, help="runs at a time")
     add("--no_run", action="store_true", help="print the results that are there, run nothing")
-    try:
-        make_table(parser.parse_args(argv))
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    make_table(parser.parse_args(argv))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

@@ -425,26 +425,21 @@ def introduce(args, run, train_set, val_set, notes):
             print(f"{name:11} {text}")
 
 
+@coco.command
 def main(argv=None):
     args, ignored = parse(argv)
     args.device = parallel.start(args.device)
     if args.device == "cpu":
         parallel.keep_memory()
-    try:
-        run, train_set, val_set, notes = parallel.everywhere(prepare, args)
-        args.out = parallel.from_first(checkpoint.make_folder, args)
-        notes["not used"] = ", ".join(f"--{name}" for name in ignored)
-        introduce(args, run, train_set, val_set, notes)
-        metrics = train(run, train_set, val_set, args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {coco.one_line(error)}")
+    run, train_set, val_set, notes = parallel.everywhere(prepare, args)
+    args.out = parallel.from_first(checkpoint.make_folder, args)
+    notes["not used"] = ", ".join(f"--{name}" for name in ignored)
+    introduce(args, run, train_set, val_set, notes)
+    metrics = train(run, train_set, val_set, args)
     if metrics and "per_class" in metrics:
         print(f"\n{evaluation.table(metrics)}")
     print(f"\nlook at the pictures in {args.out}; evaluate: python eval.py {args.out}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

@@ -32,19 +32,22 @@ class Sizes(ctypes.Structure):
 
 @functools.cache
 def nvrtc():
-    """CUDA's compiler, the library beside torch or one that the system finds; RuntimeError."""
+    """CUDA's compiler of torch's own CUDA version, beside torch or the system's; RuntimeError."""
+    if not torch.version.cuda:
+        raise RuntimeError("torch is not built for CUDA; install a torch that is")
+    major = torch.version.cuda.split(".")[0]
     folders = {Path(torch.__file__).parent / "lib"}
     folders |= {path for root in sys.path for path in Path(root).glob("nvidia/*/lib")}
     folders |= {path for root in sys.path for path in Path(root).glob("nvidia/*/bin")}
-    names = r"(libnvrtc(-[0-9a-f]+)?\.so\.\d+|nvrtc64_\d+_0\.dll)"
+    names = rf"(libnvrtc\.so\.{major}|nvrtc64_{major}\d*_0\.dll)"
     found = [path for x in folders if x.is_dir() for path in x.iterdir()]
     found = [str(path) for path in found if re.fullmatch(names, path.name)]
-    for name in [*sorted(found), "libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"]:
+    for name in [*found, f"libnvrtc.so.{major}"]:
         try:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise RuntimeError("NVRTC is not found; it comes with torch's packages for CUDA")
+    raise RuntimeError(f"NVRTC {major} is not found; it comes with torch's packages for CUDA")
 
 
 @functools.cache
