@@ -110,9 +110,7 @@ def save(path, content):
 
 def open_last(args):
     """The checkpoint to go on from, or None if there is none yet.
-
-    Raises ValueError if it was made with other flags.
-    """
+    Raises ValueError if it was made with other flags."""
     path = Path(args.out, "last.pt")
     if not path.exists():
         if path.with_name("log.jsonl").exists():
@@ -185,13 +183,9 @@ class Signals:
 
 
 # ---------------------------------------------------------------- the run folder
-
-
 def make_folder(args):
     """A new folder for the run with its config.json; one that is there is only gone on with.
-
-    Raises ValueError.
-    """
+    Raises ValueError."""
     if args.out is None:
         kind = args.setting if args.setting == "detect" else f"{args.setting}-{args.ssl_task}"
         names = (Path(f"runs/{args.model}-{kind}-{n}") for n in itertools.count(1))
@@ -201,7 +195,7 @@ def make_folder(args):
         out.mkdir(parents=True, exist_ok=args.resume)
         if not (out / "last.pt").exists():  # a run may end before its first checkpoint
             config = {"args": vars(args), "versions": versions(), "revision": revision()}
-            (out / "config.json").write_text(json.dumps(config, indent=1))
+            (out / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     except FileExistsError:
         raise ValueError(
             f"--out {out} exists already; name a new folder, or go on with its run: --resume"
@@ -234,5 +228,5 @@ def revision():
 def write_log(path, log):
     """log.jsonl, anew each time, so that no epoch is doubled or missing after an interruption."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in log))
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
     os.replace(temporary, path)

@@ -88,7 +88,6 @@ def command(main):
 
 
 # ---------------------------------------------------------------- annotations
-
 FIELDS = {
     "images": {"id": int, "file_name": str},
     "categories": {"id": int, "name": str},
@@ -175,9 +174,7 @@ def _sensible(value, low=-(10**9), high=10**9):
 
 def clean_boxes(images, annotations):
     """Annotations with boxes clipped to their images and complete in area and iscrowd.
-
-    Returns (annotations, how many were clipped, how many without area were removed).
-    """
+    Returns (annotations, how many were clipped, how many without area were removed)."""
     sizes = {image["id"]: (image.get("width"), image.get("height")) for image in images}
     kept, clipped, removed = [], 0, 0
     for annotation in annotations:
@@ -211,8 +208,6 @@ def class_names(categories):
 
 
 # ---------------------------------------------------------------- layouts of folders
-
-
 def split_files(root, split):
     """Where iSAID's patches have a split: (folder of images, annotation file)."""
     return Path(root) / split / "images", Path(
@@ -222,9 +217,7 @@ def split_files(root, split):
 
 def find_split(root, split):
     """(folder of images, annotation file) of "train", "val" or "test" in one of three layouts:
-
-    iSAID's patches, COCO's own and Roboflow's. Raises DataError that lists them.
-    """
+    iSAID's patches, COCO's own and Roboflow's. Raises DataError that lists them."""
     root, found = Path(root), [split_files(root, split)]
     for path in sorted((root / "annotations").glob(f"*_{split}*.json")):
         if path.name.startswith(("instances_", "image_info_")):  # the latter: test, without objects
@@ -264,10 +257,8 @@ def is_mask(path):
 
 def find_images(root, split):
     """The images of a split for pretraining, without annotations: (a name, paths).
-
     Of the three layouts, of a folder with train and val in it as ImageNet has them, or of any
-    folder of images, of which every twentieth is held out for val. Raises DataError.
-    """
+    folder of images, of which every twentieth is held out for val. Raises DataError."""
     try:
         folders = {name: find_split(root, name)[0] for name in ("train", "val")}
     except DataError:
@@ -282,8 +273,6 @@ def find_images(root, split):
 
 
 # ---------------------------------------------------------------- images
-
-
 def open_image(path):
     try:
         return Image.open(path)
@@ -297,10 +286,8 @@ def open_image(path):
 
 def read_image(path, at_least=None):
     """(a picture as RGB, its (width, height) in the file). Raises DataError.
-
     A JPEG is decoded at a half, a quarter or an eighth of its size if that leaves `at_least`
-    pixels a side.
-    """
+    pixels a side."""
     with open_image(path) as image:
         size = image.size
         if image.mode.startswith(("I", "F")):  # converting would turn nearly all of it white

@@ -40,8 +40,6 @@ BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 
 # ---------------------------------------------------------------- features: CNN and positions
-
-
 class Level(NamedTuple):
     """A feature map with what the transformer needs to know of its cells."""
 
@@ -97,10 +95,8 @@ def resize_padding(padding, features):
 
 def sine_position(padding, channels, centre):
     """Sine encoding of each cell's place in the unpadded image (DETR, section A.4).
-
     padding (B, H, W) -> (B, channels, H, W). centre: 0 counts cells from 1 as DETR does, 0.5 takes
-    their centres as Deformable DETR does.
-    """
+    their centres as Deformable DETR does."""
     frequency = 10000 ** (torch.arange(channels // 4, device=padding.device) / (channels // 4))
     parts = []
     for dim in (1, 2):  # y, then x
@@ -126,8 +122,6 @@ def unflatten(features, levels):
 
 
 # ---------------------------------------------------------------- parts that both share
-
-
 class Layer(nn.Module):
     """What all transformer layers have in common: feed-forward network and residual updates."""
 
@@ -167,9 +161,7 @@ def stack(layers):
 
 class Detector(nn.Module):
     """Both detectors define features, encode and decode; `criterion` has the matching losses.
-
-    strides: pixels between the cells of each level, finest first.
-    """
+    strides: pixels between the cells of each level, finest first."""
 
     focal = None  # whether scores are sigmoids trained with focal loss
 
@@ -183,10 +175,8 @@ class Detector(nn.Module):
     @torch.no_grad()
     def postprocess(self, outputs, sizes, top=100):
         """Detections of the last layer, per image {"scores" (n,), "labels" (n,), "boxes" (n, 4)}.
-
         Boxes are xyxy in pixels of `sizes`, the (height, width) of each image. Softmax gives one
-        detection a query; sigmoids the best `top` pairs of query and class, best first.
-        """
+        detection a query; sigmoids the best `top` pairs of query and class, best first."""
         logits, boxes = outputs["logits"][-1].float(), outputs["boxes"][-1].float()
         if self.focal:
             scores, index = logits.sigmoid().flatten(1).topk(min(top, logits[0].numel()))
@@ -214,8 +204,6 @@ def check_sizes(hidden_dim, nheads, multiple, **counts):
 
 
 # ---------------------------------------------------------------- DETR
-
-
 class DETREncoderLayer(Layer):
     """Self-attention of all cells, then the feed-forward network (DETR, section A.3)."""
 
@@ -249,9 +237,7 @@ class DETRDecoderLayer(Layer):
 
 class DETR(Detector):
     """DETR: one level of stride 32, or 16 with dilation (DC5); softmax over K and "no object".
-
-    The arguments have the official names and meanings.
-    """
+    The arguments have the official names and meanings."""
 
     focal = False
 
@@ -301,8 +287,6 @@ class DETR(Detector):
 
 
 # ---------------------------------------------------------------- Deformable DETR
-
-
 class DeformableEncoderLayer(Layer):
     """Every cell attends to a few points of each level (Deformable DETR, section 4.1)."""
 
@@ -335,12 +319,10 @@ class DeformableDecoderLayer(Layer):
 
 class DeformableDETR(Detector):
     """Deformable DETR: several levels; sigmoid scores of K classes.
-
     num_feature_levels: 1: stride 32 (16 with dilation); 2: 16, 32; 3: 8, 16, 32; 4: 8 to 64 …
     with_box_refine: each decoder layer has heads of its own and corrects the boxes of the layer
         before it (section A.4). two_stage: the encoder's best cells propose the queries and their
-        first boxes (section A.4). The other arguments have the official names and meanings.
-    """
+        first boxes (section A.4). The other arguments have the official names and meanings."""
 
     focal = True
 
@@ -435,9 +417,7 @@ class DeformableDETR(Detector):
 
     def decode(self, memory):
         """Memory -> {"logits" (N, B, Q, K), "boxes" (N, B, Q, 4) cxcywh in 0..1}.
-
-        Two-stage adds "proposal_logits" (B, S, K) and "proposal_boxes" (B, S, 4).
-        """
+        Two-stage adds "proposal_logits" (B, S, K) and "proposal_boxes" (B, S, 4)."""
         levels, ratios = memory, valid_ratios(memory).repeat(1, 1, 2)[:, None]  # (B, 1, L, 4)
         memory, padding, _, shapes = flatten(levels)  # (B, S, C)
         outputs = {}
@@ -464,9 +444,7 @@ class DeformableDETR(Detector):
 
     def _propose(self, memory, padding, levels):
         """Two-stage: every cell proposes a box around itself; the best become the queries.
-
-        Returns (content, position (B, Q, C), reference boxes (B, Q, 4), all proposals).
-        """
+        Returns (content, position (B, Q, C), reference boxes (B, Q, 4), all proposals)."""
         centres = cell_centres(levels)  # (B, S, 2)
         sizes = [torch.full_like(x.padding[0], 0.05 * 2**i, dtype=torch.float32).flatten()
                  for i, x in enumerate(levels)]  # fmt: skip
@@ -532,10 +510,8 @@ DETECTORS = {"detr": DETR, "deformable_detr": DeformableDETR}
 
 def build_detector(name, num_classes, **options):
     """The detector "detr" or "deformable_detr"; options are the arguments of the two classes.
-
     num_classes counts the labels 0..num_classes-1 (the official COCO models have 91: the largest
-    category id + 1). Raises ValueError for a value that no model can be built with.
-    """
+    category id + 1). Raises ValueError for a value that no model can be built with."""
     if name not in DETECTORS:
         raise ValueError(f"model {name!r} is not one of {', '.join(DETECTORS)}")
     return DETECTORS[name](num_classes, **options)
@@ -551,7 +527,6 @@ def use_backend(model, device, wanted="auto"):
 
 
 # ---------------------------------------------------------------- matching and losses
-
 COST_CLASS, COST_BBOX, COST_GIOU = 1.0, 5.0, 2.0  # of the matching; class: twice with focal loss
 NO_OBJECT = 0.1  # weight of the "no object" class, which nearly all queries have
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
@@ -559,10 +534,8 @@ ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
 
 class Criterion:
     """Bipartite matching and the losses of matched pairs (DETR, section 3.1).
-
     focal: sigmoid scores with focal loss (Deformable DETR), else softmax with "no object" (DETR).
-    Targets are per image {"labels" (T,), "boxes" (T, 4) cxcywh in 0..1}, best left on the host.
-    """
+    Targets are per image {"labels" (T,), "boxes" (T, 4) cxcywh in 0..1}, best left on the host."""
 
     def __init__(self, focal):
         self.focal = focal
@@ -571,7 +544,6 @@ class Criterion:
 
     def __call__(self, outputs, targets, num_boxes=None):
         """Unweighted losses of a decoder's outputs: {"loss_…": (N,)}; "loss_…_enc": (1,).
-
         num_boxes: what box losses (and focal loss) are divided by; default: objects in `targets`.
         """
         losses = self.set_losses(outputs["logits"], outputs["boxes"], targets, num_boxes)
@@ -584,9 +556,7 @@ class Criterion:
 
     def set_losses(self, logits, boxes, targets, num_boxes=None):
         """Losses of all layers against the same targets, each (N,).
-
-        logits (N, B, Q, K), boxes (N, B, Q, 4). Class term: all queries; others: matched pairs.
-        """
+        logits (N, B, Q, K), boxes (N, B, Q, 4). Class term: all queries; others: matched pairs."""
         N, B, Q, K = logits.shape
         counts = [len(target["labels"]) for target in targets]
         num_boxes = max(num_boxes or sum(counts), 1)
@@ -611,11 +581,9 @@ class Criterion:
 
     def match(self, logits, boxes, labels, target_boxes, counts):
         """Optimal assignment of queries to objects in every layer and image (equation 1).
-
         Shapes as in `costs`; counts: objects of each image. Returns four index tensors over all
         pairs: layer, image, query, object; every layer has the same number of pairs. Raises
-        FloatingPointError if the predictions are not finite.
-        """
+        FloatingPointError if the predictions are not finite."""
         costs = self.costs(logits.float(), boxes.float(), labels, target_boxes)
         costs = costs.cpu().numpy()  # the one copy to the host
         pairs = []
@@ -633,9 +601,7 @@ class Criterion:
     @torch.no_grad()
     def costs(self, logits, boxes, labels, target_boxes):
         """Cost of giving object t to query q, for all layers and images: (N, B, Q, T).
-
-        logits (N, B, Q, K), boxes (N, B, Q, 4), labels (B, T), target_boxes (B, T, 4), padded.
-        """
+        logits (N, B, Q, K), boxes (N, B, Q, 4), labels (B, T), target_boxes (B, T, 4), padded."""
         index = labels[None, :, None].expand(len(logits), -1, logits.shape[2], -1)  # (N, B, Q, T)
         if self.focal:
             p = logits.sigmoid().gather(-1, index)
@@ -668,13 +634,9 @@ def generalized_iou(a, b):
 
 
 # ---------------------------------------------------------------- weights from elsewhere
-
-
 def load_checkpoint(path):
     """A checkpoint as a dict, by path or URL; only tensors and plain values, nothing executes.
-
-    Raises ValueError naming the file if there is none or it is not a checkpoint.
-    """
+    Raises ValueError naming the file if there is none or it is not a checkpoint."""
     path = download(str(path)) if "://" in str(path) else Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint file")
@@ -718,11 +680,9 @@ def part_of(name):
 
 def load_weights(model, path, parts=None):
     """Start `model`, or parts of it, from a checkpoint trained on any number of classes.
-
     Accepts the official checkpoints ({"model": state}), those of train.py, and bare state dicts.
     parts: of PARTS, by default those that are in the file. Returns (parts taken, names dropped:
-    class heads of another number of classes). Raises ValueError if anything else does not fit.
-    """
+    class heads of another number of classes). Raises ValueError if anything else does not fit."""
     checkpoint, own = load_checkpoint(path), model.state_dict()
     state = checkpoint.get("model", checkpoint)
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):

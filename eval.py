@@ -43,15 +43,11 @@ AREAS = {"coco": (0, 32, 96, 1e5), "isaid": (10, 144, 512, 1e5)}  # sides: small
 
 
 # ---------------------------------------------------------------- detection
-
-
 @torch.no_grad()
 def predict(model, data, batch_size, workers=0, device="cpu", top=100):
     """What the model finds in every image of a dataset, as COCO results.
-
     Returns [{"image_id", "category_id", "bbox": [x, y, w, h] pixels of the file, "score"}], ids as
-    in the dataset; in every process those of all. Raises FloatingPointError if it is NaN.
-    """
+    in the dataset; in every process those of all. Raises FloatingPointError if it is NaN."""
     model.eval()
     results = []
     batches = held_out(data, batch_size, workers, "evaluating")
@@ -94,12 +90,10 @@ def collapsed(data, results):
 
 def coco_metrics(data, results, evaluator=None, max_dets=100, areas="coco"):
     """Box metrics of COCO results on a dataset; None stands where there is no ground truth.
-
     max_dets: detections an image that count. areas: of AREAS, what small, medium and large mean.
     Returns {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar", "per_class":
     [{"id", "name", "boxes", "ap", "ap50"}], "images", "evaluator"}. Raises DataError if results
-    and dataset do not belong together.
-    """
+    and dataset do not belong together."""
     for key, entries in (("image_id", data.images), ("category_id", data.categories)):
         unknown = {result[key] for result in results} - {entry["id"] for entry in entries}
         if unknown:
@@ -165,16 +159,12 @@ def _mean(values):
 
 
 # ---------------------------------------------------------------- self-supervised tasks
-
-
 @torch.no_grad()
 def ssl_metrics(model, task, data, batch_size, workers=0, device="cpu"):
     """How well a task is solved on every image of a dataset, and material for its picture.
-
     Returns {"ssl_loss": mean over all counted patches, "ssl_acc": share of them that is right,
     None for pixels} and the panels of the first batch, see pictures.draw_ssl. The corruption of an
-    image is the same at every call. Raises DataError if no patch counts.
-    """
+    image is the same at every call. Raises DataError if no patch counts."""
     model.eval()
     sums, panels = torch.zeros(3, dtype=torch.float64), None  # errors, right ones, patches
     for images, padding, targets in held_out(data, batch_size, workers, "evaluating the task"):
@@ -204,8 +194,6 @@ def ssl_metrics(model, task, data, batch_size, workers=0, device="cpu"):
 
 
 # ---------------------------------------------------------------- text
-
-
 def show(value):
     return "n/a" if value is None else f"{value:.3f}"
 
@@ -249,13 +237,9 @@ def epoch_text(line, epochs):
 
 
 # ---------------------------------------------------------------- all of it
-
-
 def evaluate(model, task, data, args, out=None, top=100):
     """(metrics of a model on a dataset, what it found), and pictures in the folder `out`.
-
-    args: setting, batch_size, workers, device. "score" is what the best checkpoint is chosen by.
-    """
+    args: setting, batch_size, workers, device. "score" is what the best checkpoint is chosen by."""
     start, first, metrics, results = time.perf_counter(), parallel.rank() == 0, {}, None
     how = args.batch_size, args.workers, args.device
     parallel.share_buffers(model)
@@ -276,8 +260,6 @@ def evaluate(model, task, data, args, out=None, top=100):
 
 
 # ---------------------------------------------------------------- opening a run
-
-
 def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -305,9 +287,7 @@ def checkpoint_file(run):
 
 def load_run(run, device):
     """A trained detector: (model, its task or None, its checkpoint). Raises ValueError.
-
-    The checkpoint is a dict with "args", "categories", "window" … and "path".
-    """
+    The checkpoint is a dict with "args", "categories", "window" … and "path"."""
     path, task = Path(checkpoint_file(run)), None
     state = detr.load_checkpoint(path)
     if not {"model", "detector", "categories", "args", "task"} <= state.keys():
@@ -330,9 +310,7 @@ def load_run(run, device):
 
 def open_run(args):
     """What an evaluation needs: (model, its task or None, its checkpoint), images, own or not.
-
-    Raises ValueError.
-    """
+    Raises ValueError."""
     run = load_run(args.run, args.device)
     state = run[2]
     flags = argparse.Namespace(**state["args"])

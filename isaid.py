@@ -50,8 +50,7 @@ class Detection(torch.utils.data.Dataset):
     removed; `clipped` and `removed` count them. Crowd regions (iscrowd 1) are kept for the
     evaluation, which ignores them, and are no training targets. Augmentation depends on (seed,
     epoch, i) alone, not on workers or order; set `epoch` before each pass. Item i + k * len(self)
-    is image i once more, augmented in another way.
-    """
+    is image i once more, augmented in another way."""
 
     def __init__(self, name, content, read, transform, seed=0):
         self.name, self.read, self.transform, self.seed = name, read, transform, seed
@@ -138,9 +137,7 @@ class Detection(torch.utils.data.Dataset):
 
 def load_coco(images_dir, json_path, transform, limit=None, seed=0):
     """The dataset of a folder of images and a COCO file; the first `limit` images of it.
-
-    Raises DataError.
-    """
+    Raises DataError."""
     images_dir, content = Path(images_dir), coco.load_json(json_path)
     images = content["images"][:limit]
     if not images:
@@ -171,10 +168,8 @@ def _read(paths, i, at_least=None):
 
 def open_split(split, args, train):
     """The images of a split, "train", "val" or "test", that a run's flags name.
-
     args: data (a folder, else synthetic scenes), image_size, limit_{split}, seed, augment and
-    setting; a pretraining takes the images without annotations. Raises DataError.
-    """
+    setting; a pretraining takes the images without annotations. Raises DataError."""
     limit = getattr(args, f"limit_{split}", None)
     transform = transforms(train, args.image_size, args.augment)
     if not args.data:
@@ -202,8 +197,6 @@ def open_data(args):
 
 
 # ---------------------------------------------------------------- batches
-
-
 def collate(batch):
     """[(image, target)] -> images (B, 3, H, W), padding (B, H, W), [target]; padded at the end."""
     images, targets = zip(*batch)
@@ -218,18 +211,14 @@ def collate(batch):
 
 def loader(data, workers, **options):
     """Batches of a dataset, in loader processes if workers > 0.
-
-    The model's random numbers are left alone.
-    """
+    The model's random numbers are left alone."""
     options.update(collate_fn=collate, generator=torch.Generator(), worker_init_fn=_leave_signals)
     return DataLoader(data, num_workers=workers, **options)
 
 
 def epoch_batches(data, args, epoch):
     """The shuffled batches of an epoch for this process, as lists of items.
-
-    They depend on (seed, epoch) alone. What does not fill a step of all processes is left out.
-    """
+    They depend on (seed, epoch) alone. What does not fill a step of all processes is left out."""
     n, size, together = len(data), args.batch_size, args.accumulate * parallel.world()
     n = 50 * size * together if args.overfit else n  # the same few images again and again
     generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
@@ -264,7 +253,6 @@ def _end_loaders():
 
 
 # ---------------------------------------------------------------- augmentation
-
 to_tensor = v2.Compose(
     [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(coco.MEAN, coco.STD)]
 )
@@ -295,13 +283,11 @@ class RandomSizeCrop(v2.Transform):
 
 def transforms(train, image_size=None, augment="flip"):
     """From a PIL image and its boxes to a normalised tensor and boxes cxcywh in pixels.
-
     image_size N: every image becomes N x N, as in the paper. None: the official multi-scale
     recipe, in training the shorter side 480 to 800 with or without a random crop, else 800; the
     longer side at most 1333. augment, in training only: "none"; "flip": horizontally; "crop":
     flip, and a random N x N of 1.2 N x 1.2 N pixels, as the authors pretrain; "aerial": flips
-    both ways and quarter turns, for images that have no up. Boxes under a pixel are dropped.
-    """
+    both ways and quarter turns, for images that have no up. Boxes under a pixel are dropped."""
     augment = augment if train else "none"
     steps = [] if augment == "none" else [v2.RandomHorizontalFlip()]
     if augment == "aerial":
@@ -322,7 +308,6 @@ def transforms(train, image_size=None, augment="flip"):
 
 
 # ---------------------------------------------------------------- synthetic scenes
-
 VAL_START = 1_000_000  # scenes from here on are held out
 KEPT = 2**28  # bytes of scenes that are drawn once only
 
@@ -375,21 +360,20 @@ def write_scenes(out, counts, size, seed):
         for i, image in enumerate(data.images):
             data.read(i)[0].save(images_dir / image["file_name"])
         keys = "images", "categories", "annotations"
-        json_path.write_text(json.dumps({key: getattr(data, key) for key in keys}))
+        json_path.write_text(
+            json.dumps({key: getattr(data, key) for key in keys}), encoding="utf-8"
+        )
     partial.rename(out)
 
 
 # ---------------------------------------------------------------- commands
-
 MOST_FAULTS = 20  # that are printed
 QUERIES = {"DETR": 100, "Deformable DETR": 300}
 
 
 def check(images_dir, json_path):
     """What is in a dataset and what is wrong with it: (text, its classes or None if unusable).
-
-    Reads every image.
-    """
+    Reads every image."""
     content = coco.read_json(json_path)
     wrong = list(coco.faults(content)) if images_dir.is_dir() else [f"{images_dir}: no such folder"]
     bad = {} if wrong else bad_images(images_dir, content["images"])

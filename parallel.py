@@ -20,9 +20,7 @@ import torch.distributed as dist  # noqa: E402
 
 def start(device):
     """Join the other processes, if torchrun started this one; returns the device to use.
-
-    Only the first process prints.
-    """
+    Only the first process prints."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}" if several else device
@@ -53,9 +51,7 @@ def gather(value):
 
 def everywhere(function, *arguments):
     """What a function returns here.
-
-    A ValueError in any process is raised in the first one, which says it, and ends the others.
-    """
+    A ValueError in any process is raised in the first one, which says it, and ends the others."""
     value = error = None
     try:
         value = function(*arguments)
@@ -102,10 +98,8 @@ def share_buffers(module):
 
 def keep_memory():
     """Tell glibc to keep what is freed, on a CPU.
-
     By default every large activation is new memory, which the system hands out page by page; that
-    took a fifth of a training step of Deformable DETR at 512 pixels.
-    """
+    took a fifth of a training step of Deformable DETR at 512 pixels."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library

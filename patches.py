@@ -57,8 +57,6 @@ def windows(stem, height, width, patch, overlap, devkit):
 
 
 # ---------------------------------------------------------------- masks
-
-
 def pack(colours):
     """Colours (..., 3) as single numbers R + 256 G + 65536 B."""
     return np.asarray(colours) @ (1, 256, 65536)
@@ -125,10 +123,8 @@ def read_masks(source, image):
 
 def run_lengths(start, stop, first, size):
     """Masks as COCO compresses them, of objects that are given as runs of pixels.
-
     start, stop: (n,) pixels, counted down the columns of a window of `size`, (h, w). The runs of
-    object k begin at first[k].
-    """
+    object k begin at first[k]."""
     h, w = size
     gap = start - np.append(0, stop[:-1])
     gap[first] = start[first]
@@ -141,10 +137,8 @@ def run_lengths(start, stop, first, size):
 
 def find_objects(labels, ranks):
     """The objects of a window: labels (h, w) of `read_instances`, ranks (h, w) of `read_ranks`.
-
     Returns annotations, without ids, in the devkit's order: by class, then by instance; each with
-    "tiny": the devkit drops it.
-    """
+    "tiny": the devkit drops it."""
     columns = labels.T.reshape(-1)  # all pixels, down the columns
     start = np.flatnonzero(np.append(True, columns[1:] != columns[:-1]))  # of runs of a label
     stop = np.append(start[1:], labels.size)
@@ -171,9 +165,7 @@ def find_objects(labels, ranks):
 
 def has_tiny_part(mask):
     """Whether a mask (h, w) has an outer contour of one or two points.
-
-    That is a separate part of one or two pixels which lies in no hole of another part.
-    """
+    That is a separate part of one or two pixels which lies in no hole of another part."""
 
     def has_tiny(mask):
         parts, _ = ndimage.label(mask, np.ones((3, 3)))
@@ -183,8 +175,6 @@ def has_tiny_part(mask):
 
 
 # ---------------------------------------------------------------- from the raw release to patches
-
-
 def write_whole(path, write):
     """A file that is whole or not there."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -194,9 +184,7 @@ def write_whole(path, write):
 
 def cut(source, out, labelled, windowing):
     """Cut one image: writes its patches, then its record. Raises DataError.
-
-    source: the image, its masks beside it. The record: [[name, height, width, [annotation]]].
-    """
+    source: the image, its masks beside it. The record: [[name, height, width, [annotation]]]."""
     image, _ = read_image(source)
     if labelled:
         labels, ranks = read_masks(source, image)
@@ -208,13 +196,15 @@ def cut(source, out, labelled, windowing):
         save = functools.partial(image.crop((x0, y0, x1, y1)).save, format="PNG", compress_level=4)
         write_whole(out / "images" / name, save)
     text = json.dumps(record)
-    write_whole(out / "parts" / f"{source.stem}.json", lambda path: path.write_text(text))
+    write_whole(
+        out / "parts" / f"{source.stem}.json", lambda path: path.write_text(text, encoding="utf-8")
+    )
 
 
 def is_cut(out, stem):
     """Whether an earlier call has finished this image."""
     try:
-        record = json.loads((out / "parts" / f"{stem}.json").read_text())
+        record = json.loads((out / "parts" / f"{stem}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return all((out / "images" / name).is_file() for name, *_ in record)
@@ -260,8 +250,8 @@ def begin(out, target, settings):
     for folder in ("images", "parts"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     if not note.exists():
-        write_whole(note, lambda path: path.write_text(json.dumps(settings)))
-    before = json.loads(note.read_text())
+        write_whole(note, lambda path: path.write_text(json.dumps(settings), encoding="utf-8"))
+    before = json.loads(note.read_text(encoding="utf-8"))
     differ = [name for name in settings if before.get(name) != settings[name]]
     if differ:
         text = ", ".join(f"{name} {before.get(name)}, not {settings[name]}" for name in differ)
@@ -286,7 +276,7 @@ def merge(out, target, stems, devkit):
     """Join the records of the images of a split into its annotation file; returns a summary."""
     images, annotations, tiny = [], [], 0
     for stem in stems:
-        record = json.loads((out / "parts" / f"{stem}.json").read_text())
+        record = json.loads((out / "parts" / f"{stem}.json").read_text(encoding="utf-8"))
         for name, height, width, objects in record:
             for found in objects:
                 is_tiny = found.pop("tiny")
@@ -296,7 +286,7 @@ def merge(out, target, stems, devkit):
                     annotations.append({**ids, **found})
             images.append({"id": len(images), "file_name": name, "height": height, "width": width})
     text = json.dumps({"images": images, "annotations": annotations, "categories": CATEGORIES})
-    write_whole(target, lambda path: path.write_text(text))
+    write_whole(target, lambda path: path.write_text(text, encoding="utf-8"))
     counts = f"{len(stems):,} images, {len(images):,} patches, {len(annotations):,} objects"
     dropped = "more are dropped" if devkit else "of them the devkit drops"
     return counts + (f"; {tiny:,} {dropped} for a part of one or two pixels" if tiny else "")

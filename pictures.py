@@ -5,9 +5,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+
 # ---------------------------------------------------------------- detections
-
-
 def colour(label, n):
     """A colour of its own for each of n classes."""
     ink = Image.new("HSV", (1, 1), (label * 255 // n, 200 if label % 2 else 255, 255))
@@ -62,9 +61,7 @@ def draw_detections(path, data, results, n=6, score=0.3, side=320):
 
 def draw_objects(path, image, found, names, smallest=800, largest=4000):
     """A whole image of a side between the two, with boxes and a legend of the classes found.
-
-    found: {"boxes" (n, 4) xyxy in pixels, "labels" (n,)}.
-    """
+    found: {"boxes" (n, 4) xyxy in pixels, "labels" (n,)}."""
     scale = min(max(1, smallest / max(image.size)), largest / max(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
     line, counts = max(16, max(width, height) // 60), np.bincount(found["labels"])
@@ -87,14 +84,10 @@ def draw_objects(path, image, found, names, smallest=800, largest=4000):
 
 
 # ---------------------------------------------------------------- self-supervised tasks
-
-
 def draw_ssl(path, panels, patch, n=6):
     """What a self-supervised task does to the first n images, a row for each panel.
-
     panels: {title: (images (B, 3, H, W) in 0..1, patches to frame (B, P) or None, right or not
-    (B, P) or None)}; frames are white, or green where right and red where wrong.
-    """
+    (B, P) or None)}; frames are white, or green where right and red where wrong."""
     n = min(n, *(len(images) for images, _, _ in panels.values()))
     H, W = next(iter(panels.values()))[0].shape[-2:]
     columns, rows = -(-W // patch), -(-H // patch)
@@ -118,8 +111,6 @@ def draw_ssl(path, panels, patch, n=6):
 
 
 # ---------------------------------------------------------------- curves
-
-
 def draw_curves(path, log):
     """Losses, AP and the self-supervised task by epoch, from the lines of log.jsonl as dicts."""
     losses = sorted({key for line in log for key in line if key.startswith("train_")})

@@ -32,12 +32,10 @@ AGREE = 0.5  # IoU from which two boxes are of one object
 INSIDE = 0.7  # share of a cut box inside another from which it is a part of that
 PICTURE = ".boxes.jpg"  # end of the pictures' names, so that they are not taken for images
 
+
 # ---------------------------------------------------------------- windows
-
-
 class Windows(torch.utils.data.Dataset):
     """The windows of an image. Item i: (picture (3, h, w) normalised,
-
     {"size": (height, width) in the image, "window": xyxy})."""
 
     def __init__(self, image, window, overlap, image_size):
@@ -59,10 +57,8 @@ class Windows(torch.utils.data.Dataset):
 def find(model, image, window, overlap, image_size, score=0.3, batch_size=8, device="cpu",
          top=100, workers=0):  # fmt: skip
     """The objects of a PIL image: {"boxes" (n, 4), "labels" (n,), "scores" (n,)}, best first.
-
     window, overlap: pixels of the image; image_size: pixels that a window is resized to; top: at
-    most, of each window.
-    """
+    most, of each window."""
     model.eval()
     loader = isaid.loader(
         Windows(image, window, overlap, image_size), workers, batch_size=batch_size
@@ -85,8 +81,6 @@ def find(model, image, window, overlap, image_size, score=0.3, batch_size=8, dev
 
 
 # ---------------------------------------------------------------- one object, several windows
-
-
 def intersect(a, b):
     """The common part of boxes (..., 4); one without area where there is none."""
     low, high = np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])
@@ -99,9 +93,7 @@ def area(boxes):
 
 def same_objects(boxes, labels, windows):
     """Pairs (m, 2) of detections of one object from two windows.
-
-    They are of one class, one of each window at most, and alike in what both windows show.
-    """
+    They are of one class, one of each window at most, and alike in what both windows show."""
     pairs = [np.zeros((0, 2), int)]
     places, number = np.unique(windows, axis=0, return_inverse=True)
     number = number.reshape(-1)
@@ -122,13 +114,11 @@ def same_objects(boxes, labels, windows):
 
 def join(boxes, labels, scores, windows, size, margin):
     """Make one of what several windows have seen of an object: (boxes (k, 4), best (k,)).
-
     boxes, windows (n, 4), labels, scores (n,), size (width, height) of the image; best: the index
     of each object's best detection. Of its boxes the best one stands that does not end, within
     `margin`, at a border of its window inside the image; if all do, the box that holds them all.
     One cut off alone inside another object of its class is a part of that. (Where several objects
-    reach across all that two windows share, parts may be joined crosswise: overlap by more.)
-    """
+    reach across all that two windows share, parts may be joined crosswise: overlap by more.)"""
     inner = windows != np.array([0, 0, *size])  # (n, 4): left, top, right, bottom
     cut = (inner & (np.abs(boxes - windows) <= margin)).any(1)
     n, (first, second) = len(boxes), same_objects(boxes, labels, windows).T
@@ -154,8 +144,6 @@ def join(boxes, labels, scores, windows, size, margin):
 
 
 # ---------------------------------------------------------------- the command
-
-
 def write(out, images, categories, found):
     """predictions.json and predictions.csv; found: what `find` returns, for each image."""
     annotations, rows = [], [["image", "class", "score", "x", "y", "width", "height"]]

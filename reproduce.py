@@ -41,9 +41,8 @@ ROOT = Path(__file__).resolve().parent
 RUNS, RESULTS = ROOT / "runs", ROOT / "results"
 ELSEWHERE = {"out", "device", "workers", "resume", "seed", "data", "tokenizer_weights"}  # no change
 
+
 # ---------------------------------------------------------------- rows and their results
-
-
 def read_table(path):
     """The rows of a table: {name: list of flags}. Raises ValueError naming the line."""
     rows = {}
@@ -97,7 +96,7 @@ def read_results(table, rows, seeds=None, chosen=None):
             seed = path.stem.removeprefix(f"{name}-")
             if seed.isdecimal() and (not seeds or int(seed) in seeds):
                 try:
-                    result = json.loads(path.read_text())
+                    result = json.loads(path.read_text(encoding="utf-8"))
                     changed = difference(result["flags"], wanted)
                 except (ValueError, KeyError):
                     raise ValueError(f"{path}: is no result of reproduce.py; delete it") from None
@@ -108,8 +107,6 @@ def read_results(table, rows, seeds=None, chosen=None):
 
 
 # ---------------------------------------------------------------- running
-
-
 def depth(rows, name):
     """How many rows have to be run one after the other before this one."""
     return max((depth(rows, start) + 1 for start in starts_of(rows[name])), default=0)
@@ -125,7 +122,7 @@ def needed(table, name, rows, seed):
 def run_row(table, name, rows, seed, threads):
     """Run one row with one seed, if it is needed. Raises ValueError if train.py fails."""
     result, run = RESULTS / table / f"{name}-{seed}.json", RUNS / table / f"{name}-{seed}"
-    there = json.loads(result.read_text())["log"] if result.exists() else None
+    there = json.loads(result.read_text(encoding="utf-8"))["log"] if result.exists() else None
     if not needed(table, name, rows, seed) or there and read_log(run) == there:
         return
     runs = os.path.relpath(RUNS / table, ROOT)
@@ -138,13 +135,13 @@ def run_row(table, name, rows, seed, threads):
     if done.returncode:
         said = done.stderr.strip() or f"exit status {done.returncode}"
         raise ValueError(f"python {' '.join(command)}: {said.splitlines()[-1]}")
-    config, log = json.loads((run / "config.json").read_text()), read_log(run)
+    config, log = json.loads((run / "config.json").read_text(encoding="utf-8")), read_log(run)
     content = {"command": f"python {' '.join(command)}", "flags": resolve(rows, name)}
     content.update(revision=config["revision"], versions=config["versions"], log=log)
     content["guess"] = guess(run) if "ssl_loss" in log[-1] else None
     result.parent.mkdir(parents=True, exist_ok=True)
     temporary = result.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, result)
     seconds = sum(line["seconds"] for line in log)
     print(f"{name + '-' + str(seed):60} {seconds:6.0f} s of training", flush=True)
@@ -153,16 +150,18 @@ def run_row(table, name, rows, seed, threads):
 def read_log(run):
     """The log of a run as far as it has gone, a dict an epoch."""
     log = run / "log.jsonl"
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return (
+        [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        if log.exists()
+        else []
+    )
 
 
 @torch.no_grad()
 def guess(run):
     """How well a task is solved without looking at the image, on the first 200 held-out ones.
-
     For pixels {"loss": the L1 error of predicting the mean patch}, for classes {"acc": the share
-    of the most frequent answer, "chance": one in K}.
-    """
+    of the most frequent answer, "chance": one in K}."""
     _, task, state = evaluation.load_run(run, "cpu")
     data = isaid.open_split("val", argparse.Namespace(**state["args"]), train=False)
     batch = [data[i] for i in range(min(len(data), 200))]
@@ -179,8 +178,6 @@ def guess(run):
 
 
 # ---------------------------------------------------------------- tables and curves
-
-
 def mean_and_deviation(values, digits=3):
     """Mean ± standard deviation over seeds."""
     mean = f"{statistics.mean(values):.{digits}f}"
@@ -189,9 +186,7 @@ def mean_and_deviation(values, digits=3):
 
 def tables(results):
     """Two tables in Markdown: AP after each epoch, and the tasks' figures next to a guess's.
-
-    results: {row: [its results, one a seed]}.
-    """
+    results: {row: [its results, one a seed]}."""
     text, detect, tasks = [], [], []
     for name, runs in results.items():
         last = [run["log"][-1] for run in runs]
@@ -273,7 +268,7 @@ def make_table(args):
             print(f"{n} results are of revision {revision}, yours is {ours}; they stay as they are")
     print(tables({name: list(runs.values()) for name, runs in found.items()}))
     results = {name: list(runs.values()) for name, runs in everything.items()}
-    (RESULTS / table / "table.md").write_text(tables(results) + "\n")
+    (RESULTS / table / "table.md").write_text(tables(results) + "\n", encoding="utf-8")
     if any("ap" in runs[0]["log"][-1] for runs in results.values()):
         draw(RESULTS / table / "curves.png", results)
 

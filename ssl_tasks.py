@@ -30,9 +30,8 @@ from torch import Tensor, nn
 
 import visual_tokens
 
+
 # ---------------------------------------------------------------- what happens to the patches
-
-
 class Corruption(NamedTuple):
     """What is done to the patches of a batch, numbered row by row."""
 
@@ -87,8 +86,6 @@ def pick(rng, patches, share):
 
 
 # ---------------------------------------------------------------- what all tasks share
-
-
 class Task(nn.Module):
     """Corrupts patches and predicts something of each from the finest level of the memory.
 
@@ -105,8 +102,7 @@ class Task(nn.Module):
         predict(x (B, C, H/s, W/s), (H, W)) -> the prediction, from the memory through self.head
         target(images, corruption)   -> (B, 3, H, W) pixels, or (B, h, w) int64 classes
         errors(prediction, target)   -> error of each patch (B, P), right or not (B, P) or None
-        panels(…)                    -> rows of its picture
-    """
+        panels(…)                    -> rows of its picture"""
 
     corrupts = True  # else the clean images will do, and every patch counts
 
@@ -156,7 +152,6 @@ class Task(nn.Module):
 
     def corrupt_levels(self, levels, corruption):
         """The same for feature maps.
-
         A cell larger than a patch is masked if any patch under it changed, so nothing is left of
         it in the maps. (What the CNN has carried into other cells remains; on="image" avoids it.)
         """
@@ -189,9 +184,7 @@ class Task(nn.Module):
 
     def panels(self, images, prediction, target, corruption):
         """Rows of the picture: {title: (images (B, 3, H, W), patches to frame, right or not)}.
-
-        The last two are (B, P) bool or None.
-        """
+        The last two are (B, P) bool or None."""
         moved = corruption.changed() & ~corruption.masked
         title = "corrupted" + (": here the image, in training its features" * (self.on != "image"))
         title += "; white: moved" * bool(moved.any())
@@ -243,8 +236,6 @@ class ClassTask(Task):
 
 
 # ---------------------------------------------------------------- the five tasks
-
-
 class Reconstruct(PixelTask):
     corrupts = False
 

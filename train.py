@@ -34,17 +34,14 @@ import pictures
 import ssl_tasks
 from coco import Parser, number
 
+
 # ---------------------------------------------------------------- the losses and the loop
-
-
 def compute_losses(model, task, images, padding, targets, args):
     """Losses of a batch by name, one value for each decoder layer: {"loss_…": (layers,)}.
-
     Here detectors and self-supervised tasks meet, in one of three settings:
     detect      the decoder reads the memory of the images
     pretrain    the task reads the memory of corrupted images or features; no decoder runs
-    multitask   both: the decoder reads the clean memory, the task the corrupted one
-    """
+    multitask   both: the decoder reads the clean memory, the task the corrupted one"""
     losses, detect, corruption = {}, args.setting != "pretrain", None
     if task:
         corruption = task.draw(padding, [target["seed"] for target in targets]).to(images.device)
@@ -192,8 +189,6 @@ def build_schedule(optimizer, args, steps_per_epoch):
 
 
 # ---------------------------------------------------------------- flags
-
-
 def build_parser():
     """Every flag; defaults are the demonstration's, names the official ones where there are any."""
     count, natural = number(int), number(int, zero=True)
@@ -270,9 +265,7 @@ def build_parser():
 
 def parse(argv=None):
     """(flags, those given that have no effect in this run); a mistake ends with one line.
-
-    Of a flag that is given twice, as in a recipe and after it, the last one counts.
-    """
+    Of a flag that is given twice, as in a recipe and after it, the last one counts."""
     parser = build_parser()
     defaults = vars(parser.parse_args([]))
     unset = argparse.Namespace(**dict.fromkeys(defaults, argparse))  # any value that no flag has
@@ -317,8 +310,6 @@ def unused(args):
 
 
 # ---------------------------------------------------------------- what a run is made of
-
-
 def detector_config(args, num_classes):
     """The arguments of detr.build_detector as plain values; saved in the checkpoint."""
     names = inspect.signature(detr.DETECTORS[args.model]).parameters.keys() & vars(args).keys()
@@ -328,9 +319,7 @@ def detector_config(args, num_classes):
 
 def build_model(config, args):
     """(the detector with the weights it starts from, a note about them). Raises ValueError.
-
-    Parts that are not trained get no gradient; a pretraining never runs the decoder.
-    """
+    Parts that are not trained get no gradient; a pretraining never runs the decoder."""
     imagenet = args.backbone_weights == "imagenet" and (not args.init or args.init_parts)
     weights, pretrain = "IMAGENET1K_V1" if imagenet else None, args.setting == "pretrain"
     try:

@@ -24,9 +24,7 @@ def thumbnails(images, patch):
 
 class Tokenizer(nn.Module):
     """Gives every patch a visual token: (B, 3, H, W) -> (B, h, w) int64.
-
-    `codes` (K, 48) holds what a token looks like, as a thumbnail of 4 x 4 pixels.
-    """
+    `codes` (K, 48) holds what a token looks like, as a thumbnail of 4 x 4 pixels."""
 
     def __init__(self, patch, vocabulary):
         super().__init__()
@@ -66,10 +64,8 @@ class KMeans(Tokenizer):
 
 class Dalle(Tokenizer):
     """The tokens of DALL-E's discrete VAE (arXiv 2102.12092), published by OpenAI, as in BEiT.
-
     It gives a token for 8 x 8 pixels, so images are reduced until a patch has 8 x 8. Its weights
-    stay in their file and are not part of a checkpoint.
-    """
+    stay in their file and are not part of a checkpoint."""
 
     def __init__(self, patch, weights):
         state = load_dalle(weights)
@@ -100,9 +96,7 @@ class _Pickled:
 
 def load_dalle(path):
     """The weights of DALL-E's encoder, as published (a pickled module) or as a state dict.
-
-    Nothing is executed. Raises ValueError naming the file.
-    """
+    Nothing is executed. Raises ValueError naming the file."""
     classes = [f"dall_e.{x}" for x in ("encoder.Encoder", "encoder.EncoderBlock", "utils.Conv2d")]
     names = "container.Sequential", "activation.ReLU", "linear.Identity", "pooling.MaxPool2d"
     classes += [f"torch.nn.modules.{name}" for name in names]

@@ -26,8 +26,6 @@ BACKENDS = ("auto", *KERNELS, "torch")
 
 
 # ---------------------------------------------------------------- which backend runs
-
-
 @functools.cache
 def _kernel(kind):
     """(whether the kernel for a kind of device runs, what it is or why not); built at first use."""
@@ -71,8 +69,6 @@ def _choose(kind, wanted):
 
 
 # ---------------------------------------------------------------- the operator
-
-
 def ms_deform_attn(value, spatial_shapes, locations, weights, backend="auto"):
     """Sum over levels and points of weight x bilinear sample of the maps (equation 3).
 
@@ -87,8 +83,7 @@ def ms_deform_attn(value, spatial_shapes, locations, weights, backend="auto"):
 
     With the kernels a point at infinity or NaN adds nothing and has no gradient; with "torch" the
     result may be NaN. Raises ValueError for shapes or dtypes that do not fit and for a backend
-    that cannot run here.
-    """
+    that cannot run here."""
     _check(value, spatial_shapes, locations, weights)
     real = torch.promote_types(value.dtype, torch.float32)
     locations, weights = locations.to(real), weights.to(real)
@@ -170,8 +165,6 @@ _forward.register_autograd(_gradients, setup_context=_keep)
 
 
 # ---------------------------------------------------------------- the module
-
-
 @functools.lru_cache(maxsize=256)
 def _widths_heights(spatial_shapes, device):
     """(L, 2) tensor of width, height; cached: it is copied to the device once per shape."""
@@ -210,10 +203,8 @@ class MSDeformAttn(nn.Module):
 
     def forward(self, query, reference, source, spatial_shapes, padding):
         """Attend from `query` to points of `source` around `reference`.
-
         query (N, Q, C); source (N, S, C); padding (N, S), True = padding; the rest as in `sample`.
-        Returns (N, Q, C).
-        """
+        Returns (N, Q, C)."""
         value = self.value_proj(source).masked_fill(padding[..., None], 0)
         value = value.unflatten(-1, (self.n_heads, -1))  # (N, S, M, D)
         locations, weights = self.sample(query, reference, spatial_shapes)
@@ -222,10 +213,8 @@ class MSDeformAttn(nn.Module):
 
     def sample(self, query, reference, spatial_shapes):
         """Where each query looks: locations (N, Q, M, L, P, 2) and weights (N, Q, M, L, P).
-
         query (N, Q, C); reference (N, Q, L, 2) points or (N, Q, L, 4) boxes cxcywh, in 0..1 of
-        each padded level; spatial_shapes L x (height, width).
-        """
+        each padded level; spatial_shapes L x (height, width)."""
         N, Q, _ = query.shape
         M, L, P = self.n_heads, self.n_levels, self.n_points
         offsets = self.sampling_offsets(query).view(N, Q, M, L, P, 2)

@@ -63,7 +63,6 @@ def run(*command):
 
 def build():
     """The built kernel's file: from the cache, if source, flags, compiler and processor are the
-
     same, else compiled now (seconds). Raises RuntimeError."""
     cxx = compiler()
     for native in (*NATIVE, None):
@@ -74,7 +73,9 @@ def build():
         except RuntimeError:
             if native is None:
                 raise
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), macros, *flags]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        "\n".join([SOURCE.read_text(encoding="utf-8"), macros, *flags]).encode()
+    ).hexdigest()[:16]
     file = cache_folder() / f"cpu-{key}.so"
     if not file.exists():
         descriptor, unfinished = tempfile.mkstemp(suffix=".so", dir=file.parent)

@@ -28,8 +28,6 @@ class Sizes(ctypes.Structure):
 
 
 # ---------------------------------------------------------------- NVRTC and the driver
-
-
 @functools.cache
 def nvrtc():
     """CUDA's compiler of torch's own CUDA version, beside torch or the system's; RuntimeError."""
@@ -78,9 +76,7 @@ def read(library, size_name, name, program):
 
 def compile_source(source, arch, options=()):
     """(binary, what the assembler reports) of CUDA C++ for an architecture such as "sm_90".
-
-    Needs no GPU. Raises RuntimeError.
-    """
+    Needs no GPU. Raises RuntimeError."""
     library, program = nvrtc(), pointer()
     options = [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", *options]
     texts = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
@@ -107,8 +103,6 @@ def supported():
 
 
 # ---------------------------------------------------------------- the kernel
-
-
 def geometry(dtype, channels):
     """(channels that a thread loads at once, up to 16 bytes; threads that share one head)."""
     wide = 16 // dtype.itemsize
@@ -129,7 +123,7 @@ def macros(dtype, channels):
 
 def compile_kernel(arch, dtype, channels):
     """`compile_source` of cuda.cu for a dtype and a number of channels."""
-    return compile_source(SOURCE.read_text(), arch, macros(dtype, channels))
+    return compile_source(SOURCE.read_text(encoding="utf-8"), arch, macros(dtype, channels))
 
 
 def architecture(device):
@@ -159,9 +153,7 @@ def description():
 @functools.lru_cache(maxsize=64)
 def neighbours(spatial_shapes, device):
     """(S,) int32: the cells of every level in tiles of 8 x 8.
-
-    So queries that read the same pixels follow each other.
-    """
+    So queries that read the same pixels follow each other."""
     order, start = [], 0
     for h, w in zip(spatial_shapes[::2], spatial_shapes[1::2]):
         y, x = torch.arange(h)[:, None], torch.arange(w)
@@ -216,9 +208,7 @@ def forward(value, spatial_shapes, locations, weights):
 
 def backward(grad, value, spatial_shapes, locations, weights):
     """The gradients of value, locations and weights.
-
-    That of value is summed in fp32 at least, in an order that varies.
-    """
+    That of value is summed in fp32 at least, in an order that varies."""
     given = grad, value, locations, weights = tuple(map(aligned, (grad, value, locations, weights)))
     grad_value = torch.zeros_like(value, dtype=locations.dtype)
     found = grad_value, torch.empty_like(locations), torch.empty_like(weights)

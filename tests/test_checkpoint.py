@@ -74,10 +74,10 @@ class Command:
         """What the first one printed, and all of them to stderr, when they have ended so."""
         for process in self.processes:
             process.join(100)
-        errors = "".join(path.read_text() for path in self.said.glob("*.err"))
+        errors = "".join(path.read_text(encoding="utf-8") for path in self.said.glob("*.err"))
         assert {process.exitcode for process in self.processes} == {status}, errors
         assert "Traceback" not in errors
-        return (self.said / "0.out").read_text(), errors
+        return (self.said / "0.out").read_text(encoding="utf-8"), errors
 
 
 def equal(a, b, path=""):
@@ -98,7 +98,12 @@ def equal(a, b, path=""):
 def same_run(one, other):
     for name in ("last.pt", "best.pt"):
         equal(*(torch.load(run / name, weights_only=True) for run in (one, other)), name)
-    equal(*([json.loads(x) for x in (run / "log.jsonl").open()] for run in (one, other)))
+    equal(
+        *(
+            [json.loads(x) for x in (run / "log.jsonl").open(encoding="utf-8")]
+            for run in (one, other)
+        )
+    )
 
 
 FLAGS = [*TINY, *"--limit_train 16 --epochs 2 --dropout 0.1 --augment aerial".split()]
@@ -137,9 +142,12 @@ def test_stopped_and_resumed_is_undisturbed(kind, undisturbed, tmp_path):
         stopped = f"{then.replace('resumed', 'stopped')} steps; to go on, the same command with"
         for text in (f"start       {start}", f"{stopped} --out {out} --resume"):
             assert text in said or status == -SIGKILL  # which leaves no time to say it
-        start, config = then, (out / "config.json").read_text()
+        start, config = then, (out / "config.json").read_text(encoding="utf-8")
     said, _ = Command(tmp_path, *command, processes=processes).end()
-    assert f"start       {start}" in said and (out / "config.json").read_text() == config
+    assert (
+        f"start       {start}" in said
+        and (out / "config.json").read_text(encoding="utf-8") == config
+    )
     same_run(undisturbed(kind), out)
 
 
@@ -168,7 +176,9 @@ def test_going_on_with_a_complete_run(again, undisturbed, tmp_path):
     said, _ = Command(tmp_path, "train.py", *FLAGS, *flags).end()
     assert "resumed in epoch 3 after 0 of 4 steps" in said
     same_run(before, out)
-    assert (out / "config.json").read_text() == (before / "config.json").read_text()
+    assert (out / "config.json").read_text(encoding="utf-8") == (before / "config.json").read_text(
+        encoding="utf-8"
+    )
     last, whole = out / "last.pt", (out / "last.pt").read_bytes()
     go_on(f"{last}: was made with --epochs 2, not 4; a run goes on", resume, "--epochs", "4")
     go_on(f"--out {out} exists already; name a new folder, or go on with its run: --resume")

@@ -234,8 +234,6 @@ def test_more_than_32_bits_of_elements():
 
 
 # ---------------------------------------------------------------- as an operator of torch
-
-
 @on_every_kernel
 def test_opcheck(place):
     value, shapes, locations, weights = make(device=place[0])
@@ -318,7 +316,6 @@ def test_arguments_that_do_not_fit():
 
 
 # ---------------------------------------------------------------- builds
-
 CALL = (
     "import torch\nfrom deformable_attn import ms_deform_attn\n"
     "centre, one = torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1, 1)\n"
@@ -464,8 +461,6 @@ def test_cuda_kernel_thread_by_thread(cuda_on_cpu, d, dtype, bound):
 
 
 # ---------------------------------------------------------------- the module
-
-
 def test_module_starts_as_a_star():
     """At first every head samples 1, 2, … pixels away in its own direction, weights equal."""
     module = MSDeformAttn(16, n_levels=1, n_heads=4, n_points=2)

@@ -53,7 +53,6 @@ def randomise(model):
 
 
 # ---------------------------------------------------------------- transformers as an oracle
-
 RENAMED = [  # applied in this order
     (r"^backbone\.0\.body\.conv1\.", "model.backbone.model.embedder.embedder.convolution."),
     (r"^backbone\.0\.body\.bn1\.", "model.backbone.model.embedder.embedder.normalization."),
@@ -150,7 +149,6 @@ def test_equals_transformers(name, options):
 
 
 # ---------------------------------------------------------------- the three steps
-
 STRIDES = {1: [32], 2: [16, 32], 3: [8, 16, 32], 4: [8, 16, 32, 64], 5: [8, 16, 32, 64, 128]}
 OTHERS = [("detr", {"dilation": True}), ("detr", {"backbone": "resnet34", "enc_layers": 0})]
 DC5 = {"backbone": "resnet101", "num_feature_levels": 1, "dilation": True}
@@ -160,10 +158,8 @@ OTHERS += [("deformable_detr", x) for x in (DC5, {"num_feature_levels": 2, "enc_
 @pytest.mark.parametrize("name, options", [*MODELS, *OTHERS])
 def test_shapes_and_gradients(name, options):
     """Shapes of the three steps, strides; every parameter that asks for a gradient gets one.
-
     That holds without objects too: no branch of the loss is skipped, and boxes cost nothing. On
-    the meta device, where tensors have no values, a forward pass that waits for one fails.
-    """
+    the meta device, where tensors have no values, a forward pass that waits for one fails."""
     options = {**SMALL, "frozen_bn": False, **options}
     model, (images, padding) = detr.build_detector(name, 7, **options), batch()
     levels = model.features(images, padding)
@@ -226,8 +222,6 @@ def test_wrong_arguments_are_named(name, options):
 
 
 # ---------------------------------------------------------------- matching and losses
-
-
 def test_giou_equals_torchvision():
     a, b = torch.rand(6, 4) * 0.5 + 0.2, torch.rand(5, 4) * 0.5 + 0.2
     corners = (torchvision.ops.box_convert(x, "cxcywh", "xyxy") for x in (a, b))
@@ -294,7 +288,6 @@ def test_postprocess():
 
 
 # ---------------------------------------------------------------- weights from elsewhere
-
 REFINED = {**SMALL, "with_box_refine": True}
 
 

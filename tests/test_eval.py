@@ -109,14 +109,18 @@ def run(tmp_path_factory):
 def test_own_images_and_others(run, tmp_path):
     """Of others nothing is written into the run; the figures of its own are those of training."""
     before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
-    metrics, logged = (json.loads((run / x).read_text()) for x in ("metrics.json", "log.jsonl"))
+    metrics, logged = (
+        json.loads((run / x).read_text(encoding="utf-8")) for x in ("metrics.json", "log.jsonl")
+    )
     assert [metrics[key] for key in evaluation.METRICS] == [logged[k] for k in evaluation.METRICS]
     data = f"--data {run}/../data"
     other = f"{data} --split train --limit_val 5 --max_dets 1000 --areas isaid"
     for flags, n in ((data, 3), ("--split train", 8), ("--limit_val 2", 2), (other, 5)):
         for out in ([], ["--out", str(tmp_path)]):
             evaluation.main([str(run), *flags.split(), *out])
-        assert (metrics := json.loads((tmp_path / "metrics.json").read_text()))["images"] == n
+        assert (metrics := json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8")))[
+            "images"
+        ] == n
     assert metrics["other"]["max_dets"] == 1000 and (tmp_path / "detections.png").exists()
     assert before == {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
 
@@ -127,7 +131,9 @@ def test_a_closed_pipe_loses_nothing(run, tmp_path):
     flags = f"-u {evaluation.__file__} {run} --split train --out {tmp_path} --export {file}".split()
     with Popen([sys.executable, *flags], stdout=PIPE, stderr=DEVNULL) as process:
         process.stdout.readline()  # then it is closed
-    found, metrics = (json.loads((tmp_path / f"{x}.json").read_text()) for x in ("x", "metrics"))
+    found, metrics = (
+        json.loads((tmp_path / f"{x}.json").read_text(encoding="utf-8")) for x in ("x", "metrics")
+    )
     assert (metrics["images"], len(found)) == (8, 800)
 
 
@@ -142,8 +148,8 @@ def test_attention_and_collapse(run, tmp_path):
         weight.mul_("input_proj" not in name)
     torch.save(state, path)
     evaluation.main([str(path)])
-    assert json.loads((tmp_path / "metrics.json").read_text())["collapsed"] is True
-    assert json.loads((run / "metrics.json").read_text())["collapsed"] is False
+    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["collapsed"] is True
+    assert json.loads((run / "metrics.json").read_text(encoding="utf-8"))["collapsed"] is False
 
 
 def test_mistakes_get_one_line(run, tmp_path, capsys):

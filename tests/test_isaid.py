@@ -100,7 +100,7 @@ def folder(tmp_path):
 
 def edit(folder, change):
     path = coco.split_files(folder, "train")[1]
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
     path.write_text(json.dumps(content))
 
@@ -146,7 +146,7 @@ def test_layouts(folder, tmp_path, images, capsys):
         printed, state = capsys.readouterr().out, torch.load(out / "best.pt", weights_only=True)
         assert "instances_train2017.json: 6 images" in printed and state["window"] == SIZE
         assert [c["name"] for c in state["categories"]] == list(scenes.CLASSES)
-        assert 0 <= json.loads((out / "log.jsonl").read_text())["ap"] <= 1
+        assert 0 <= json.loads((out / "log.jsonl").read_text(encoding="utf-8"))["ap"] <= 1
 
 
 def test_any_folder_of_images(tmp_path):
@@ -256,7 +256,7 @@ def test_check_names_every_fault(folder, capsys):
         return stop.value.code, capsys.readouterr().out
 
     path, images = coco.split_files(folder, "train")[1], folder / "train/images"
-    whole = path.read_text()
+    whole = path.read_text(encoding="utf-8")
     chosen = [text for text in BROKEN if re.match("category_id|image_id|id 1|width|name N", text)]
     status, out = check(lambda content: [BROKEN[text](content) for text in chosen])
     assert status == 1 and "faults   5\n" in out and all(text in out for text in chosen)

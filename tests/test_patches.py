@@ -78,7 +78,7 @@ def prepare(*arguments):
 
 
 def annotations(out, split):
-    return json.loads(files.split_files(out, split)[1].read_text())
+    return json.loads(files.split_files(out, split)[1].read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("devkit", [False, True])

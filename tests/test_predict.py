@@ -130,7 +130,7 @@ def test_the_command(run, tmp_path, capsys):
     found = COCO(out / "predictions.json").dataset
     sizes = [(image["file_name"], image["width"], image["height"]) for image in found["images"]]
     assert sizes == [("a.png", 300, 200), ("deep/b.jpg", 64, 64), ("tiny.png", 9, 7)]
-    rows = list(csv.DictReader((out / "predictions.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((out / "predictions.csv").read_text(encoding="utf-8").splitlines()))
     names = {category["id"]: category["name"] for category in found["categories"]}
     assert len(rows) == len(found["annotations"]) > 5
     for row, annotation in zip(rows, found["annotations"]):
@@ -141,10 +141,18 @@ def test_the_command(run, tmp_path, capsys):
     assert all(max(Image.open(out / f"{name}.boxes.jpg").size) >= 800 for name, _, _ in sizes)
     for _ in range(2):  # pictures beside the images neither replace them nor are taken for images
         predict.main(f"{run} {source} --out {source}".split())
-        assert len(json.loads((source / "predictions.json").read_text())["images"]) == 3
+        assert (
+            len(json.loads((source / "predictions.json").read_text(encoding="utf-8"))["images"])
+            == 3
+        )
     assert all(path.read_bytes() == content for path, content in files.items())
     predict.main(f"{run} {source}/a.png --score 1".split())
-    assert json.loads((run / "predictions/predictions.json").read_text())["annotations"] == []
+    assert (
+        json.loads((run / "predictions/predictions.json").read_text(encoding="utf-8"))[
+            "annotations"
+        ]
+        == []
+    )
 
 
 def test_mistakes_get_one_line(run, tmp_path):
@@ -161,5 +169,7 @@ def test_mistakes_get_one_line(run, tmp_path):
     }.items():
         with pytest.raises(SystemExit, match=f"^error: [^\n]*{message}[^\n]*$"):
             predict.main(flags.format(run=run, tmp=tmp_path).split())
-    images = json.loads((run / "predictions/predictions.json").read_text())["images"]
+    images = json.loads((run / "predictions/predictions.json").read_text(encoding="utf-8"))[
+        "images"
+    ]
     assert [image["file_name"] for image in images] == ["b.png"]  # the others are done

@@ -60,7 +60,7 @@ def test_a_sixth_task(setting, tmp_path):
         exec(snippet, vars(ssl_tasks))
         (name,) = ssl_tasks.TASKS.keys() - before.keys()
         train.main([*flags.split(), "--ssl_task", name, "--out", out])
-        line = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
+        line = json.loads((tmp_path / "run/log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         assert line["ssl_loss"] < 0.95 * reproduce.guess(out)["loss"]
     finally:
         ssl_tasks.TASKS.clear()
@@ -109,7 +109,7 @@ def test_names_exist():
     for where, names in found:
         path = ROOT / where.rstrip("/")
         files = path.glob("*.py") if path.is_dir() else [path]
-        code = "".join(file.read_text() for file in files)
+        code = "".join(file.read_text(encoding="utf-8") for file in files)
         for name in names.split(", "):
             assert re.search(rf"(def|class) {name.rsplit('.', 1)[-1]}\b", code), (where, name)
     for name in re.findall(r"`([\w/]+\.py|[\w/]+/)`", README):
@@ -123,8 +123,8 @@ def test_figures_are_those_of_the_results():
     """AP after the third epoch in the table of verdicts, from the logs that are shipped."""
 
     def third(row):
-        logs = [json.loads((ROOT / f"results/first_epochs/{row}-{seed}.json").read_text())["log"]
-                for seed in range(3)]  # fmt: skip
+        files = (ROOT / f"results/first_epochs/{row}-{seed}.json" for seed in range(3))
+        logs = [json.loads(file.read_text(encoding="utf-8"))["log"] for file in files]
         values = [100 * log[2]["ap"] for log in logs]
         return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 

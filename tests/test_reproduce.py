@@ -49,21 +49,25 @@ def test_a_table(table, tmp_path, capsys):
     assert call("--rows scratch")[0] == {"deformable-scratch-0"}
     made, printed = call("--seeds 1 --jobs 2")
     assert made == {"deformable-scratch-1", "start-1", "deformable-after-1"}
-    content = {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
+    content = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*.json")
+    }
     after, start = content["deformable-after-1"], content["start-1"]
     assert "runs/small/start-1 --freeze backbone --seed 1 --out" in after["command"]
     assert after["flags"]["starts"] == [start["flags"]] and after["flags"]["hidden_dim"] == 32
     states = (torch.load(runs / f"{name}-1/last.pt") for name in ("deformable-after", "start"))
     kept = [state["model"]["backbone.0.body.layer1.0.conv1.weight"] for state in states]
     assert torch.equal(*kept)  # frozen
-    whole, guess = (results / "table.md").read_text(), start["guess"]
+    whole, guess = (results / "table.md").read_text(encoding="utf-8"), start["guess"]
     last = [100 * content[f"deformable-scratch-{seed}"]["log"][-1]["ap50"] for seed in (0, 1)]
     assert f"{sum(last) / 2:.1f} ± {statistics.stdev(last):.1f} | 2 |" in whole
     assert f"| {guess['acc']:.3f} | 0.250 |" in whole and 0.25 <= guess["acc"] <= 1
 
     shutil.rmtree(runs)  # the results are enough …
     made, printed = call("--seeds 0 1 --rows scratch")
-    assert not made and "± " in printed and (results / "table.md").read_text() == whole
+    assert (
+        not made and "± " in printed and (results / "table.md").read_text(encoding="utf-8") == whole
+    )
     (runs / "start-1").mkdir(parents=True)  # … but not to start from, nor is half a run
     (runs / "start-1/log.jsonl").write_text("")
     (results / "deformable-after-1.json").unlink()
@@ -75,11 +79,13 @@ def test_a_table(table, tmp_path, capsys):
     made, printed = call("--no_run --rows start --seeds 1")
     assert not made and "scratch" not in printed and printed.count("| start |") == 1
     assert f"1 results are of revision abc12, yours is {checkpoint.revision()}; they" in printed
-    assert "| deformable-scratch |" in (results / "table.md").read_text()  # always holds all
+    assert "| deformable-scratch |" in (results / "table.md").read_text(
+        encoding="utf-8"
+    )  # always holds all
     (tmp_path / recipe).write_text(f"{TINY} --lr 1e-3")
     refused("scratch-0.json was made with --lr 0.0005, now 0.001; delete it")
     (tmp_path / recipe).write_text(TINY)
-    table.write_text(table.read_text().replace("--vocabulary 4", "--vocabulary 5"))
+    table.write_text(table.read_text(encoding="utf-8").replace("--vocabulary 4", "--vocabulary 5"))
     refused("start-1.json was made with --vocabulary 4, now 5; delete it")
     (results / "start-1.json").unlink()
     refused("after-1.json .* in what it starts from --vocabulary 4, now 5; delete it")
@@ -89,7 +95,7 @@ def test_a_table(table, tmp_path, capsys):
 def test_published_results_are_of_their_rows(name):
     rows = reproduce.read_table(reproduce.ROOT / f"recipes/{name}.txt")
     results = {row: [*runs.values()] for row, runs in reproduce.read_results(name, rows).items()}
-    written = (reproduce.RESULTS / name / "table.md").read_text()
+    written = (reproduce.RESULTS / name / "table.md").read_text(encoding="utf-8")
     assert results.keys() == rows.keys() and written.strip() == reproduce.tables(results).strip()
 
 

@@ -60,8 +60,6 @@ def results(task, model, images, padding):
 
 
 # ---------------------------------------------------------------- patches
-
-
 @pytest.mark.parametrize("patch", [8, 16, 64])
 @pytest.mark.parametrize("name", ["mim-continuous", "jigsaw-discrete"])
 def test_corrupting_an_image_by_hand(name, patch):
@@ -99,7 +97,6 @@ def test_an_image_is_corrupted_by_its_seed_alone():
 
 
 # ---------------------------------------------------------------- no leak
-
 LEAKS = [("detr", {}, None), ("detr", {"dilation": True}, None)]
 LEAKS += [("deformable_detr", {}, patch) for patch in (None, 8, 16)]
 LEAKS += [("deformable_detr", {"num_feature_levels": 1}, None)]
@@ -158,8 +155,6 @@ def test_a_fine_jigsaw_does_not_leak_through_coarse_cells():
 
 
 # ---------------------------------------------------------------- what is predicted and counted
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", ssl_tasks.TASKS)
 @pytest.mark.parametrize("loss_on", ["corrupted", "all"])
@@ -206,8 +201,6 @@ def test_masking_nothing():
 
 
 # ---------------------------------------------------------------- visual tokens
-
-
 def test_kmeans_tokens():
     """Patches of a few colours get as many codes, each patch the nearest; too few are refused."""
     colours = torch.randn(5, 3) * 2
@@ -294,10 +287,10 @@ def test_dalle_files_execute_nothing(tmp_path, dalle_file, capsys):
 
 
 # ---------------------------------------------------------------- the real commands
-
-
 def lines_of(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -317,9 +310,7 @@ def blues(tmp_path_factory):
 @pytest.mark.parametrize("task", ssl_tasks.TASKS)
 def test_every_task_is_learnt(model, setting, task, blues, tmp_path):
     """Held out, it beats the mean patch by more than knowing the place would (0.8), or 0.6 right.
-
-    All twenty take a step; to save time ten learn: each task with both models, in both settings.
-    """
+    All twenty take a step; to save time ten learn: each task with both models, in both settings."""
     run = tmp_path / "run"
     learns = (list(ssl_tasks.TASKS).index(task) + MODELS.index(model) + len(setting)) % 2 == 0
     flags = f"--model {model} --setting {setting} --ssl_task {task} --data {blues} --epochs 1"
@@ -340,7 +331,7 @@ def test_every_task_is_learnt(model, setting, task, blues, tmp_path):
         assert line["ssl_loss"] < 0.6 * guess["loss"]
     if learns:
         evaluation.main([str(run / "last.pt")])
-        metrics = json.loads((run / "metrics.json").read_text())
+        metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
         assert metrics["ssl_loss"] == pytest.approx(line["ssl_loss"], rel=1e-5)
         assert metrics.get("ap") == line.get("ap")
 
@@ -408,7 +399,7 @@ def test_official_augmentation_and_dalle(blues, tmp_path, dalle_file):
     state = torch.load(tmp_path / "run/last.pt", weights_only=True)["task_state"]
     assert not any("blocks" in name for name in state)  # its weights stay in their file
     evaluation.main([str(tmp_path / "run")])
-    found = json.loads((tmp_path / "run/metrics.json").read_text())["ssl_loss"]
+    found = json.loads((tmp_path / "run/metrics.json").read_text(encoding="utf-8"))["ssl_loss"]
     assert found == pytest.approx(lines_of(tmp_path / "run")[0]["ssl_loss"], rel=1e-5)
 
 

@@ -31,7 +31,7 @@ WEIGHTS = {"ce": 2, "bbox": 5, "giou": 2}  # the official ones, but DETR has 1 f
 
 
 def log_of(run):
-    return [json.loads(line) for line in (run / "log.jsonl").open()]
+    return [json.loads(line) for line in (run / "log.jsonl").open(encoding="utf-8")]
 
 
 def prepared(*flags):
@@ -66,8 +66,6 @@ def gradients_of_a_step(run, args, batches):
 
 
 # ---------------------------------------------------------------- a run
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("dataset") / "data"
@@ -98,7 +96,7 @@ def test_what_a_run_leaves(run):
     times = {"seconds", "data_wait", "images_per_second", "eval_seconds"}
     assert log[0].keys() == losses | times | {*evaluation.METRICS, "epoch", "collapsed"}
     assert all(0 <= line["data_wait"] <= 1 and 0 <= line["ap"] <= 1 for line in log)
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     assert config["args"]["hidden_dim"] == 32 and config["versions"]["torch"] == torch.__version__
     for text in (r"run +\S+/2, seed 0, revision \w+", r"model +.*, resnet18, 11\.2 M parameters",
                  r"not used +--ssl_weight\n", r"attention +(cpu|torch): \S+", r"train .*: 8 images",
@@ -184,7 +182,7 @@ def test_init_of_a_run_with_other_classes(run, folder, tmp_path):
     """Class heads are dropped and named, all else is taken, or the parts that are named."""
     shutil.copytree(folder, tmp_path / "data")
     for path in (tmp_path / "data").rglob("*.json"):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         content["categories"] = [{"id": 3, "name": "thing"}]
         content["annotations"] = [{**a, "category_id": 3} for a in content["annotations"]]
         path.write_text(json.dumps(content))
@@ -218,8 +216,6 @@ def test_frozen_parts_stay_as_they_are(run, tmp_path):
 
 
 # ---------------------------------------------------------------- flags and mistakes
-
-
 OVERRIDES = """
 @{root}/recipes/detr.txt --model deformable_detr |
 @{root}/recipes/deformable_detr.txt --lr_linear_proj_mult 1 --two_stage --model detr | \
@@ -315,7 +311,6 @@ def test_nan_stops_before_the_step(what, monkeypatch):
 
 
 # ---------------------------------------------------------------- the house
-
 FLOORS = ["deformable_attn coco scenes parallel", "patches ssl_tasks visual_tokens detr",
           "pictures checkpoint isaid", "eval", "train predict", "reproduce"]  # fmt: skip
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
@@ -332,10 +327,13 @@ def imported(node):
 
 def test_the_house():
     """Imports go down only, at the top of files, in no circle; functions fit on a screen."""
-    assert len((ROOT / "train.py").read_text().splitlines()) <= LOOP_FILE
+    assert len((ROOT / "train.py").read_text(encoding="utf-8").splitlines()) <= LOOP_FILE
     graph = {name: set() for name in FLOOR}
     for path in FILES:
-        name, tree = path.relative_to(ROOT).with_suffix("").parts[0], ast.parse(path.read_text())
+        name, tree = (
+            path.relative_to(ROOT).with_suffix("").parts[0],
+            ast.parse(path.read_text(encoding="utf-8")),
+        )
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 lines = node.end_lineno - node.lineno + 1
@@ -361,7 +359,7 @@ def test_ruff_is_content(arguments):
 def test_every_flag_is_used_somewhere():
     flags = [x for x in train.build_parser().format_usage().split() if x.startswith("[--")]
     files = ["README.md", "docs/*.md", "recipes/*.txt", "tests/*.py"]
-    text = " ".join(path.read_text() for kind in files for path in ROOT.glob(kind))
+    text = " ".join(path.read_text(encoding="utf-8") for kind in files for path in ROOT.glob(kind))
     assert 40 < len(flags) <= 55
     unused = [x for x in flags if not re.search(rf"--(no-)?{x[3:].strip(']')}\b", text)]
     assert not unused
@@ -369,7 +367,9 @@ def test_every_flag_is_used_somewhere():
 
 def test_idle_threads_sleep_in_every_command_unless_told_otherwise():
     """OpenMP reads it when torch is loaded, so what counts is what it is then."""
-    commands = [path for path in FILES if '__name__ == "__main__"' in path.read_text()]
+    commands = [
+        path for path in FILES if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+    ]
     assert {path.stem for path in commands} >= {*"train eval predict isaid reproduce".split()}
     name, policy = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"
     plain = {k: x for k, x in os.environ.items() if k not in (name, policy)}
@@ -384,8 +384,6 @@ def test_idle_threads_sleep_in_every_command_unless_told_otherwise():
 
 
 # ---------------------------------------------------------------- losses, schedules, precision
-
-
 @pytest.mark.parametrize("model", detr.DETECTORS)
 @pytest.mark.parametrize("flags, backbone, encoder, decoder", [
     ("--setting detect", 1, [4], 1),
@@ -472,8 +470,6 @@ def test_compiled(model, monkeypatch):
 
 
 # ---------------------------------------------------------------- several batches and processes
-
-
 def close(found, right):
     """Gradients {name: tensor or None}, to rounding."""
     assert found.keys() == right.keys()
@@ -486,11 +482,9 @@ def close(found, right):
 
 def by_hand(run, args, halves, together):
     """The gradients of the mean loss of two batches, as the official code has them.
-
     Box losses and focal loss are divided by the mean number of objects of a batch, the task's by
     that of patches if they are computed `together`, else each by its own; the class loss of DETR
-    is divided by its own weights.
-    """
+    is divided by its own weights."""
     model, task, counts, losses = run.model, run.task, [], []
     run.optimizer.zero_grad()
     for images, padding, targets in halves:
@@ -571,7 +565,7 @@ def test_every_image_counts_once(tmp_path):
     found = []
     for n in (1, 2, 3):
         Command(tmp_path, "eval.py", out, "--out", tmp_path / f"{n}", processes=n).end()
-        found.append(json.loads((tmp_path / f"{n}/metrics.json").read_text()))
+        found.append(json.loads((tmp_path / f"{n}/metrics.json").read_text(encoding="utf-8")))
     for metrics in found:
         assert metrics["images"] == 7 and metrics["per_class"] == found[0]["per_class"]
         names = *evaluation.METRICS, "ssl_loss"  # None where there is no ground truth
