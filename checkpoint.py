@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torchvision
 
+import coco
 import detr
 import parallel
 
@@ -41,6 +42,7 @@ class Run:
     sums: dict = dataclasses.field(default_factory=dict)  # of losses over these steps
     seconds: float = 0.0  # of these steps …
     waited: float = 0.0  # … and how many of them for data
+    first_loss: float = 0.0  # of the first batch of all
     best: float = -math.inf
     log: list = dataclasses.field(default_factory=list)  # a dict an epoch
 
@@ -61,16 +63,11 @@ class Run:
         return {"epoch": self.epoch, **losses, **times, "images_per_second": round(rate, 2)}
 
     def next_epoch(self):
-        self.epoch, self.step, self.sums, self.seconds, self.waited = (
-            self.epoch + 1,
-            0,
-            {},
-            0.0,
-            0.0,
-        )
+        self.epoch += 1
+        self.step, self.sums, self.seconds, self.waited = 0, {}, 0.0, 0.0
 
 
-PLAIN = "steps", "epoch", "step", "seconds", "waited", "best", "log"
+PLAIN = "steps", "epoch", "step", "seconds", "waited", "first_loss", "best", "log"
 
 
 def product(run):
@@ -195,11 +192,10 @@ def make_folder(args):
         out.mkdir(parents=True, exist_ok=args.resume)
         if not (out / "last.pt").exists():  # a run may end before its first checkpoint
             config = {"args": vars(args), "versions": versions(), "revision": revision()}
-            (out / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+            coco.write_text(out / "config.json", json.dumps(config, indent=1))
     except FileExistsError:
-        raise ValueError(
-            f"--out {out} exists already; name a new folder, or go on with its run: --resume"
-        ) from None
+        advice = "name a new folder, or go on with its run: --resume"
+        raise ValueError(f"--out {out} exists already; {advice}") from None
     except OSError as error:
         raise ValueError(f"--out {out} cannot be made ({error.strerror})") from None
     return str(out)
@@ -227,6 +223,4 @@ def revision():
 
 def write_log(path, log):
     """log.jsonl, anew each time, so that no epoch is doubled or missing after an interruption."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
-    os.replace(temporary, path)
+    coco.write_text(path, "".join(json.dumps(line) + "\n" for line in log))

@@ -3,19 +3,21 @@
 Boxes in files are xywh in pixels. The iSAID patches are such files too (see patches.py).
 """
 
-import argparse
 import collections
-import functools
+import contextlib
 import json
 import math
+import os
 import re
-import sys
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
+
+from flags import one_line
 
 Image.MAX_IMAGE_PIXELS = 2**30  # Pillow warns of more than a tenth of it, but satellites see far
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # editors leave megabytes
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the backbones expect
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -24,67 +26,39 @@ class DataError(ValueError):
     """Something is wrong with the data; the message names the file, the value and what to do."""
 
 
-def one_line(error):
-    """The message of an error, without the traceback that a loader process puts before it."""
-    return (str(error).strip().splitlines() or [repr(error)])[-1].removeprefix("coco.DataError: ")
+@contextlib.contextmanager
+def reading(path, what):
+    """Whatever a library raises while it reads a file becomes a DataError of one line.
+    Only calls of libraries belong into it, so that our own mistakes stay visible."""
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: is missing") from None
+    except Exception as error:  # Pillow, json and torch raise a dozen kinds
+        why = f"{type(error).__name__}: {one_line(error):.150}"
+        raise DataError(f"{path}: is not {what}, or it is damaged ({why})") from None
 
 
-def number(kind, zero=False, most=2**32, words=()):
-    """An argparse type: a number greater than 0, or 0 too, and at most `most`; or a word."""
-
-    def parse(text):
-        if text in words:
-            return text
-        value = kind(text)
-        if not (0 < value <= most or zero and value == 0):
-            least = "at least" if zero else "greater than"
-            raise argparse.ArgumentTypeError(f"{text} is not {least} 0 and at most {most}")
-        return value
-
-    parse.__name__ = "number" if kind is float else "whole number"  # argparse: "invalid … value"
-    return parse
+def read_json(path):
+    with reading(path, "valid JSON"):
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
 
 
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Leaves the description as it is and shows defaults, where there are any."""
-
-    def _get_help_string(self, action):
-        none = action.default in (None, False, [])
-        return action.help if none else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes get one line; @FILE stands for the flags in a file, which may have comments."""
-
-    def __init__(self, **options):
-        super().__init__(fromfile_prefix_chars="@", formatter_class=Help, **options)
-
-    def convert_arg_line_to_args(self, line):
-        return line.split("#")[0].split()
-
-    def parse_known_args(self, *args, **options):
-        try:
-            return super().parse_known_args(*args, **options)
-        except UnicodeDecodeError:
-            self.error("a file named with @ is not a text file of flags")
-
-    def error(self, message):
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
+def write_text(path, text):
+    """A file that is whole or not there, whenever the process ends."""
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
-def command(main):
-    """Decorates the main of a script: wrong input ends it with one line, Ctrl-C with status 130."""
-
-    @functools.wraps(main)
-    def run(argv=None):
-        try:
-            return main(argv)
-        except (ValueError, OSError, FloatingPointError) as error:
-            sys.exit(f"error: {one_line(error)}")
-        except KeyboardInterrupt:
-            sys.exit(130)
-
-    return run
+def try_output(path):
+    """Whether a file can be written, before hours of work depend on it. Raises OSError."""
+    there = Path(path).exists()
+    open(path, "a").close()
+    if not there:
+        os.remove(path)
 
 
 # ---------------------------------------------------------------- annotations
@@ -97,56 +71,45 @@ OPTIONAL = {"width", "height", "area", "iscrowd"}
 WORDS = {int: "a whole number", str: "text", list: "a list"}
 
 
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is not valid JSON ({error}); was it copied completely?") from None
-
-
-def load_json(path):
-    """A COCO file as a dict with images, annotations, categories; DataError if it is not one."""
-    coco = read_json(path)
-    for fault in faults(coco):
+def load_json(path, truth=True):
+    """A COCO file as a dict with images, annotations, categories; DataError if it is not one.
+    Without `truth`, as files of test images are, it may have no annotations and no categories."""
+    content = read_json(path)
+    if not truth and isinstance(content, dict):
+        content = {"categories": [], **content, "annotations": []}
+    for fault in faults(content, truth):
         raise DataError(f"{path}: {fault}")
-    return coco
+    return content
 
 
-def faults(coco):
+def faults(content, truth=True):
     """Everything that makes the content of a COCO file unusable, one message after the other."""
     for key in FIELDS:
-        entries = coco.get(key) if isinstance(coco, dict) else None
+        entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             yield f"has no list {key!r}; a COCO file has images, annotations and categories"
             return
     for key, fields in FIELDS.items():
-        for i, entry in enumerate(coco[key]):
+        for i, entry in enumerate(content[key]):
             yield from (f"entry {i} of {key!r} {fault}" for fault in entry_faults(entry, fields))
     known = {}
     for key in ("images", "categories"):
-        ids = [entry["id"] for entry in coco[key] if isinstance(entry.get("id"), int)]
+        ids = [entry["id"] for entry in content[key] if isinstance(entry.get("id"), int)]
         known[key] = collections.Counter(ids)
         yield from (f"id {i} occurs twice among the {key}" for i, n in known[key].items() if n > 1)
-    if not coco["categories"]:
+    if truth and not content["categories"]:
         yield "has no categories"
         return
-    for annotation in coco["annotations"]:
+    for annotation in content["annotations"]:
         for field, key in (("category_id", "categories"), ("image_id", "images")):
             i = annotation.get(field)
             if isinstance(i, int) and i not in known[key]:
                 which = f" {sorted(known[key])}" if len(known[key]) < 30 else ""
-                yield (
-                    f"annotation {annotation.get('id')} has {field} {i}, "
-                    f"which is not among the {key}{which}"
-                )
-    boxes = [annotation.get("bbox") for annotation in coco["annotations"]]
+                name = f"annotation {annotation.get('id')}"
+                yield f"{name} has {field} {i}, which is not among the {key}{which}"
+    boxes = [annotation.get("bbox") for annotation in content["annotations"]]
     if boxes and all(isinstance(b, list) and all(_sensible(v, 0, 1) for v in b) for b in boxes):
-        yield (
-            "has boxes within 0..1 only; COCO's are in pixels, so multiply them by width and "
-            "height of their image"
-        )
+        yield "has boxes within 0..1 only; COCO's are in pixels: multiply by the image's sides"
 
 
 def entry_faults(entry, fields):
@@ -155,14 +118,14 @@ def entry_faults(entry, fields):
         value = entry.get(field)
         if field not in entry:
             yield f"has no {field!r}"
-        elif not isinstance(value, kind):
+        elif not isinstance(value, kind) or isinstance(value, bool):
             yield f"has {field} {value!r:.60}, which is not {WORDS[kind]}"
         elif kind is list and not (  # NaN in a box is removed with a count
             len(value) == 4 and all(isinstance(v, float) or _sensible(v) for v in value)
         ):
             yield f"has bbox {value!r:.60}; it must be 4 numbers, x, y, width, height"
-    if isinstance(entry.get("name"), str) and not entry["name"].isprintable():
-        yield f"has name {entry['name']!r:.60}, which is not printable text"
+        elif value == "" or field == "name" and not value.isprintable():
+            yield f"has {field} {value!r:.60}, which is not printable text"
     for field in OPTIONAL & entry.keys():
         if entry[field] is not None and not _sensible(entry[field], 0):
             yield f"has {field} {entry[field]!r:.60}, which is not a number of at least 0"
@@ -172,35 +135,70 @@ def _sensible(value, low=-(10**9), high=10**9):
     return isinstance(value, (int, float)) and low <= value <= high
 
 
+def suspicions(content):
+    """What a usable COCO file has that its author hardly meant, in lines; images have sizes."""
+    images = content["images"]
+    files = collections.Counter(os.path.normpath(image["file_name"]) for image in images)
+    again = [name for name, n in files.items() if n > 1]
+    if again:
+        yield (f"{len(again):,} image files have several ids, the first is {again[0]}: each is "
+               "trained on with the objects of one id only; join them")  # fmt: skip
+    names = collections.Counter(
+        category["name"].strip().lower() for category in content["categories"]
+    )
+    for name in (name for name, n in names.items() if n > 1):
+        yield f"several categories are called {name!r}; a detector cannot tell them apart"
+    sizes = {image["id"]: (image.get("width", 0), image.get("height", 0)) for image in images}
+    annotations = [a for a in content["annotations"] if a["image_id"] in sizes]
+    boxes = collections.Counter((a["image_id"], a["category_id"], *a["bbox"]) for a in annotations)
+    twice = sum(n - 1 for n in boxes.values())
+    if twice:
+        yield f"{twice:,} annotations are there already: same image, category and box"
+    corners = [(*a["bbox"], *sizes[a["image_id"]]) for a in annotations]
+    outside = sum(x + w > W or y + h > H for x, y, w, h, W, H in corners)
+    fit = all(x < w <= W and y < h <= H for x, y, w, h, W, H in corners)
+    if fit and outside > len(corners) / 4:
+        yield "the boxes look like x0 y0 x1 y1; COCO's are x y width height"
+
+
 def clean_boxes(images, annotations):
-    """Annotations with boxes clipped to their images and complete in area and iscrowd.
-    Returns (annotations, how many were clipped, how many without area were removed)."""
+    """Annotations with boxes inside their images and complete in area and iscrowd.
+    Returns (annotations, {what was done: how many boxes})."""
     sizes = {image["id"]: (image.get("width"), image.get("height")) for image in images}
-    kept, clipped, removed = [], 0, 0
+    kept, done = [], collections.Counter()
     for annotation in annotations:
         if annotation["image_id"] not in sizes:  # of an image beyond the limit
             continue
-        w, h = sizes[annotation["image_id"]]
-        x0, y0, bw, bh = box = [float(v) for v in annotation["bbox"]]
-        x1, y1 = min(x0 + bw, w), min(y0 + bh, h)
-        x0, y0 = max(x0, 0.0), max(y0, 0.0)
+        W, H = sizes[annotation["image_id"]]
+        x, y, w, h = box = [float(v) for v in annotation["bbox"]]
+        if w < 0 or h < 0:  # dragged to the left or upwards
+            box = [min(x, x + w), min(y, y + h), abs(w), abs(h)]
+            done["with negative sides, turned round"] += 1
+        x0, y0, x1, y1 = (
+            max(box[0], 0),
+            max(box[1], 0),
+            min(box[0] + box[2], W),
+            min(box[1] + box[3], H),
+        )
         if not (all(map(math.isfinite, box)) and x1 > x0 and y1 > y0):
-            removed += 1
+            done["without area, removed"] += 1
             continue
         inside = [x0, y0, x1 - x0, y1 - y0]
-        outside = max(abs(a - b) for a, b in zip(box, inside)) > 1e-3  # more than rounding
-        clipped += outside
+        if max(abs(a - b) for a, b in zip(inside, box)) > 1e-3:
+            done["clipped to their image"] += 1
+            box = inside
+        area, iscrowd = annotation.get("area") or box[2] * box[3], annotation.get("iscrowd") or 0
         kept.append(
             {
-                "id": len(kept) + 1,  # pycocotools takes id 0 for "none"
+                "id": len(kept) + 1,
                 "image_id": annotation["image_id"],
+                "bbox": box,
                 "category_id": annotation["category_id"],
-                "bbox": inside if outside else box,
-                "area": annotation.get("area") or inside[2] * inside[3],
-                "iscrowd": int(annotation.get("iscrowd") or 0),
+                "area": area,
+                "iscrowd": int(iscrowd),
             }
         )
-    return kept, clipped, removed
+    return kept, done
 
 
 def class_names(categories):
@@ -210,9 +208,8 @@ def class_names(categories):
 # ---------------------------------------------------------------- layouts of folders
 def split_files(root, split):
     """Where iSAID's patches have a split: (folder of images, annotation file)."""
-    return Path(root) / split / "images", Path(
-        root
-    ) / split / f"instancesonly_filtered_{split}.json"
+    folder = Path(root, split)
+    return folder / "images", folder / f"instancesonly_filtered_{split}.json"
 
 
 def find_split(root, split):
@@ -237,17 +234,33 @@ def find_split(root, split):
 
 
 def image_files(folder):
-    """All images in a folder and the folders below it, in order; DataError if there are none."""
+    """All images in a folder and the folders below it, in order; DataError if there are none.
+    Links are followed, each folder is read once; what systems leave behind is no image."""
     if not Path(folder).is_dir():
         raise DataError(f"{folder}: no such folder of images")
-    paths = sorted(
-        path
-        for path in Path(folder).rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not is_mask(path)
-    )
+    paths, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.realpath(root)
+        folders[:] = [] if here in seen else sorted(filter(is_ours, folders))
+        files = [] if here in seen else [Path(root, name) for name in names if is_ours(name)]
+        paths += [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+        seen.add(here)
+    paths = sorted(path for path in paths if path.is_file() and not is_mask(path))
     if not paths:
         raise DataError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return paths
+
+
+def is_ours(name):
+    """Whether a file or folder was put there by its user, not by the system."""
+    return not name.startswith((".", "@eaDir", "__MACOSX"))
+
+
+def find_image(folder, name):
+    """The file of an annotation file's `file_name`, which may come from another machine."""
+    plain = name.replace("\\", "/")
+    places = [folder / name, folder / plain, folder / plain.rsplit("/", 1)[-1]]
+    return next((path for path in places if path.is_file()), places[0])
 
 
 def is_mask(path):
@@ -273,33 +286,58 @@ def find_images(root, split):
 
 
 # ---------------------------------------------------------------- images
-def open_image(path):
-    try:
-        return Image.open(path)
-    except FileNotFoundError:
-        raise DataError(f"{path}: is missing") from None
-    except UnidentifiedImageError:
-        raise DataError(f"{path}: is not an image that can be read, or it is damaged") from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: is not an image that can be read ({error})") from None
-
-
 def read_image(path, at_least=None):
-    """(a picture as RGB, its (width, height) in the file). Raises DataError.
+    """(a picture as it is displayed, as RGB; its (width, height) so). Raises DataError.
     A JPEG is decoded at a half, a quarter or an eighth of its size if that leaves `at_least`
-    pixels a side."""
-    with open_image(path) as image:
-        size = image.size
-        if image.mode.startswith(("I", "F")):  # converting would turn nearly all of it white
-            raise DataError(
-                f"{path}: has more than 8 bits a channel (mode {image.mode}); convert it to 8 first"
-            )
-        try:
-            if at_least:
-                image.draft("RGB", (at_least, at_least))
-            return image.convert("RGB"), size
-        except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNG chunks
-            raise DataError(f"{path}: is damaged ({error}); copy it again or remove it") from None
+    pixels a side. What lies under transparency is shown; a fourth band of TIFF is left out."""
+    with reading(path, "an image that can be read"), Image.open(path) as image:
+        refuse_deep(path, image)
+        turn, size = orientation(image), displayed_size(image)
+        if at_least:
+            image.draft("RGB", (at_least, at_least))
+        image.load()
+        image = ImageOps.exif_transpose(image) if turn > 1 else image
+        if "transparency" in image.info or image.mode in ("PA", "La", "RGBa"):
+            image = image.convert("RGBA")  # which Pillow turns into RGB without a warning
+        return image.convert("RGB"), size
+
+
+def read_size(path):
+    """(width, height) of an image as it is displayed. Raises DataError."""
+    with reading(path, "an image that can be read"), Image.open(path) as image:
+        return displayed_size(image)
+
+
+def orientation(image):
+    """How a camera was held, 1 to 8, as EXIF says it; 1 is upright."""
+    try:
+        turn = image.getexif().get(0x0112)
+    except Exception:  # the picture itself may be whole
+        turn = None
+    return turn if turn in range(1, 9) else 1
+
+
+def displayed_size(image):
+    """(width, height) of an opened image after turning it."""
+    tags = getattr(image, "tag_v2", {})  # of TIFF, whose size Pillow turns in some versions
+    size = (tags[256], tags[257]) if {256, 257} <= tags.keys() else image.size
+    return size[::-1] if orientation(image) > 4 else size
+
+
+def refuse_deep(path, image):
+    """DataError for more than 8 bits a channel: converting would make it white, or nearly black."""
+    codec = " ".join(str(part) for tile in image.tile for part in tile)
+    deep = image.mode.startswith(("I", "F")) or re.search(r"\w;(16|32)[BLN]|SGI16", codec)
+    if image.format == "TIFF":
+        deep = deep or max(image.tag_v2.get(258, (8,))) > 8
+    if image.format == "PPM":  # the largest value stands last
+        deep = deep or int((re.findall(r"\d+", codec) or [255])[-1]) > 255
+    if image.format == "JPEG2000":  # the depth is in the header of its code stream
+        header = Path(path).read_bytes()[: 2**16].partition(b"\xff\x4f\xff\x51")[2]
+        deep = deep or len(header) > 38 and header[38] % 128 > 7
+    if deep:
+        message = f"has more than 8 bits a channel (mode {image.mode}); convert it to 8 first"
+        raise DataError(f"{path}: {message}")
 
 
 def check_size(image, name, size):

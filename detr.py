@@ -18,6 +18,7 @@ rounding. Departures from it:
 import argparse
 import copy
 import hashlib
+import itertools
 import math
 import zipfile
 from pathlib import Path
@@ -397,10 +398,9 @@ class DeformableDETR(Detector):
 
     def features(self, images, padding):
         """images (B, 3, H, W) normalised, padding (B, H, W) -> [Level], finest first."""
-        maps, levels = self.backbone(images.masked_fill(padding[:, None], 0)), []
-        for i, projection in enumerate(self.input_proj):
-            beyond = maps[-1] if i == len(maps) else levels[-1].features if i > len(maps) else None
-            x = projection(maps[i] if i < len(maps) else beyond)
+        maps, levels, x = self.backbone(images.masked_fill(padding[:, None], 0)), [], None
+        for i, projection in enumerate(self.input_proj):  # one level more: of the CNN's last map,
+            x = projection(maps[min(i, len(maps) - 1)] if i <= len(maps) else x)  # then of that
             mask = resize_padding(padding, x)
             position = sine_position(mask, x.shape[1], centre=0.5)
             position = position + self.transformer.level_embed[i][:, None, None]
@@ -433,9 +433,8 @@ class DeformableDETR(Detector):
         for layer, class_embed, bbox_embed in zip(layers, self.class_embed, self.bbox_embed):
             scaled = reference[:, :, None] * ratios[..., : reference.shape[-1]]  # (B, Q, L, 2 or 4)
             x = layer(x, query_position, scaled, memory, shapes, padding)
-            start = F.pad(
-                inverse_sigmoid(reference), (0, 4 - reference.shape[-1])
-            )  # points: no size
+            missing = 4 - reference.shape[-1]  # a point has no width and height yet
+            start = F.pad(inverse_sigmoid(reference), (0, missing))
             logits.append(class_embed(x))
             boxes.append((bbox_embed(x) + start).sigmoid())
             if self.with_box_refine:
@@ -678,35 +677,58 @@ def part_of(name):
     return next(part for part, beginnings in PARTS.items() if name.startswith(beginnings))
 
 
+def weights_of(checkpoint):
+    """The weights in a checkpoint: the official {"model": …} or as other tools wrap them."""
+    state = checkpoint
+    for key in ("model", "state_dict", "ema", "module"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    for prefix in ("module.", "model.", "module."):  # of parallel training, of Lightning
+        inner = {k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)}
+        state = inner or state
+    return state
+
+
 def load_weights(model, path, parts=None):
     """Start `model`, or parts of it, from a checkpoint trained on any number of classes.
-    Accepts the official checkpoints ({"model": state}), those of train.py, and bare state dicts.
-    parts: of PARTS, by default those that are in the file. Returns (parts taken, names dropped:
-    class heads of another number of classes). Raises ValueError if anything else does not fit."""
-    checkpoint, own = load_checkpoint(path), model.state_dict()
-    state = checkpoint.get("model", checkpoint)
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+
+    Accepts the official checkpoints, those of train.py, bare state dicts and what `weights_of`
+    knows. parts: of PARTS, by default those that are in the file. Returns (parts taken, names
+    that start anew: class heads that are absent or of another number of classes). Raises
+    ValueError if anything else does not fit."""
+    state, own = weights_of(load_checkpoint(path)), model.state_dict()
+    if not all(isinstance(x, Tensor) for x in state.values()):
         raise ValueError(f'{path}: holds no weights under "model"')
     there = {part_of(name) for name in state if name in own or not parts}
     parts = parts or [part for part in PARTS if part in there]
     lacking = [part for part in parts if part not in there]
     if lacking or not parts:
         raise ValueError(f"{path}: has no weights of the {' and '.join(lacking) or 'model'}")
-    theirs, mine = ({name: x for name, x in weights.items() if part_of(name) in parts}
-                    for weights in (state, own))  # fmt: skip
-    both = [name for name in theirs if name in mine and theirs[name].shape != mine[name].shape]
-    dropped = [name for name in both if "class_embed" in name
-               and theirs[name].shape[1:] == mine[name].shape[1:]]  # fmt: skip
-    problems = [f"missing {name}" for name in mine if name not in theirs]
-    problems += [f"unexpected {name}" for name in theirs if name not in mine]
-    problems = [problem for problem in problems if not problem.endswith(COUNTER)]
-    problems += [f"{name} is {tuple(theirs[name].shape)}, the model's {tuple(mine[name].shape)}"
-                 for name in both if name not in dropped]  # fmt: skip
+    theirs, mine = (
+        {name: x for name, x in weights.items() if part_of(name) in parts}
+        for weights in (state, own)
+    )
+    missing = [name for name in mine if name not in theirs and not name.endswith(COUNTER)]
+    unexpected = [name for name in theirs if name not in mine and not name.endswith(COUNTER)]
+    other = [name for name in mine if name in theirs and theirs[name].shape != mine[name].shape]
+    anew = [
+        name for name in other if is_head(name) and theirs[name].shape[1:] == mine[name].shape[1:]
+    ]
+    anew += [] if any(map(is_head, theirs)) else filter(is_head, missing)
+    problems = itertools.zip_longest(
+        [f"missing {name}" for name in missing if name not in anew],
+        [f"unexpected {name}" for name in unexpected],
+        [f"{name} is {tuple(theirs[name].shape)}, the model's {tuple(mine[name].shape)}"
+         for name in other if name not in anew])  # fmt: skip
+    problems = [problem for kinds in problems for problem in kinds if problem]
     if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise ValueError(
-            f"{path} does not fit this model: {'; '.join(problems[:4])}{more}. Build the model "
+            f"{path} does not fit this model: {'; '.join(problems[:6])}{more}. Build the model "
             "with the sizes it was trained with, or take only the parts that fit"
         )
-    model.load_state_dict({k: x for k, x in theirs.items() if k not in dropped}, strict=False)
-    return parts, dropped
+    model.load_state_dict({k: x for k, x in theirs.items() if k not in anew}, strict=False)
+    return parts, anew
+
+
+def is_head(name):
+    return "class_embed" in name

@@ -29,7 +29,8 @@ import detr
 import isaid
 import pictures
 import ssl_tasks
-from coco import DataError, Parser, number
+from coco import DataError
+from flags import Parser, command, number
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
 LOGGED = (
@@ -386,7 +387,7 @@ def evaluate_run(args):
     print("\n".join(text))  # last: what it is piped to may have closed
 
 
-@coco.command
+@command
 def main(argv=None):
     evaluate_run(parse(argv))
 

@@ -32,7 +32,8 @@ from torchvision.transforms import v2
 
 import coco
 import patches
-from coco import DataError, Parser, number
+from coco import DataError
+from flags import Parser, command, number
 from scenes import CLASSES, draw_scene, scene_objects
 
 SCENE_SIZE, SCENES = 128, {"train": 1000, "val": 200}  # of the synthetic dataset
@@ -46,9 +47,8 @@ class Detection(torch.utils.data.Dataset):
 
     content: {"images", "annotations", "categories"} as in a COCO file. read(i, at_least) returns
     the PIL image, which may be smaller than its file if that leaves at_least pixels a side, and
-    the (width, height) of the file. Boxes are clipped to their image; those without area are
-    removed; `clipped` and `removed` count them. Crowd regions (iscrowd 1) are kept for the
-    evaluation, which ignores them, and are no training targets. Augmentation depends on (seed,
+    the (width, height) of the file. `cleaned` counts what coco.clean_boxes did to the boxes. Crowd
+    regions (iscrowd 1) are for the evaluation, which ignores them. Augmentation depends on (seed,
     epoch, i) alone, not on workers or order; set `epoch` before each pass. Item i + k * len(self)
     is image i once more, augmented in another way."""
 
@@ -57,8 +57,8 @@ class Detection(torch.utils.data.Dataset):
         self.epoch, self.at_least, self.images = 0, None, content["images"]
         categories = ({"id": c["id"], "name": str(c["name"])} for c in content["categories"])
         self.categories = sorted(categories, key=lambda category: category["id"])
-        cleaned = coco.clean_boxes(self.images, content["annotations"])
-        self.annotations, self.clipped, self.removed = cleaned
+        self.annotations, self.cleaned = coco.clean_boxes(self.images, content["annotations"])
+        self.suspicions = list(coco.suspicions(content))
         label = {category["id"]: i for i, category in enumerate(self.categories)}
         per_image = collections.defaultdict(list)
         for annotation in self.annotations:
@@ -82,9 +82,8 @@ class Detection(torch.utils.data.Dataset):
         image, (picture, (w, h)) = self.images[i], self.read(i, self.at_least)
         coco.check_size(image, f"{self.name}: {image['file_name']}", (w, h))
         shrink = torch.tensor(picture.size * 2) / torch.tensor([w, h, w, h])
-        boxes = tv_tensors.BoundingBoxes(
-            self.boxes[i] * shrink, format="XYWH", canvas_size=picture.size[::-1]
-        )
+        how = {"format": "XYWH", "canvas_size": picture.size[::-1]}
+        boxes = tv_tensors.BoundingBoxes(self.boxes[i] * shrink, **how)
         sample = {"image": picture, "boxes": boxes, "labels": self.labels[i]}
         place = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)
         with torch.random.fork_rng(devices=[]):
@@ -104,21 +103,15 @@ class Detection(torch.utils.data.Dataset):
 
     def summary(self, num_queries, image_size):
         """What a user should know before training on it, in lines of text."""
+        lines = [f"{self.name}: {len(self):,} images, {sum(self.counts()):,} boxes"]
+        lines += [f"{n:,} boxes {what}" for what, n in self.cleaned.items()]
         tiny = self.tiny(image_size) if image_size else 0
-        text = f"{self.name}: {len(self):,} images, {sum(self.counts()):,} boxes"
-        for n, what in (
-            (self.clipped, "clipped to their image"),
-            (self.removed, "without area removed"),
-            (tiny, "under a pixel after resizing, not trained on"),
-        ):
-            text += f", {n:,} {what}" if n else ""
+        lines += [f"{tiny:,} boxes under a pixel after resizing, not trained on"] if tiny else []
         crowded = sum(len(labels) > num_queries for labels in self.labels)
         if crowded:
-            share = f"{crowded:,} ({crowded / len(self):.1%})"
-            text += (
-                f"\n{'':12}{share} of them hold more objects than there are queries: {num_queries}"
-            )
-        return text
+            share = f"{crowded:,} images ({crowded / len(self):.1%})"
+            lines.append(f"{share} hold more objects than there are queries: {num_queries}")
+        return f"\n{'':12}".join([*lines, *self.suspicions])
 
     def side(self):
         """Pixels a side that its images usually have; None if it does not say."""
@@ -135,22 +128,21 @@ class Detection(torch.utils.data.Dataset):
         return sum(int((x < 1).any(1).sum()) for x in sides)
 
 
-def load_coco(images_dir, json_path, transform, limit=None, seed=0):
+def load_coco(images_dir, json_path, transform, limit=None, seed=0, truth=True):
     """The dataset of a folder of images and a COCO file; the first `limit` images of it.
-    Raises DataError."""
-    images_dir, content = Path(images_dir), coco.load_json(json_path)
+    Without `truth` the file needs no annotations and no categories. Raises DataError."""
+    content = coco.load_json(json_path, truth)
     images = content["images"][:limit]
     if not images:
         raise DataError(f"{json_path}: has no images")
-    paths = [images_dir / image["file_name"] for image in images]
+    paths = [coco.find_image(Path(images_dir), image["file_name"]) for image in images]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         share = f"{len(missing)} of {len(paths)}"
         raise DataError(f"{json_path}: {share} images are missing, the first is {missing[0]}")
     for image, path in zip(images, paths):
         if not image.get("width") or not image.get("height"):  # as in some of iSAID's own files
-            with coco.open_image(path) as opened:
-                image["width"], image["height"] = opened.size
+            image["width"], image["height"] = coco.read_size(path)
     content = {**content, "images": images}
     return Detection(str(json_path), content, functools.partial(_read, paths), transform, seed)
 
@@ -179,7 +171,8 @@ def open_split(split, args, train):
         name, paths = coco.find_images(args.data, split)
         data = load_images(name, paths, transform, limit, args.seed)
     else:
-        data = load_coco(*coco.find_split(args.data, split), transform, limit, args.seed)
+        files = coco.find_split(args.data, split)
+        data = load_coco(*files, transform, limit, args.seed, truth=split != "test")
     data.at_least = args.image_size and round(1.2 * args.image_size)
     return data
 
@@ -193,6 +186,9 @@ def open_data(args):
     theirs, ours = (coco.class_names(data.categories) for data in (val_set, train_set))
     if ours != theirs:
         raise DataError(f"{train_set.name} has the classes {ours}, {val_set.name} {theirs}")
+    if args.setting != "pretrain" and not any(map(len, train_set.labels)):
+        cleaned = "".join(f"; {n:,} boxes {what}" for what, n in train_set.cleaned.items())
+        raise DataError(f"{train_set.name}: has no box to train on{cleaned}")
     return train_set, val_set
 
 
@@ -378,11 +374,8 @@ def check(images_dir, json_path):
     wrong = list(coco.faults(content)) if images_dir.is_dir() else [f"{images_dir}: no such folder"]
     bad = {} if wrong else bad_images(images_dir, content["images"])
     wrong += bad.values()
-    text = [
-        str(json_path),
-        f"  faults   {len(wrong):,}",
-        *(f"    {x}" for x in wrong[:MOST_FAULTS]),
-    ]
+    text = [str(json_path), f"  faults   {len(wrong):,}"]
+    text += [f"    {fault}" for fault in wrong[:MOST_FAULTS]]
     if len(wrong) > MOST_FAULTS:
         text.append(f"    … and {len(wrong) - MOST_FAULTS:,} more")
     images = [] if len(wrong) > len(bad) else [i for i in content["images"] if i["id"] not in bad]
@@ -391,6 +384,7 @@ def check(images_dir, json_path):
         text += statistics(data)
         ids = [str(a["id"]) for a in content["annotations"] if a.get("id") is not None]
         text.append(f"  annotation ids used again         {len(ids) - len(set(ids)):,}")
+        text += [f"  look at this: {suspicion}" for suspicion in data.suspicions]
     return "\n".join(text), None if wrong or not images else coco.class_names(data.categories)
 
 
@@ -398,7 +392,7 @@ def bad_images(images_dir, images):
     """What is wrong with images, by id; sizes that the file lacks are filled in."""
     bad = {}
     for image in images:
-        path = images_dir / image["file_name"]
+        path = coco.find_image(images_dir, image["file_name"])
         try:
             size = coco.read_image(path)[1]
             coco.check_size(image, path, size)
@@ -429,11 +423,16 @@ def statistics(data):
         if len(mine):
             row += " {:9.0f} {:7.0f} {:8.0f}".format(*np.percentile(mine, [0, 50, 100]))
         lines.append(row)
+    lines += [f"  boxes {what:27} {n:,}" for what, n in data.cleaned.items()]
+    small = sum(min(image["width"], image["height"]) < 2 for image in data.images)
+    empty = [c["name"] for c, n in zip(data.categories, data.counts()) if not n]
     lines += [
-        f"  boxes without area, removed       {data.removed:,}",
-        f"  boxes reaching outside, clipped   {data.clipped:,}",
-        f"  crowd regions, not trained on     {sum(a['iscrowd'] for a in data.annotations):,}",
+        f"  crowd regions, not trained on     {sum(a['iscrowd'] for a in data.annotations):,}"
     ]
+    lines += [f"  images under 2 pixels             {small:,}"] if small else []
+    if empty:
+        more = f" and {len(empty) - 9} more" if len(empty) > 9 else ""
+        lines.append(f"  classes without boxes             {', '.join(empty[:9])}{more}")
     for name, n in QUERIES.items():
         share = f"{(objects > n).sum():,} ({(objects > n).mean():.1%})"
         lines.append(f"  images with more objects than {name}'s {n} queries  {share}")
@@ -455,14 +454,14 @@ def check_dataset(root):
     return int(len(classes) > 1 or None in classes)
 
 
-@coco.command
+@command
 def main(argv=None):
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     count, natural = number(int), number(int, zero=True)
 
-    command = commands.add_parser("prepare", help="cut iSAID's raw release into patches")
-    add = command.add_argument
+    sub = commands.add_parser("prepare", help="cut iSAID's raw release into patches")
+    add = sub.add_argument
     add("raw", help="a folder with {train,val,test}/images, the masks beside the images")
     add("out", help="folder to write; what an interrupted call has left there is continued")
     splits = ("train", "val", "test")
@@ -474,11 +473,10 @@ def main(argv=None):
     add("--limit", type=count, help="only the first images of each split")
     add("--devkit", action="store_true", help="keep the devkit's oddities, see patches.py")
 
-    command = commands.add_parser("check", help="print what is in a dataset and wrong with it")
-    command.add_argument("data", help="its folder")
+    sub = commands.add_parser("check", help="print what is in a dataset and wrong with it")
+    sub.add_argument("data", help="its folder")
 
-    command = commands.add_parser("scenes", help="write synthetic scenes as a dataset")
-    add = command.add_argument
+    add = commands.add_parser("scenes", help="write synthetic scenes as a dataset").add_argument
     add("out", help="folder to write")
     add("--train", type=count, default=100, help="training scenes")
     add("--val", type=count, default=20, help="held-out scenes")

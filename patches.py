@@ -27,7 +27,8 @@ from pycocotools import mask as coco_mask
 from scipy import ndimage
 from tqdm import tqdm
 
-from coco import DataError, check_size, is_mask, open_image, read_image, split_files
+import coco
+from coco import DataError
 from scenes import CLASSES
 
 # fmt: off
@@ -85,7 +86,7 @@ def bands(image):
 
 def read_ranks(path):
     """The class of every pixel as the rank of its colour: (H, W) uint8. Raises DataError."""
-    image, _ = read_image(path)
+    image, _ = coco.read_image(path)
     ranks = np.empty((image.height, image.width), np.uint8)
     for top, colours in bands(image):
         mine = ranks[top : top + len(colours)]
@@ -99,7 +100,7 @@ def read_ranks(path):
 
 def read_instances(path):
     """The instance of every pixel: (H, W) integers, 0 for none, numbered in order of their ids."""
-    image, _ = read_image(path)
+    image, _ = coco.read_image(path)
     seen = np.zeros(2**24, bool)
     for _, colours in bands(image):
         seen[colours] = True
@@ -116,8 +117,7 @@ def read_masks(source, image):
     """(instances, classes) of an image, from read_instances and read_ranks. Raises DataError."""
     paths = [source.with_name(f"{source.stem}_instance_{kind}_RGB.png") for kind in ("id", "color")]
     for path in paths:
-        with open_image(path) as mask:
-            check_size({"width": image.width, "height": image.height}, path, mask.size)
+        coco.check_size({"width": image.width, "height": image.height}, path, coco.read_size(path))
     return read_instances(paths[0]), read_ranks(paths[1])
 
 
@@ -175,17 +175,10 @@ def has_tiny_part(mask):
 
 
 # ---------------------------------------------------------------- from the raw release to patches
-def write_whole(path, write):
-    """A file that is whole or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def cut(source, out, labelled, windowing):
     """Cut one image: writes its patches, then its record. Raises DataError.
     source: the image, its masks beside it. The record: [[name, height, width, [annotation]]]."""
-    image, _ = read_image(source)
+    image, _ = coco.read_image(source)
     if labelled:
         labels, ranks = read_masks(source, image)
     record = []
@@ -193,12 +186,11 @@ def cut(source, out, labelled, windowing):
         here = slice(y0, y1), slice(x0, x1)
         found = find_objects(labels[here], ranks[here]) if labelled else []
         record.append([name, y1 - y0, x1 - x0, found])
-        save = functools.partial(image.crop((x0, y0, x1, y1)).save, format="PNG", compress_level=4)
-        write_whole(out / "images" / name, save)
-    text = json.dumps(record)
-    write_whole(
-        out / "parts" / f"{source.stem}.json", lambda path: path.write_text(text, encoding="utf-8")
-    )
+        target = out / "images" / name
+        temporary = target.with_name(f".{name}")
+        image.crop((x0, y0, x1, y1)).save(temporary, format="PNG", compress_level=4)
+        os.replace(temporary, target)
+    coco.write_text(out / "parts" / f"{source.stem}.json", json.dumps(record))
 
 
 def is_cut(out, stem):
@@ -250,7 +242,7 @@ def begin(out, target, settings):
     for folder in ("images", "parts"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     if not note.exists():
-        write_whole(note, lambda path: path.write_text(json.dumps(settings), encoding="utf-8"))
+        coco.write_text(note, json.dumps(settings))
     before = json.loads(note.read_text(encoding="utf-8"))
     differ = [name for name in settings if before.get(name) != settings[name]]
     if differ:
@@ -265,7 +257,8 @@ def natural(name):
 
 def sources_of(folder, devkit, limit):
     """The images of a split of the raw release. Raises DataError if there are none."""
-    found = [path for path in folder.glob("[!.]*.png") if path.is_file() and not is_mask(path)]
+    found = [path for path in folder.iterdir() if coco.is_ours(path.name) and path.is_file()]
+    found = [path for path in found if path.suffix.lower() == ".png" and not coco.is_mask(path)]
     found = [path for path in found if not (devkit and path.stem in LEFT_OUT)]
     if not found:
         raise DataError(f"{folder}: holds no images; expected are P0000.png …, as iSAID has them")
@@ -286,7 +279,7 @@ def merge(out, target, stems, devkit):
                     annotations.append({**ids, **found})
             images.append({"id": len(images), "file_name": name, "height": height, "width": width})
     text = json.dumps({"images": images, "annotations": annotations, "categories": CATEGORIES})
-    write_whole(target, lambda path: path.write_text(text, encoding="utf-8"))
+    coco.write_text(target, text)
     counts = f"{len(stems):,} images, {len(images):,} patches, {len(annotations):,} objects"
     dropped = "more are dropped" if devkit else "of them the devkit drops"
     return counts + (f"; {tiny:,} {dropped} for a part of one or two pixels" if tiny else "")
@@ -298,7 +291,10 @@ def prepare_split(args, split):
     if folder.resolve() == (out / "images").resolve():
         raise DataError(f"{folder}: is where the images come from; name another folder")
     windowing = {"patch": args.patch, "overlap": args.overlap, "devkit": args.devkit}
-    sources, target = sources_of(folder, args.devkit, args.limit), split_files(args.out, split)[1]
+    sources, target = (
+        sources_of(folder, args.devkit, args.limit),
+        coco.split_files(args.out, split)[1],
+    )
     begin(out, target, {**windowing, "limit": args.limit})
     text = "is there already, made with the same settings"
     if not target.exists():

@@ -26,7 +26,7 @@ import eval as evaluation
 import isaid
 import patches
 import pictures
-from coco import Parser, number
+from flags import Parser, command, number
 
 AGREE = 0.5  # IoU from which two boxes are of one object
 INSIDE = 0.7  # share of a cut box inside another from which it is a part of that
@@ -220,7 +220,7 @@ def predict(args):
         raise ValueError(f"{len(bad)} of {len(files)} images cannot be used: {bad[0]}")
 
 
-@coco.command
+@command
 def main(argv=None):
     predict(parse(argv))
 

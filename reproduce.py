@@ -18,6 +18,7 @@ import concurrent.futures
 import json
 import os
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -35,7 +36,7 @@ import isaid
 import pictures
 import ssl_tasks
 import train
-from coco import Parser, number
+from flags import Parser, command, number, words
 
 ROOT = Path(__file__).resolve().parent
 RUNS, RESULTS = ROOT / "runs", ROOT / "results"
@@ -51,8 +52,12 @@ def read_table(path):
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a table ({error})") from None
     for n, line in enumerate(lines, 1):
-        name, colon, flags = line.split("#")[0].partition(":")
-        if not line.split("#")[0].strip():
+        name, colon, text = line.partition(":")
+        try:
+            empty, flags = not words(line), words(text)
+        except ValueError as error:  # a quote that is not closed
+            raise ValueError(f"{path}, line {n}: {error}") from None
+        if empty:
             continue
         if not colon or not re.fullmatch(r"[\w-]+", name.strip()) or name.strip() in rows:
             expected = "expected is a new name, a colon and flags of train.py"
@@ -60,13 +65,13 @@ def read_table(path):
         for start in starts_of(flags):
             if start not in rows:
                 raise ValueError(f"{path}, line {n}: {{{start}}} is not a row above it")
-        rows[name.strip()] = flags.split()
+        rows[name.strip()] = flags
     return rows
 
 
 def starts_of(flags):
     """The rows whose runs these flags start from."""
-    return re.findall(r"{(.*?)}", flags if isinstance(flags, str) else " ".join(flags))
+    return re.findall(r"{(.*?)}", " ".join(flags))
 
 
 def resolve(rows, name):
@@ -127,22 +132,19 @@ def run_row(table, name, rows, seed, threads):
         return
     runs = os.path.relpath(RUNS / table, ROOT)
     flags = [re.sub(r"{(.*?)}", lambda m: f"{runs}/{m[1]}-{seed}", flag) for flag in rows[name]]
-    command = ["train.py", *flags, "--seed", str(seed), "--out", f"{runs}/{name}-{seed}"]
+    row = ["train.py", *flags, "--seed", str(seed), "--out", f"{runs}/{name}-{seed}"]
     shutil.rmtree(run, ignore_errors=True)  # of an earlier, interrupted call
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment,
+    done = subprocess.run([sys.executable, *row], cwd=ROOT, env=environment,
                           capture_output=True, text=True)  # fmt: skip
     if done.returncode:
         said = done.stderr.strip() or f"exit status {done.returncode}"
-        raise ValueError(f"python {' '.join(command)}: {said.splitlines()[-1]}")
+        raise ValueError(f"python {shlex.join(row)}: {said.splitlines()[-1]}")
     config, log = json.loads((run / "config.json").read_text(encoding="utf-8")), read_log(run)
-    content = {"command": f"python {' '.join(command)}", "flags": resolve(rows, name)}
+    content = {"command": f"python {shlex.join(row)}", "flags": resolve(rows, name)}
     content.update(revision=config["revision"], versions=config["versions"], log=log)
     content["guess"] = guess(run) if "ssl_loss" in log[-1] else None
-    result.parent.mkdir(parents=True, exist_ok=True)
-    temporary = result.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, result)
+    coco.write_text(result, json.dumps(content, indent=1) + "\n")
     seconds = sum(line["seconds"] for line in log)
     print(f"{name + '-' + str(seed):60} {seconds:6.0f} s of training", flush=True)
 
@@ -253,6 +255,7 @@ def make_table(args):
         wanted |= set(starts_of(rows[name])) if name in wanted else set()
     threads = max(1, torch.get_num_threads() // args.jobs)
     jobs = [(table, name, rows, seed, threads) for seed in args.seeds or [0] for name in wanted]
+    (RESULTS / table).mkdir(parents=True, exist_ok=True)  # said now if it cannot be written
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         for wave in [] if args.no_run else sorted({depth(rows, name) for name in rows}):
             mine = [job for job in jobs if depth(rows, job[1]) == wave]
@@ -268,12 +271,12 @@ def make_table(args):
             print(f"{n} results are of revision {revision}, yours is {ours}; they stay as they are")
     print(tables({name: list(runs.values()) for name, runs in found.items()}))
     results = {name: list(runs.values()) for name, runs in everything.items()}
-    (RESULTS / table / "table.md").write_text(tables(results) + "\n", encoding="utf-8")
+    coco.write_text(RESULTS / table / "table.md", tables(results) + "\n")
     if any("ap" in runs[0]["log"][-1] for runs in results.values()):
         draw(RESULTS / table / "curves.png", results)
 
 
-@coco.command
+@command
 def main(argv=None):
     parser = Parser(description=__doc__)
     add, natural = parser.add_argument, number(int, zero=True)

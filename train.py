@@ -17,6 +17,7 @@ import collections
 import inspect
 import math
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -25,14 +26,13 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-import coco
 import deformable_attn
 import detr
 import eval as evaluation
 import isaid
 import pictures
 import ssl_tasks
-from coco import Parser, number
+from flags import Parser, command, number
 
 
 # ---------------------------------------------------------------- the losses and the loop
@@ -96,6 +96,7 @@ def train(run, train_set, val_set, args):
                 losses = compute_losses(model, task, images, padding, targets, args)
                 loss = sum(weights[name] * values.sum() for name, values in losses.items())
                 stop_if_not_finite({**losses, "the total": loss}, targets)
+                stop_if_diverged(loss, run)
                 for name, values in {**losses, "loss": loss[None]}.items():  # of the last layer
                     run.sums[name] = run.sums.get(name, 0) + values[-1].detach() / args.accumulate
                 loss = loss / args.accumulate
@@ -112,8 +113,9 @@ def train(run, train_set, val_set, args):
                 bar.update()
                 if parallel.mean(signals.caught):  # any process got Ctrl-C or SIGTERM
                     checkpoint.save_last(out / "last.pt", run)
-                    bar.write(f"stopped in epoch {epoch} after {run.step} of {run.steps} steps; to "
-                              f"go on, the same command with --out {out} --resume")  # fmt: skip
+                    there = f"stopped in epoch {epoch} after {run.step} of {run.steps} steps"
+                    again = f"the same command with --out {shlex.quote(args.out)} --resume"
+                    bar.write(f"{there}; to go on, {again}")
                     sys.exit(128 + (signals.caught or signal.SIGTERM))
 
             stop_if_not_finite(model.state_dict(), ())
@@ -144,6 +146,14 @@ def stop_if_not_finite(values, targets):
         message = f"{' and '.join(bad[:4])} became NaN or infinite"
         message += f", with the images {images}; the step was not taken" if images else ""
         raise FloatingPointError(f"{message}; start anew with a lower --lr")
+
+
+def stop_if_diverged(loss, run):
+    """FloatingPointError if the loss is a hundred times that of the run's first batch."""
+    run.first_loss = run.first_loss or max(loss.item(), 1.0)
+    if loss > 100 * run.first_loss:
+        grown = f"the loss has grown from {run.first_loss:.1f} to {loss:.1f}"
+        raise FloatingPointError(f"{grown}, so nothing is learnt; start anew with a lower --lr")
 
 
 def train_mode(model, args):
@@ -330,11 +340,11 @@ def build_model(config, args):
     loaded, note = {"backbone"} if imagenet else set(), weights or "random weights"
     if args.init:
         path = evaluation.checkpoint_file(args.init)
-        taken, dropped = detr.load_weights(model, path, args.init_parts)
-        loaded = (loaded | set(taken)) - {detr.part_of(name) for name in dropped}
+        taken, anew = detr.load_weights(model, path, args.init_parts)
+        loaded = (loaded | set(taken)) - {detr.part_of(name) for name in anew}
         note = f"{' and '.join(taken)} from {args.init}"
-        if dropped:
-            note += f"; of another number of classes and dropped: {', '.join(dropped)}"
+        if anew:
+            note += f"; absent or of another number of classes, start anew: {', '.join(anew)}"
     frozen = {*args.freeze, "decoder"} if pretrain else set(args.freeze)
     for part in frozen - loaded - ({"decoder"} if pretrain else set()):
         raise ValueError(f"--freeze {part} would keep random weights; start it with --init")
@@ -414,7 +424,7 @@ def introduce(args, run, train_set, val_set, notes):
             print(f"{name:11} {text}")
 
 
-@coco.command
+@command
 def main(argv=None):
     args, ignored = parse(argv)
     args.device = parallel.start(args.device)
@@ -427,7 +437,8 @@ def main(argv=None):
     metrics = train(run, train_set, val_set, args)
     if metrics and "per_class" in metrics:
         print(f"\n{evaluation.table(metrics)}")
-    print(f"\nlook at the pictures in {args.out}; evaluate: python eval.py {args.out}")
+    out = shlex.quote(args.out)
+    print(f"\nlook at the pictures in {args.out}; evaluate: python eval.py {out}")
 
 
 if __name__ == "__main__":

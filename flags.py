@@ -1,0 +1,115 @@
+"""Command lines: numbers, recipes, and mistakes that end a command with one line."""
+
+import argparse
+import difflib
+import functools
+import itertools
+import math
+import os
+import shlex
+import sys
+from pathlib import Path
+
+
+def one_line(error):
+    """The message of an error, without the traceback that a loader process puts before it."""
+    return (str(error).strip().splitlines() or [repr(error)])[-1].removeprefix("coco.DataError: ")
+
+
+def number(kind, zero=False, most=math.inf, words=()):
+    """An argparse type: a number greater than 0, or 0 too, and at most `most`; or a word."""
+    what = "a whole number" if kind is int else "a number"
+    least = "of at least 0" if zero else "of at least 1" if kind is int else "greater than 0"
+    expected = f"{what} {least}"
+    expected += f" and at most {most}" if most < math.inf else ""
+    expected = " or ".join([expected, *words])
+
+    def parse(text):
+        if text in words:
+            return text
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (0 < value <= most or zero and value == 0) or value == math.inf:
+            raise argparse.ArgumentTypeError(f"expected is {expected}, not {text!r}")
+        return value
+
+    return parse
+
+
+def words(line):
+    """The words of a line of flags: quotes hold spaces; # at the start of a word is a comment."""
+    lexer = shlex.shlex(line.lstrip("\ufeff"), posix=True)
+    lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""
+    return list(itertools.takewhile(lambda word: not word.startswith("#"), lexer))
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Leaves the description as it is and shows defaults, where there are any."""
+
+    def _get_help_string(self, action):
+        none = action.default in (None, False, [])
+        return action.help if none else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes get one line; @FILE stands for the flags in a file, which may have comments."""
+
+    def __init__(self, **options):
+        super().__init__(fromfile_prefix_chars="@", formatter_class=Help, **options)
+
+    def convert_arg_line_to_args(self, line):
+        return words(line)
+
+    def parse_args(self, args=None, namespace=None):
+        try:
+            parsed, unknown = self.parse_known_args(args, namespace)
+        except ValueError as error:  # not utf-8, or a quote that is not closed
+            self.error(f"a file named with @ is not a text file of flags ({error})")
+        if unknown:
+            self.error(f"unknown: {' '.join(unknown)}{self.nearest(unknown[0])}")
+        for name, value in vars(parsed).items():
+            if value == "" or isinstance(value, list) and "" in value:
+                self.error(f"{name} is empty; was it meant to be a variable that is not set?")
+        return parsed
+
+    def nearest(self, word):
+        """What an unknown word may have been meant to be, as the end of a message."""
+        if Path(word).is_file():
+            return f"; did you mean @{word}?"
+        meant, parsers = {}, [self]
+        for action in self._actions:
+            parsers += action.choices.values() if isinstance(action.choices, dict) else []
+        for action in (action for parser in parsers for action in parser._actions):
+            for option in action.option_strings:
+                meant[option.lstrip("-")] = meant[str(action.help).split(",")[0]] = option
+        tidy = word.split("=")[0].lstrip("-")
+        near = difflib.get_close_matches(tidy, meant) or difflib.get_close_matches(
+            tidy.replace("_", " "), meant
+        )
+        return f"; did you mean {meant[near[0]]}?" if near else ""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def command(main):
+    """Decorates the main of a script: wrong input ends it with one line, Ctrl-C with status 130."""
+
+    @functools.wraps(main)
+    def run(argv=None):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # names that a terminal cannot show cost nothing
+                stream.reconfigure(errors="replace")
+        try:
+            main(argv)
+            sys.stdout.flush()
+        except BrokenPipeError:  # as in `… | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (ValueError, OSError, FloatingPointError) as error:
+            sys.exit(f"error: {one_line(error)}")
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return run
