@@ -1,30 +1,30 @@
 """Every picture: detections, self-supervised tasks, curves of a run, objects of a whole image."""
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 
 # ---------------------------------------------------------------- detections
 def colour(label, n):
     """A colour of its own for each of n classes."""
-    ink = Image.new("HSV", (1, 1), (label * 255 // n, 200 if label % 2 else 255, 255))
-    return ink.convert("RGB").getpixel((0, 0))
+    return ImageColor.getrgb(f"hsv({360 * label // n}, {80 if label % 2 else 100}%, 100%)")
 
 
-def draw_boxes(image, boxes, labels, names, scores=None, scale=1.0):
-    """A copy of a PIL image, enlarged, with boxes xyxy in pixels of the original and names."""
-    size = [round(side * scale) for side in image.size]
-    image, font = image.resize(size, Image.Resampling.BICUBIC), ImageFont.load_default(11)
-    pen = ImageDraw.Draw(image)
-    for i, (box, label) in enumerate(zip(boxes, labels)):
-        ink = colour(label, len(names))
-        x0, y0, x1, y1 = (v * scale for v in box)
-        pen.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=ink, width=2)
-        text = names[label] + (f" {scores[i]:.2f}" if scores is not None else "")
+def draw_boxes(image, entries, categories, side):
+    """A PIL image, resized to `side`, with boxes and names of COCO annotations or results."""
+    scale, font = side / max(image.size), ImageFont.load_default(11)
+    size = [round(n * scale) for n in image.size]
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    pen, ids = ImageDraw.Draw(image), [category["id"] for category in categories]
+    for entry in entries:
+        label = ids.index(entry["category_id"])
+        ink, text = colour(label, len(ids)), categories[label]["name"]
+        text += f" {entry['score']:.2f}" if "score" in entry else ""
+        x, y, w, h = (v * scale for v in entry["bbox"])
+        pen.rectangle((x, y, x + w, y + h), outline=ink, width=2)
         room = image.width - pen.textlength(text, font=font) - 2
-        corner = max(0, min(x0 + 1, room)), max(y0 - 13, 0)  # inside the picture
+        corner = max(0, min(x + 1, room)), max(y - 13, 0)  # inside the picture
         left, top, right, bottom = pen.textbbox(corner, text, font=font)
         pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=ink)
         bright = 0.3 * ink[0] + 0.59 * ink[1] + 0.11 * ink[2] > 90
@@ -32,31 +32,31 @@ def draw_boxes(image, boxes, labels, names, scores=None, scale=1.0):
     return image
 
 
+def save_rows(path, rows, w, h):
+    """Save rows {title: [PIL images of at most w x h pixels]} as one picture."""
+    columns = max(len(images) for images in rows.values())
+    sheet = Image.new("RGB", (columns * (w + 4), len(rows) * (h + 20)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for row, (title, images) in enumerate(rows.items()):
+        pen.text((4, row * (h + 20) + 1), title, fill="black", font=font)
+        for column, image in enumerate(images):
+            sheet.paste(image, (column * (w + 4), row * (h + 20) + 18))
+    sheet.save(path)
+
+
 def draw_detections(path, data, results, n=6, score=0.3, side=320):
     """The first n images that hold objects: the truth above, COCO results of `score` below."""
-    index = {category["id"]: i for i, category in enumerate(data.categories)}
-    names = [category["name"] for category in data.categories]
     chosen = ([i for i, labels in enumerate(data.labels) if len(labels)] or range(len(data)))[:n]
-    sheet = Image.new("RGB", (len(chosen) * (side + 4), 2 * (side + 20)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for row, text in enumerate(("ground truth", f"found, score at least {score}")):
-        pen.text((4, row * (side + 20) + 1), text, fill="black", font=font)
-    for column, i in enumerate(chosen):
+    truth = [a for a in data.annotations if not a["iscrowd"]]
+    found = [r for r in results if r["score"] >= score]
+    entries = {"ground truth": truth, f"found, score at least {score}": found}
+    rows = {title: [] for title in entries}
+    for i in chosen:
         image, _ = data.read(i)
-        scale, number = side / max(image.size), data.images[i]["id"]
-        mine = [r for r in results if r["image_id"] == number and r["score"] >= score]
-        labels, scores = [index[r["category_id"]] for r in mine], [r["score"] for r in mine]
-        truth, found = data.boxes[i], torch.tensor([r["bbox"] for r in mine]).view(-1, 4)
-        truth, found = (
-            torch.cat([x[:, :2], x[:, :2] + x[:, 2:]], 1).tolist() for x in (truth, found)
-        )
-        pictures = (
-            draw_boxes(image, truth, data.labels[i].tolist(), names, scale=scale),
-            draw_boxes(image, found, labels, names, scores, scale),
-        )
-        for row, picture in enumerate(pictures):
-            sheet.paste(picture, (column * (side + 4), row * (side + 20) + 18))
-    sheet.save(path)
+        for title, row in rows.items():
+            mine = [e for e in entries[title] if e["image_id"] == data.images[i]["id"]]
+            row.append(draw_boxes(image, mine, data.categories, side))
+    save_rows(path, rows, side, side)
 
 
 def draw_objects(path, image, found, names, smallest=800, largest=4000):
@@ -88,51 +88,40 @@ def draw_ssl(path, panels, patch, n=6):
     """What a self-supervised task does to the first n images, a row for each panel.
     panels: {title: (images (B, 3, H, W) in 0..1, patches to frame (B, P) or None, right or not
     (B, P) or None)}; frames are white, or green where right and red where wrong."""
-    n = min(n, *(len(images) for images, _, _ in panels.values()))
     H, W = next(iter(panels.values()))[0].shape[-2:]
-    columns, rows = -(-W // patch), -(-H // patch)
-    scale = (256 if max(columns, rows) <= 16 else 512) / max(H, W)
-    w, h = round(W * scale), round(H * scale)
-    sheet = Image.new("RGB", (n * (w + 4), len(panels) * (h + 20)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for row, (title, (images, framed, right)) in enumerate(panels.items()):
-        pen.text((4, row * (h + 20) + 1), title, fill="black", font=font)
+    scale = (256 if max(H, W) <= 16 * patch else 512) / max(H, W)
+    w, h, step = round(W * scale), round(H * scale), patch * scale
+    rows = {title: [] for title in panels}
+    for title, (images, framed, right) in panels.items():
         images = (images[:n] * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-        for column, image in enumerate(images):
-            x, y = column * (w + 4), row * (h + 20) + 18
+        for b, image in enumerate(images):
             image = Image.fromarray(image).resize((w, h), Image.Resampling.NEAREST)
-            sheet.paste(image, (x, y))
-            for i in [] if framed is None else framed[column].nonzero()[:, 0].tolist():
-                top, left = (k * patch * scale for k in divmod(i, columns))
-                ink = "white" if right is None else "lime" if right[column, i] else "red"
-                end = left + patch * scale - 1, top + patch * scale - 1
-                pen.rectangle((x + left, y + top, x + end[0], y + end[1]), outline=ink)
-    sheet.save(path)
+            for i in [] if framed is None else framed[b].nonzero()[:, 0].tolist():
+                y, x = (k * step for k in divmod(i, -(-W // patch)))
+                ink = "white" if right is None else "lime" if right[b, i] else "red"
+                frame = x, y, x + step - 1, y + step - 1
+                ImageDraw.Draw(image).rectangle(frame, outline=ink)
+            rows[title].append(image)
+    save_rows(path, rows, w, h)
 
 
 # ---------------------------------------------------------------- curves
 def draw_curves(path, log):
     """Losses, AP and the self-supervised task by epoch, from the lines of log.jsonl as dicts."""
-    losses = sorted({key for line in log for key in line if key.startswith("train_")})
+    there = {key for line in log for key, value in line.items() if value is not None}
     curves = {
-        "training loss (terms: last layer)": losses,
-        "on held-out images: AP": ("ap", "ap50", "ap75"),
-        "on held-out images: task": ("ssl_loss", "ssl_acc"),
+        "training loss (terms: last layer)": sorted(x for x in there if x.startswith("train_")),
+        "on held-out images: AP": [x for x in ("ap", "ap50", "ap75") if x in there],
+        "on held-out images: task": [x for x in ("ssl_loss", "ssl_acc") if x in there],
     }
-    points = {
-        name: [(line["epoch"], line[name]) for line in log if line.get(name) is not None]
-        for names in curves.values()
-        for name in names
-    }
-    curves = {label: [x for x in names if points[x]] for label, names in curves.items()}
     curves = {label: names for label, names in curves.items() if names}
     figure = Figure(figsize=(5 * len(curves), 4), layout="constrained")
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for axes, (label, names) in zip(panels, curves.items()):
         for name in names:  # the total is drawn broad: it may be the same as its only term
+            points = [(line["epoch"], line[name]) for line in log if line.get(name) is not None]
             style = {"linewidth": 5, "alpha": 0.4} if name == "train_loss" else {}
-            title = name.removeprefix("train_")
-            axes.plot(*zip(*points[name]), marker=".", label=title, **style)
+            axes.plot(*zip(*points), marker=".", label=name.removeprefix("train_"), **style)
         axes.set(xlabel="epoch", ylabel=label)
         finish_axes(axes)
     figure.savefig(path, dpi=110)

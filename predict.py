@@ -10,7 +10,6 @@ import parallel  # isort: skip (before torch)
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,31 +52,22 @@ class Windows(torch.utils.data.Dataset):
         return isaid.to_tensor(picture), {"size": (y1 - y0, x1 - x0), "window": self.boxes[i]}
 
 
-@torch.no_grad()
 def find(model, image, window, overlap, image_size, score=0.3, batch_size=8, device="cpu",
          top=100, workers=0):  # fmt: skip
     """The objects of a PIL image: {"boxes" (n, 4), "labels" (n,), "scores" (n,)}, best first.
     window, overlap: pixels of the image; image_size: pixels that a window is resized to; top: at
     most, of each window."""
-    model.eval()
-    loader = isaid.loader(
-        Windows(image, window, overlap, image_size), workers, batch_size=batch_size
-    )
-    parts = []
-    for images, padding, targets in tqdm(loader, "windows", leave=False, disable=None):
-        outputs = model(images.to(device), padding.to(device))
-        outputs = {name: outputs[name][-1:].cpu() for name in ("logits", "boxes")}
-        if not all(output.isfinite().all() for output in outputs.values()):
-            raise ValueError("what the model finds is NaN or infinite; its training diverged")
-        sizes = [target["size"] for target in targets]
-        for target, found in zip(targets, model.postprocess(outputs, sizes, top)):
-            good = found["scores"] >= score
-            window_of = torch.tensor(target["window"]).expand(int(good.sum()), 4)
-            boxes = found["boxes"][good] + window_of[:, [0, 1, 0, 1]]
-            parts.append((boxes, found["labels"][good], found["scores"][good], window_of))
+    data, parts = Windows(image, window, overlap, image_size), []
+    batches = isaid.loader(data, workers, batch_size=batch_size)
+    batches = tqdm(batches, "windows", leave=False, disable=None)
+    for target, found in evaluation.detections(model, batches, device, top, "the image"):
+        good = found["scores"] >= score
+        window_of = torch.tensor(target["window"]).expand(int(good.sum()), 4)
+        boxes = (found["boxes"][good] + window_of[:, [0, 1, 0, 1]]).double()
+        parts.append((boxes, found["labels"][good], found["scores"][good], window_of))
     boxes, labels, scores, windows = (torch.cat(part).numpy() for part in zip(*parts))
-    joined = join(boxes.astype(float), labels, scores, windows, image.size, margin=window / 64)
-    return {"boxes": joined[0], "labels": labels[joined[1]], "scores": scores[joined[1]]}
+    boxes, best = join(boxes, labels, scores, windows, image.size, margin=window / 64)
+    return {"boxes": boxes, "labels": labels[best], "scores": scores[best]}
 
 
 # ---------------------------------------------------------------- one object, several windows
@@ -95,20 +85,19 @@ def same_objects(boxes, labels, windows):
     """Pairs (m, 2) of detections of one object from two windows.
     They are of one class, one of each window at most, and alike in what both windows show."""
     pairs = [np.zeros((0, 2), int)]
-    places, number = np.unique(windows, axis=0, return_inverse=True)
-    number = number.reshape(-1)
-    for a, place in enumerate(places):
-        common = intersect(place, places)
-        for b in np.flatnonzero((area(common) > 0) & (np.arange(len(places)) > a)):
-            for label in np.intersect1d(labels[number == a], labels[number == b]):
-                mine, theirs = (np.flatnonzero((number == k) & (labels == label)) for k in (a, b))
-                first = intersect(boxes[mine], common[b])[:, None]
-                second = intersect(boxes[theirs], common[b])[None]
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        places, number = np.unique(windows[members], axis=0, return_inverse=True)
+        for b, place in enumerate(places):
+            common = intersect(place, places[:b])
+            for a in np.flatnonzero(area(common) > 0):
+                mine, theirs = (members[number.reshape(-1) == k] for k in (a, b))
+                first = intersect(boxes[mine], common[a])[:, None]
+                second = intersect(boxes[theirs], common[a])
                 shared = area(intersect(first, second))
                 iou = shared / np.maximum(area(first) + area(second) - shared, 1e-9)
                 i, j = linear_sum_assignment(iou, maximize=True)
-                good = iou[i, j] > AGREE
-                pairs.append(np.stack([mine[i], theirs[j]], 1)[good])
+                pairs.append(np.stack([mine[i], theirs[j]], 1)[iou[i, j] > AGREE])
     return np.concatenate(pairs)
 
 
@@ -130,32 +119,27 @@ def join(boxes, labels, scores, windows, size, margin):
     for k in np.flatnonzero(cut[best]):
         parts = boxes[group == group[best[k]]]
         joined[k] = *parts[:, :2].min(0), *parts[:, 2:].max(0)
-
-    def is_part(k):  # of another object, seen by another window
+    part, alone = np.zeros(len(best), bool), np.bincount(group) == 1
+    for k in np.flatnonzero(cut[best] & alone):  # of another object, seen by another window?
         others = (labels[best] == labels[best[k]]) & (windows[best] != windows[best[k]]).any(1)
         larger = area(joined) > area(joined[k])
         inside = area(intersect(joined[k], joined)) > INSIDE * area(joined[k])
-        return (others & larger & inside).any()
-
-    alone = np.bincount(group, minlength=len(best)) == 1
-    kept = [k for k in range(len(best)) if not (cut[best[k]] and alone[k] and is_part(k))]
-    kept = sorted(kept, key=lambda k: -scores[best[k]])
-    return joined[kept].reshape(-1, 4), best[kept]
+        part[k] = (others & larger & inside).any()
+    order = np.argsort(-scores[best], kind="stable")
+    kept = order[~part[order]]
+    return joined[kept], best[kept]
 
 
 # ---------------------------------------------------------------- the command
 def write(out, images, categories, found):
-    """predictions.json and predictions.csv; found: what `find` returns, for each image."""
-    annotations, rows = [], [["image", "class", "score", "x", "y", "width", "height"]]
-    for image, mine in zip(images, found):
-        boxes, scores = mine["boxes"].tolist(), mine["scores"].tolist()
-        for (x0, y0, x1, y1), label, score in zip(boxes, mine["labels"].tolist(), scores):
-            box = [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)]
-            ids = {"id": len(annotations) + 1, "image_id": image["id"], "iscrowd": 0}
-            ids.update(category_id=categories[label]["id"], score=round(score, 6))
-            annotations.append({**ids, "bbox": box, "area": round(box[2] * box[3], 2)})
-            rows.append([image["file_name"], categories[label]["name"], round(score, 6), *box])
-    content = {"images": images, "categories": categories, "annotations": annotations}
+    """predictions.json and predictions.csv; found: COCO results in all the images."""
+    names = {category["id"]: category["name"] for category in categories}
+    rows = [["image", "class", "score", "x", "y", "width", "height"]]
+    for i, result in enumerate(found, 1):
+        file, box = images[result["image_id"]]["file_name"], result["bbox"]
+        result.update(id=i, iscrowd=0, area=round(box[2] * box[3], 2))
+        rows.append([file, names[result["category_id"]], result["score"], *box])
+    content = {"images": images, "categories": categories, "annotations": found}
     (out / "predictions.json").write_text(json.dumps(content), encoding="utf-8")
     with open(out / "predictions.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
@@ -165,8 +149,8 @@ def parse(argv):
     parser, count, natural = Parser(description=__doc__), number(int), number(int, zero=True)
     add, share = parser.add_argument, number(float, zero=True, most=1)
     add("run", help="run folder of train.py, or a checkpoint file")
-    add("images", help="an image, or a folder of images and folders")
-    add("--out", help="folder; default: predictions in the run folder")
+    add("images", type=Path, help="an image, or a folder of images and folders")
+    add("--out", type=Path, help="folder; default: predictions in the run folder")
     add("--score", type=share, default=0.3, help="least score that is kept")
     add("--window", type=count, help="pixels a side; default: as large as the training images")
     add("--overlap", type=natural, help="of windows; default: a quarter of them")
@@ -178,51 +162,47 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def predict(args):
+@command
+def main(argv=None):
+    args = parse(argv)
     args.device = parallel.start(args.device)
-    model, _, checkpoint = evaluation.load_run(args.run, args.device)
-    path, size = checkpoint["path"], checkpoint["args"]["image_size"] or 800
-    window = args.window or checkpoint["window"]
-    if checkpoint["args"]["setting"] == "pretrain":
+    model, _, run = evaluation.load_run(args.run, args.device)
+    path, categories = run["path"], run["categories"]
+    if run["args"]["setting"] == "pretrain":
         raise ValueError(f"{path}: is of a pretraining, it detects nothing")
+    window, size = args.window or run["window"], run["args"]["image_size"] or 800
     overlap = window // 4 if args.overlap is None else args.overlap
     if overlap >= window:
         raise ValueError(f"--overlap {overlap} must be smaller than the window of {window} pixels")
-    source, out = Path(args.images), Path(args.out or path.parent / "predictions")
-    if not source.exists():
-        raise ValueError(f"{source}: no such image or folder of images")
-    files, folder = [source], source.parent
-    if source.is_dir():
-        files, folder = coco.image_files(source), source
+    if not args.images.exists():
+        raise ValueError(f"{args.images}: no such image or folder of images")
+    files, folder = [args.images], args.images.parent
+    if args.images.is_dir():
+        files, folder = coco.image_files(args.images), args.images
     files = [file for file in files if not file.name.endswith(PICTURE)]
+    out = args.out or path.parent / "predictions"
     out.mkdir(parents=True, exist_ok=True)
     print(f"{path} in windows of {window} pixels that overlap by {overlap}, resized to {size}")
     how = args.score, args.batch_size, args.device, args.max_dets, args.workers
-    names = [category["name"] for category in checkpoint["categories"]]
+    names = [category["name"] for category in categories]
     images, results, bad = [], [], []
     for file in files:
         name = file.relative_to(folder)
         try:
-            image, (width, height) = coco.read_image(file)
+            image, (w, h) = coco.read_image(file)
         except coco.DataError as error:
             bad.append(str(error))
             continue
-        results.append(find(model, image, window, overlap, size, *how))
-        image_id = {"id": len(images), "file_name": name.as_posix()}
-        images.append({**image_id, "width": width, "height": height})
-        pictures.draw_objects(out / name.with_name(name.name + PICTURE), image, results[-1], names)
-        print(f"{name}: {width} x {height}, {len(results[-1]['labels'])} objects")
+        found = find(model, image, window, overlap, size, *how)
+        results += evaluation.coco_results(found, len(images), categories, digits=2)
+        images.append({"id": len(images), "file_name": name.as_posix(), "width": w, "height": h})
+        pictures.draw_objects(out / f"{name}{PICTURE}", image, found, names)
+        print(f"{name}: {w} x {h}, {len(found['labels'])} objects")
     if images:
-        write(out, images, checkpoint["categories"], results)
+        write(out, images, categories, results)
         print(f"written: predictions.json, predictions.csv and {len(images)} pictures in {out}")
     if bad:
-        print("\n".join(bad[1:]), file=sys.stderr)
-        raise ValueError(f"{len(bad)} of {len(files)} images cannot be used: {bad[0]}")
-
-
-@command
-def main(argv=None):
-    predict(parse(argv))
+        raise ValueError(f"{len(bad)} of {len(files)} images cannot be used: {'; '.join(bad)}")
 
 
 if __name__ == "__main__":
