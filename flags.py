@@ -60,19 +60,25 @@ class Parser(argparse.ArgumentParser):
         super().__init__(fromfile_prefix_chars="@", formatter_class=Help, **options)
 
     def convert_arg_line_to_args(self, line):
-        return words(line)
+        return self.filled(words(line))
 
     def parse_args(self, args=None, namespace=None):
+        args = self.filled(sys.argv[1:] if args is None else args)
         try:
             parsed, unknown = self.parse_known_args(args, namespace)
         except ValueError as error:  # not utf-8, or a quote that is not closed
             self.error(f"a file named with @ is not a text file of flags ({error})")
         if unknown:
             self.error(f"unknown: {' '.join(unknown)}{self.nearest(unknown[0])}")
-        for name, value in vars(parsed).items():
-            if value == "" or isinstance(value, list) and "" in value:
-                self.error(f"{name} is empty; was it meant to be a variable that is not set?")
         return parsed
+
+    def filled(self, args):
+        """The words of a command line if none of them is empty, as "$NAME" may turn out."""
+        for before, word in zip(["", *args], args):
+            if word == "" or word.startswith("--") and word.endswith("="):
+                where = before if before.startswith("-") else word.rstrip("=") or "an argument"
+                self.error(f"{where} is empty; was it meant to be a variable that is not set?")
+        return args
 
     def nearest(self, word):
         """What an unknown word may have been meant to be, as the end of a message."""
