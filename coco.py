@@ -56,7 +56,10 @@ def write_text(path, text):
 def try_output(path):
     """Whether a file can be written, before hours of work depend on it. Raises OSError."""
     there = Path(path).exists()
-    open(path, "a").close()
+    try:
+        open(path, "a").close()
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from None
     if not there:
         os.remove(path)
 

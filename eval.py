@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -273,7 +274,7 @@ def load_run(run, device):
     state = detr.load_checkpoint(path)
     if not {"model", "detector", "categories", "args", "task"} <= state.keys():
         message = f"{path}: is not a checkpoint of train.py"
-        raise ValueError(f"{message}; start from it with train.py --init {path}")
+        raise ValueError(f"{message}; start from it with train.py --init {shlex.quote(str(path))}")
     try:
         model = detr.build_detector(**state["detector"])
         if state["task"]:
@@ -307,6 +308,8 @@ def open_run(args):
     if args.split == "test" and not flags.data:
         raise ValueError("--split test is of a dataset on disk; name it with --data")
     data = isaid.open_split(args.split, flags, train=False)
+    if args.split == "test" and not data.categories:  # test images need not tell the classes
+        data.categories = state["categories"]
     if flags.setting != "pretrain" and data.categories != state["categories"]:
         theirs, ours = coco.class_names(data.categories), coco.class_names(state["categories"])
         raise DataError(f"{data.name}: its classes {theirs} are not the model's {ours}")
@@ -328,8 +331,6 @@ def parse(argv):
     add("--out", type=Path, help="for metrics and pictures; default: the run, of its own images")
     add("--export", type=Path, help="file for what is found, as COCO results")
     args = parser.parse_args(argv)
-    if args.export and not args.export.resolve().parent.is_dir():
-        parser.error(f"--export {args.export}: its folder does not exist")
     if args.split == "test" and not args.export:
         parser.error("--split test has no ground truth; add --export FILE for what is found")
     return args
@@ -343,12 +344,14 @@ def main(argv=None):
     print(f"{state['path']} on {data.name}")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
+    for path in filter(None, (args.export, args.out and args.out / "metrics.json")):
+        coco.try_output(path)
     metrics, results = evaluate(model, task, data, args, args.out, max(100, args.max_dets))
     if parallel.rank():
         return
     text = [f"{state['task']['name']}: {ssl_text(metrics)}"] if task else []
     if args.export:
-        args.export.write_text(json.dumps(results), encoding="utf-8")
+        coco.write_text(args.export, json.dumps(results))
         text.append(f"{len(results):,} detections written to {args.export}")
     if "per_class" in metrics:
         text.append(table(metrics))
@@ -358,7 +361,7 @@ def main(argv=None):
             text.append(f"\n{args.max_dets} detections, {args.areas}'s areas: {totals(other)}")
     if args.out:
         metrics = {"checkpoint": str(state["path"]), "data": data.name, **metrics}
-        (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+        coco.write_text(args.out / "metrics.json", json.dumps(metrics, indent=1))
         text.append(f"\nwritten: {args.out}/metrics.json and pictures")
     print("\n".join(text))  # last: what it is piped to may have closed
 

@@ -1,8 +1,47 @@
 """Every picture: detections, self-supervised tasks, curves of a run, objects of a whole image."""
 
+import functools
+import sys
+
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+
+def costs_no_figures(draw):
+    """Decorates what draws a file: if that fails, it is said, and the command goes on."""
+
+    @functools.wraps(draw)
+    def attempt(path, *arguments, **options):
+        try:
+            draw(path, *arguments, **options)
+        except Exception as error:  # a full disk, too large a picture, a missing font …
+            print(f"{path}: is not drawn ({type(error).__name__}: {error})", file=sys.stderr)
+
+    return attempt
+
+
+@functools.cache
+def fonts():
+    """Files of matplotlib's font and of the system's, with their letters: [(path, {letter})]."""
+    found = []
+    for path in [font_manager.findfont("DejaVu Sans"), *font_manager.findSystemFonts()]:
+        try:
+            found.append((path, {*map(chr, font_manager.get_font(path).get_charmap())}))
+        except (OSError, RuntimeError):  # bitmaps, damaged fonts
+            continue
+    return found
+
+
+def legible(text, otherwise, size):
+    """(a font, the text); `otherwise`, of plain letters, if no font here has all it needs."""
+    if not text.isascii():
+        for path, letters in fonts():
+            if letters >= {*text}:
+                return ImageFont.truetype(path, size), text
+        text = otherwise
+    return ImageFont.load_default(size), text
 
 
 # ---------------------------------------------------------------- detections
@@ -13,13 +52,14 @@ def colour(label, n):
 
 def draw_boxes(image, entries, categories, side):
     """A PIL image, resized to `side`, with boxes and names of COCO annotations or results."""
-    scale, font = side / max(image.size), ImageFont.load_default(11)
+    scale = side / max(image.size)
     size = [round(n * scale) for n in image.size]
     image = image.resize(size, Image.Resampling.BICUBIC)
     pen, ids = ImageDraw.Draw(image), [category["id"] for category in categories]
     for entry in entries:
         label = ids.index(entry["category_id"])
-        ink, text = colour(label, len(ids)), categories[label]["name"]
+        ink = colour(label, len(ids))
+        font, text = legible(categories[label]["name"], f"class {ids[label]}", 11)
         text += f" {entry['score']:.2f}" if "score" in entry else ""
         x, y, w, h = (v * scale for v in entry["bbox"])
         pen.rectangle((x, y, x + w, y + h), outline=ink, width=2)
@@ -44,6 +84,7 @@ def save_rows(path, rows, w, h):
     sheet.save(path)
 
 
+@costs_no_figures
 def draw_detections(path, data, results, n=6, score=0.3, side=320):
     """The first n images that hold objects: the truth above, COCO results of `score` below."""
     chosen = ([i for i, labels in enumerate(data.labels) if len(labels)] or range(len(data)))[:n]
@@ -59,31 +100,36 @@ def draw_detections(path, data, results, n=6, score=0.3, side=320):
     save_rows(path, rows, side, side)
 
 
-def draw_objects(path, image, found, names, smallest=800, largest=4000):
+@costs_no_figures
+def draw_objects(path, image, found, categories, smallest=800, largest=4000):
     """A whole image of a side between the two, with boxes and a legend of the classes found.
     found: {"boxes" (n, 4) xyxy in pixels, "labels" (n,)}."""
     scale = min(max(1, smallest / max(image.size)), largest / max(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
     line, counts = max(16, max(width, height) // 60), np.bincount(found["labels"])
-    shown, font = np.flatnonzero(counts), ImageFont.load_default(line * 0.7)
+    shown, number = np.flatnonzero(counts), len(categories)
     sheet = Image.new("RGB", (width + 12 * line, max(height, line * (len(shown) + 1))), "white")
     sheet.paste(image.resize((width, height)))
     pen = ImageDraw.Draw(sheet)
     for box, label in zip(found["boxes"] * scale, found["labels"]):
-        ink = colour(label, len(names))
+        ink = colour(label, number)
         pen.rectangle(tuple(box), outline=ink, width=max(2, line // 12))
     for row, label in enumerate(shown):
-        x, y, ink = width + line / 2, line * (row + 0.5), colour(label, len(names))
+        x, y, ink = width + line / 2, line * (row + 0.5), colour(label, number)
         pen.rectangle((x, y, x + line * 0.7, y + line * 0.7), fill=ink)
-        text = f"{names[label]}  {counts[label]}"
+        name, category = categories[label]["name"], categories[label]["id"]
+        font, name = legible(name, f"class {category}", line * 0.7)
+        text = f"{name}  {counts[label]}"
         pen.text((x + line, y - line * 0.1), text, fill="black", font=font)
     if not len(shown):
+        font = ImageFont.load_default(line * 0.7)
         pen.text((width + line / 2, line / 2), "nothing found", fill="black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, quality=90)
 
 
 # ---------------------------------------------------------------- self-supervised tasks
+@costs_no_figures
 def draw_ssl(path, panels, patch, n=6):
     """What a self-supervised task does to the first n images, a row for each panel.
     panels: {title: (images (B, 3, H, W) in 0..1, patches to frame (B, P) or None, right or not
@@ -106,6 +152,7 @@ def draw_ssl(path, panels, patch, n=6):
 
 
 # ---------------------------------------------------------------- curves
+@costs_no_figures
 def draw_curves(path, log):
     """Losses, AP and the self-supervised task by epoch, from the lines of log.jsonl as dicts."""
     there = {key for line in log for key, value in line.items() if value is not None}

@@ -140,7 +140,7 @@ def write(out, images, categories, found):
         result.update(id=i, iscrowd=0, area=round(box[2] * box[3], 2))
         rows.append([file, names[result["category_id"]], result["score"], *box])
     content = {"images": images, "categories": categories, "annotations": found}
-    (out / "predictions.json").write_text(json.dumps(content), encoding="utf-8")
+    coco.write_text(out / "predictions.json", json.dumps(content))
     with open(out / "predictions.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
 
@@ -166,6 +166,8 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     args.device = parallel.start(args.device)
+    if parallel.rank():  # one process does it all
+        return
     model, _, run = evaluation.load_run(args.run, args.device)
     path, categories = run["path"], run["categories"]
     if run["args"]["setting"] == "pretrain":
@@ -180,11 +182,14 @@ def main(argv=None):
     if args.images.is_dir():
         files, folder = coco.image_files(args.images), args.images
     files = [file for file in files if not file.name.endswith(PICTURE)]
+    if not files:
+        raise ValueError(f"{args.images}: is a picture that this command has made")
     out = args.out or path.parent / "predictions"
     out.mkdir(parents=True, exist_ok=True)
+    for name in ("predictions.json", "predictions.csv"):
+        coco.try_output(out / name)
     print(f"{path} in windows of {window} pixels that overlap by {overlap}, resized to {size}")
     how = args.score, args.batch_size, args.device, args.max_dets, args.workers
-    names = [category["name"] for category in categories]
     images, results, bad = [], [], []
     for file in files:
         name = file.relative_to(folder)
@@ -196,7 +201,7 @@ def main(argv=None):
         found = find(model, image, window, overlap, size, *how)
         results += evaluation.coco_results(found, len(images), categories, digits=2)
         images.append({"id": len(images), "file_name": name.as_posix(), "width": w, "height": h})
-        pictures.draw_objects(out / f"{name}{PICTURE}", image, found, names)
+        pictures.draw_objects(out / f"{name}{PICTURE}", image, found, categories)
         print(f"{name}: {w} x {h}, {len(found['labels'])} objects")
     if images:
         write(out, images, categories, results)

@@ -400,14 +400,14 @@ def test_outputs_are_tried_first(run, tmp_path, monkeypatch):
         assert str(tmp_path) in error_of(main, *arguments)
 
 
-def test_a_failed_picture_costs_no_figures(run, tmp_path, monkeypatch):
+def test_a_failed_picture_costs_no_figures(run, tmp_path, monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("broken data stream")
 
     monkeypatch.setattr(Image.Image, "save", fail)
-    Image.fromarray(np.zeros((80, 80, 3), np.uint8))
-    with pytest.warns(UserWarning, match="detections.png: .*broken data stream"):
-        evaluation.main([str(run), "--out", str(tmp_path / "out")])
+    evaluation.main([str(run), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert "detections.png: is not drawn (RuntimeError: broken data stream)" in said
     assert json.loads((tmp_path / "out/metrics.json").read_text(encoding="utf-8"))["images"] == 2
 
 
