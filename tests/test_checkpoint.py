@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pkgutil
 import runpy
 import shutil
 import socket
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -36,17 +38,17 @@ def _child(script, flags, said, names, strike):
     torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)  # loader processes start as usual
     if strike:
-        (module, name), at, signals = strike[0].split("."), *strike[1:]
-        original, calls = getattr(sys.modules[module], name), itertools.count(1)
+        target, at, signals = strike
+        original, calls = pkgutil.resolve_name(target), itertools.count(1)
 
         def struck(*args):
             if next(calls) == at:
                 for signal in signals:  # from outside to all of the group, as launchers do
-                    code = f"import os, time; os.killpg({os.getpid()}, {signal:d}); time.sleep(0.3)"
-                    subprocess.call([sys.executable, "-c", code], start_new_session=True)
+                    kill = f"kill -s {signal:d} -- -{os.getpid()}; sleep 0.3"
+                    subprocess.call(kill, shell=True, start_new_session=True)
             return original(*args)
 
-        setattr(sys.modules[module], name, struck)
+        patch(target, struck).start()
     sys.argv = [script, *flags]
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -66,9 +68,8 @@ class Command:
             mine = {**names, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             call = script, flags, self.said / str(rank), mine, strike * (rank == processes - 1)
             self.processes.append(FORKS.Process(target=_child, args=call))
-            with pytest.MonkeyPatch.context() as patch:  # for the server, which the first starts
-                patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-                self.processes[-1].start()
+            with patch.dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}"):
+                self.processes[-1].start()  # the first one starts the server, which needs it
 
     def end(self, status=0):
         """What the first one printed, and all of them to stderr, when they have ended so."""
@@ -82,28 +83,25 @@ class Command:
 
 def equal(a, b, path=""):
     """Whether two checkpoints or logs are the same to the bit, apart from times and folders."""
+    if isinstance(a, (list, tuple)):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
         times = {"seconds", "waited", "eval_seconds", "images_per_second", "data_wait"}
         for name in a.keys() - times - {"out", "resume", "workers"}:
             equal(a[name], b[name], f"{path}/{name}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
-            equal(x, y, f"{path}/{i}")
     else:
         assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
 
 
+def log_of(run):
+    return [json.loads(line) for line in (run / "log.jsonl").open("rb")]
+
+
 def same_run(one, other):
     for name in ("last.pt", "best.pt"):
-        equal(*(torch.load(run / name, weights_only=True) for run in (one, other)), name)
-    equal(
-        *(
-            [json.loads(x) for x in (run / "log.jsonl").open(encoding="utf-8")]
-            for run in (one, other)
-        )
-    )
+        equal(torch.load(one / name), torch.load(other / name), name)
+    equal(log_of(one), log_of(other), "log")
 
 
 FLAGS = [*TINY, *"--limit_train 16 --epochs 2 --dropout 0.1 --augment aerial".split()]
@@ -142,12 +140,9 @@ def test_stopped_and_resumed_is_undisturbed(kind, undisturbed, tmp_path):
         stopped = f"{then.replace('resumed', 'stopped')} steps; to go on, the same command with"
         for text in (f"start       {start}", f"{stopped} --out {out} --resume"):
             assert text in said or status == -SIGKILL  # which leaves no time to say it
-        start, config = then, (out / "config.json").read_text(encoding="utf-8")
+        start, config = then, (out / "config.json").read_bytes()
     said, _ = Command(tmp_path, *command, processes=processes).end()
-    assert (
-        f"start       {start}" in said
-        and (out / "config.json").read_text(encoding="utf-8") == config
-    )
+    assert f"start       {start}" in said and (out / "config.json").read_bytes() == config
     same_run(undisturbed(kind), out)
 
 
@@ -176,9 +171,7 @@ def test_going_on_with_a_complete_run(again, undisturbed, tmp_path):
     said, _ = Command(tmp_path, "train.py", *FLAGS, *flags).end()
     assert "resumed in epoch 3 after 0 of 4 steps" in said
     same_run(before, out)
-    assert (out / "config.json").read_text(encoding="utf-8") == (before / "config.json").read_text(
-        encoding="utf-8"
-    )
+    assert (out / "config.json").read_bytes() == (before / "config.json").read_bytes()
     last, whole = out / "last.pt", (out / "last.pt").read_bytes()
     go_on(f"{last}: was made with --epochs 2, not 4; a run goes on", resume, "--epochs", "4")
     go_on(f"--out {out} exists already; name a new folder, or go on with its run: --resume")
@@ -200,15 +193,12 @@ def test_where_nothing_can_be_written(again):
     (out / "last.tmp").symlink_to("/dev/full")
     go_on(f"{out}/last.pt: cannot be written; is the disk full?", "--resume")
     assert (out / "last.pt").read_bytes() == before and not os.path.lexists(out / "last.tmp")
-    for path in ("/proc/run", "/dev/null/run"):  # folders that cannot be written
-        with pytest.raises(SystemExit, match=f"^error: --out {path} cannot be made"):
-            train.main([*FLAGS, "--out", path])
 
 
 @pytest.mark.parametrize("kind", ["detect", "pretrain", "multitask"])
 def test_nothing_is_filled_in(kind, undisturbed, tmp_path):
     """A checkpoint that lacks something, or is of other data, is refused."""
-    state = torch.load(undisturbed(kind) / "last.pt", weights_only=True)
+    state = torch.load(undisturbed(kind) / "last.pt")
     flags = [*FLAGS, *KINDS[kind][1].split(), "--workers", "0", "--out", str(tmp_path)]
     run, *_ = train.prepare(train.parse(flags)[0])
     (own,) = state["processes"]

@@ -4,9 +4,9 @@ import json
 import re
 import shlex
 import statistics
-from pathlib import Path
 
 import pytest
+from test_checkpoint import ROOT, log_of
 
 import eval as evaluation
 import isaid
@@ -15,20 +15,17 @@ import reproduce
 import ssl_tasks
 import train
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = {path: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
-SNIPPETS = re.findall(r"```python\n(.*?)```", "\n".join([README, *DOCS.values()]), re.S)
-COMMANDS = re.findall(
-    r"^(?:    |`)(?:.*&& )?python (.*?)`?$", "\n".join(DOCS.values()) + README, re.M
-)
+TEXT = "\n".join([README, *DOCS.values()])
+SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+COMMANDS = re.findall(r"^(?:    |`)(?:.*&& )?python (.*?)`?$", TEXT, re.M)
+COMMANDS += re.findall(r"(?<!python )(train\.py @.*)$", TEXT, re.M)  # by launchers
 
 
 def test_it_is_a_front_door():
-    lines = README.splitlines()
-    assert len(lines) <= 170
-    for text in (README, *DOCS.values()):
-        assert max(map(len, text.splitlines())) <= 120
+    assert len(README.splitlines()) <= 170
+    assert max(map(len, TEXT.splitlines())) <= 120
 
 
 def test_the_training_loop_learns(capsys):
@@ -49,32 +46,28 @@ def test_the_operator_from_python(capsys):
 
 
 @pytest.mark.parametrize("setting", ["pretrain", "multitask"])
-def test_a_sixth_task(setting, tmp_path):
+def test_a_sixth_task(setting, tmp_path, monkeypatch):
     """The README's task, added as it says, beats the mean colour on held-out images."""
     (snippet,) = (snippet for snippet in SNIPPETS if "TASKS" in snippet)
     assert len(snippet.splitlines()) <= 22
-    before, out = dict(ssl_tasks.TASKS), str(tmp_path / "run")
+    before = ssl_tasks.TASKS
+    monkeypatch.setattr(ssl_tasks, "TASKS", dict(before))
     flags = "--image_size 64 --hidden_dim 64 --limit_train 96 --limit_val 40 --dec_layers 1"
     flags += f" --ssl_patch 16 --ssl_weight 20 --epochs 4 --eval_every 4 --setting {setting}"
-    try:
-        exec(snippet, vars(ssl_tasks))
-        (name,) = ssl_tasks.TASKS.keys() - before.keys()
-        train.main([*flags.split(), "--ssl_task", name, "--out", out])
-        line = json.loads((tmp_path / "run/log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-        assert line["ssl_loss"] < 0.95 * reproduce.guess(out)["loss"]
-    finally:
-        ssl_tasks.TASKS.clear()
-        ssl_tasks.TASKS.update(before)
+    exec(snippet, vars(ssl_tasks))
+    (name,) = ssl_tasks.TASKS.keys() - before.keys()
+    train.main([*flags.split(), "--ssl_task", name, "--out", f"{tmp_path}/run"])
+    loss = log_of(tmp_path / "run")[-1]["ssl_loss"]
+    assert loss < 0.95 * reproduce.guess(f"{tmp_path}/run")["loss"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     script, *flags = shlex.split(command.split("#")[0])
-    if script == "train.py":
-        assert "block-colours" in flags or train.parse(flags)
-    elif script in ("eval.py", "predict.py"):
-        {"eval.py": evaluation, "predict.py": predict}[script].parse(flags)
+    parsers = {"train.py": train.parse, "eval.py": evaluation.parse, "predict.py": predict.parse}
+    if script in parsers:
+        assert "block-colours" in flags or parsers[script](flags)
     elif script == "reproduce.py":
         assert reproduce.read_table(flags[0])
     elif script == "isaid.py":
@@ -83,12 +76,6 @@ def test_commands_parse(command, monkeypatch):
         assert "RAW: has no" in str(stop.value.code) or stop.value.code == 1
     else:
         assert script == "-m" and flags[0] in ("pytest", "deformable_attn.bench")
-
-
-@pytest.mark.parametrize("line", re.findall(r"train\.py (@.*)$", "\n".join(DOCS.values()), re.M))
-def test_commands_of_launchers_parse(line, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    train.parse(shlex.split(line))
 
 
 def test_tables_parse(monkeypatch):
@@ -124,7 +111,7 @@ def test_figures_are_those_of_the_results():
 
     def third(row):
         files = (ROOT / f"results/first_epochs/{row}-{seed}.json" for seed in range(3))
-        logs = [json.loads(file.read_text(encoding="utf-8"))["log"] for file in files]
+        logs = [json.loads(file.read_bytes())["log"] for file in files]
         values = [100 * log[2]["ap"] for log in logs]
         return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import statistics
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,10 +13,8 @@ import checkpoint
 import reproduce
 import train
 
-TINY = (
-    "--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 1 --dim_feedforward 32 --num_queries 5 "
-    "--image_size 64 --limit_train 4 --limit_val 2 --batch_size 4 --epochs 1"
-)
+TINY = "--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 1 --dim_feedforward 32 --epochs 1"
+TINY += " --num_queries 5 --image_size 64 --limit_train 4 --limit_val 2 --batch_size 4"
 
 
 @pytest.fixture
@@ -33,7 +31,8 @@ deformable-after: {recipe} --init {{start}} --freeze backbone""")
 
 
 def test_a_table(table, tmp_path, capsys):
-    results, runs, recipe = tmp_path / "results/small", tmp_path / "runs/small", "recipe.txt"
+    results, runs, recipe = (tmp_path / x for x in ("results/small", "runs/small", "recipe.txt"))
+    shown = results / "table.md"
 
     def call(flags):
         """The results that a call makes anew, and what it prints."""
@@ -49,25 +48,21 @@ def test_a_table(table, tmp_path, capsys):
     assert call("--rows scratch")[0] == {"deformable-scratch-0"}
     made, printed = call("--seeds 1 --jobs 2")
     assert made == {"deformable-scratch-1", "start-1", "deformable-after-1"}
-    content = {
-        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*.json")
-    }
+    content = {path.stem: json.loads(path.read_bytes()) for path in results.glob("*.json")}
     after, start = content["deformable-after-1"], content["start-1"]
     assert "runs/small/start-1 --freeze backbone --seed 1 --out" in after["command"]
     assert after["flags"]["starts"] == [start["flags"]] and after["flags"]["hidden_dim"] == 32
-    states = (torch.load(runs / f"{name}-1/last.pt") for name in ("deformable-after", "start"))
-    kept = [state["model"]["backbone.0.body.layer1.0.conv1.weight"] for state in states]
-    assert torch.equal(*kept)  # frozen
-    whole, guess = (results / "table.md").read_text(encoding="utf-8"), start["guess"]
+    states = [torch.load(runs / f"{x}-1/last.pt") for x in ("deformable-after", "start")]
+    frozen = "backbone.0.body.layer1.0.conv1.weight"
+    assert torch.equal(*(state["model"][frozen] for state in states))
+    whole, guess = shown.read_text(encoding="utf-8"), start["guess"]
     last = [100 * content[f"deformable-scratch-{seed}"]["log"][-1]["ap50"] for seed in (0, 1)]
     assert f"{sum(last) / 2:.1f} ± {statistics.stdev(last):.1f} | 2 |" in whole
     assert f"| {guess['acc']:.3f} | 0.250 |" in whole and 0.25 <= guess["acc"] <= 1
 
     shutil.rmtree(runs)  # the results are enough …
     made, printed = call("--seeds 0 1 --rows scratch")
-    assert (
-        not made and "± " in printed and (results / "table.md").read_text(encoding="utf-8") == whole
-    )
+    assert not made and "± " in printed and shown.read_text(encoding="utf-8") == whole
     (runs / "start-1").mkdir(parents=True)  # … but not to start from, nor is half a run
     (runs / "start-1/log.jsonl").write_text("")
     (results / "deformable-after-1.json").unlink()
@@ -75,16 +70,14 @@ def test_a_table(table, tmp_path, capsys):
     assert made == {"start-1", "deformable-after-1"} and "| start |" not in printed
     shutil.copy(results / "start-1.json", results / "start-0-0.json")  # of another row, start-0
     (results / "start-1.json").write_text(json.dumps({**start, "revision": "abc12"}))
-    (tmp_path / recipe).write_text(f"# another comment\n{TINY}")
+    recipe.write_text(f"# another comment\n{TINY}")
     made, printed = call("--no_run --rows start --seeds 1")
     assert not made and "scratch" not in printed and printed.count("| start |") == 1
     assert f"1 results are of revision abc12, yours is {checkpoint.revision()}; they" in printed
-    assert "| deformable-scratch |" in (results / "table.md").read_text(
-        encoding="utf-8"
-    )  # always holds all
-    (tmp_path / recipe).write_text(f"{TINY} --lr 1e-3")
+    assert b"| deformable-scratch |" in shown.read_bytes()  # always holds all
+    recipe.write_text(f"{TINY} --lr 1e-3")
     refused("scratch-0.json was made with --lr 0.0005, now 0.001; delete it")
-    (tmp_path / recipe).write_text(TINY)
+    recipe.write_text(TINY)
     table.write_text(table.read_text(encoding="utf-8").replace("--vocabulary 4", "--vocabulary 5"))
     refused("start-1.json was made with --vocabulary 4, now 5; delete it")
     (results / "start-1.json").unlink()
@@ -111,8 +104,8 @@ def test_the_mean_patch_by_hand(tmp_path):
 
 
 def test_mistakes_get_one_line(table, capsys, monkeypatch):
-    died = SimpleNamespace(returncode=-9, stderr="")
-    monkeypatch.setattr(reproduce.subprocess, "run", lambda *args, **options: died)
+    died = Mock(return_value=Mock(returncode=-9, stderr=""))
+    monkeypatch.setattr(reproduce.subprocess, "run", died)
     for text, flags, message in (
         ("a --epochs 1", "", "line 1: expected is a new name"),
         ("a: x\na: y", "", "line 2: expected is a new name"),
