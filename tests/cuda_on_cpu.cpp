@@ -28,17 +28,14 @@ static ucontext_t scheduler;
 static std::vector<int> arrived, passed;  // by warp
 static std::vector<double> slots;         // by thread
 
-inline void pause_thread() {
-  const unsigned me = threadIdx.x;
-  swapcontext(&threads[me].context, &scheduler);
-  threadIdx.x = me;
-}
-
 inline void __syncwarp() {
-  const unsigned warp = threadIdx.x / 32;
+  const unsigned me = threadIdx.x, warp = me / 32;
   const int before = passed[warp];
   if (++arrived[warp] == 32) arrived[warp] = 0, ++passed[warp];
-  while (passed[warp] == before) pause_thread();
+  while (passed[warp] == before) {
+    swapcontext(&threads[me].context, &scheduler);
+    threadIdx.x = me;
+  }
 }
 
 template <typename T> T __shfl_xor_sync(unsigned, T value, int step) {
@@ -67,8 +64,7 @@ template <typename F> void run_blocks(unsigned blocks, unsigned count, F kernel)
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
     for (auto& thread : threads) {
       getcontext(&thread.context);
-      thread.context.uc_stack.ss_sp = thread.stack.data(),
-      thread.context.uc_stack.ss_size = thread.stack.size();
+      thread.context.uc_stack = {thread.stack.data(), 0, thread.stack.size()};
       thread.context.uc_link = &scheduler, thread.done = false;
       makecontext(&thread.context, +[] { (*body)(), threads[threadIdx.x].done = true; }, 0);
     }
@@ -85,17 +81,14 @@ template <typename F> void run_blocks(unsigned blocks, unsigned count, F kernel)
 
 #include KERNEL
 
-extern "C" void launch(int which, unsigned blocks, unsigned count,
-                       void** arguments) {  // as cuLaunchKernel takes them
+// arguments: as cuLaunchKernel takes them.
+extern "C" void launch(int which, unsigned blocks, unsigned count, void** arguments) {
   const Sizes& z = *static_cast<Sizes*>(arguments[0]);
   const auto order = *static_cast<const int**>(arguments[1]);
   const auto stored = [&](int i) { return *static_cast<Stored**>(arguments[i]); };
   const auto real = [&](int i) { return *static_cast<Real**>(arguments[i]); };
-  if (which == 0) {
-    run_blocks(blocks, count, [&] { forward(z, order, stored(2), real(3), real(4), stored(5)); });
-  } else {
-    run_blocks(blocks, count, [&] {
-      backward(z, order, stored(2), stored(3), real(4), real(5), real(6), real(7), real(8));
-    });
-  }
+  run_blocks(blocks, count, [&] {
+    if (which == 0) forward(z, order, stored(2), real(3), real(4), stored(5));
+    else backward(z, order, stored(2), stored(3), real(4), real(5), real(6), real(7), real(8));
+  });
 }

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-import torchvision
+from golden import fill
 
 import detr
 
@@ -20,25 +20,11 @@ DEFORMABLE = [{}, {"with_box_refine": True}, TWO_STAGE, {"num_feature_levels": 1
 MODELS = [("detr", {}), *(("deformable_detr", options) for options in DEFORMABLE)]
 
 
-def batch():
-    """Images of different sizes and their padding."""
-    generator = torch.Generator().manual_seed(0)
-    images, padding = torch.zeros(3, 3, 96, 128), torch.ones(3, 96, 128) > 0
-    for i, (h, w) in enumerate(((96, 128), (64, 100), (90, 70))):
-        images[i, :, :h, :w] = torch.randn(3, h, w, generator=generator)
-        padding[i, :h, :w] = False
-    return images, padding
-
-
 def some_targets(counts, num_classes=5):
     generator = torch.Generator().manual_seed(0)
     boxes = [torch.rand(n, 4, generator=generator) * 0.3 + 0.2 for n in counts]
     labels = [torch.randint(num_classes, (n,), generator=generator) for n in counts]
     return [{"labels": mine, "boxes": box} for mine, box in zip(labels, boxes)]
-
-
-def total(model, losses):
-    return sum(model.criterion.weights[name] * loss.sum() for name, loss in losses.items())
 
 
 def randomise(model):
@@ -53,15 +39,18 @@ def randomise(model):
 
 
 # ---------------------------------------------------------------- transformers as an oracle
+STAGES = "model.backbone.model.encoder.stages"
 RENAMED = [  # applied in this order
     (r"^backbone\.0\.body\.conv1\.", "model.backbone.model.embedder.embedder.convolution."),
     (r"^backbone\.0\.body\.bn1\.", "model.backbone.model.embedder.embedder.normalization."),
+    *((rf"^backbone\.0\.body\.layer{i + 1}\.", f"{STAGES}.{i}.layers.") for i in range(4)),
+    *((rf"\.conv{i + 1}\.", f".layer.{i}.convolution.") for i in range(2)),
+    *((rf"\.bn{i + 1}\.", f".layer.{i}.normalization.") for i in range(2)),
+    (r"downsample\.0", "shortcut.convolution"),
+    (r"downsample\.1", "shortcut.normalization"),
     (r"^transformer\.decoder\.norm\.", "model.decoder.layernorm."),
     (r"^transformer\.", "model."),
     (r"linear([12])\.", r"mlp.fc\1."),
-    (r"(decoder\.layers\.\d+\.)CROSS\.", r"\1encoder_attn_layer_norm."),
-    (r"(decoder\.layers\.\d+\.)OWN\.", r"\1self_attn_layer_norm."),
-    (r"(decoder\.layers\.\d+\.)norm3\.", r"\1final_layer_norm."),
     (r"(cross_attn|multihead_attn)\.", "encoder_attn."),
     (r"(encoder\.layers\.\d+\.)norm1\.", r"\1self_attn_layer_norm."),
     (r"(encoder\.layers\.\d+\.)norm2\.", r"\1final_layer_norm."),
@@ -70,25 +59,18 @@ RENAMED = [  # applied in this order
 ]
 DETR_NAMES = [(r"^class_embed\.", "class_labels_classifier."), (r"^bbox_embed", "bbox_predictor")]
 DETR_NAMES += [(r"^input_proj\.", "model.input_projection.")]
-STAGE = r"backbone\.0\.body\.layer(\d)\.(\d+)\.(?:(conv|bn)(\d)|downsample\.(\d))\.(.*)"
 
 
 def transformers_names(state, deformable):
     """Our state dict under the names of transformers' models."""
     renamed = {}
-    cross, own = ("norm1", "norm2") if deformable else ("norm2", "norm1")
-    names = [(old.replace("CROSS", cross).replace("OWN", own), new) for old, new in RENAMED]
-    names += [(r"^input_proj\.", "model.input_proj.")] if deformable else DETR_NAMES
+    order = ("encoder_attn", "self_attn") if deformable else ("self_attn", "encoder_attn")
+    names = RENAMED + ([(r"^input_proj", "model.input_proj")] if deformable else DETR_NAMES)
+    for i, norm in enumerate((*order, "final"), 1):
+        names += [(rf"(decoder\.layers\.\d+\.)norm{i}\.", rf"\1{norm}_layer_norm.")]
     for name, tensor in state.items():
         if re.match(r"transformer\.decoder\.(bbox|class)_embed", name):
             continue  # the same tensors as bbox_embed and class_embed
-        stage = re.match(STAGE, name)
-        if stage:
-            layer, block, kind, number, shortcut, rest = stage.groups()
-            part = "convolution" if kind == "conv" or shortcut == "0" else "normalization"
-            where = "shortcut" if shortcut else f"layer.{int(number) - 1}"
-            name = f"model.backbone.model.encoder.stages.{int(layer) - 1}.layers.{block}"
-            name += f".{where}.{part}.{rest}"
         for old, new in names:
             name = re.sub(old, new, name)
         for part, chunk in zip("qkv", tensor.chunk(3) if "in_proj_" in name else [tensor]):
@@ -112,8 +94,7 @@ def transformers_model(options, deformable):
         return transformers.DetrForObjectDetection(transformers.DetrConfig(**sizes))
     names = {"enc_n_points": "encoder_n_points", "dec_n_points": "decoder_n_points"}
     sizes.update({names.get(key, key): x for key, x in options.items() if key != "hidden_dim"})
-    sizes.update(two_stage_num_proposals=11, class_cost=2)
-    config = transformers.DeformableDetrConfig(**sizes)
+    config = transformers.DeformableDetrConfig(**sizes, two_stage_num_proposals=11, class_cost=2)
     return transformers.DeformableDetrForObjectDetection(config)
 
 
@@ -129,20 +110,17 @@ def test_equals_transformers(name, options):
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     known = "num_batches_tracked|decoder.(bbox|class)_embed"
     assert not unexpected and all(re.search(known, key) for key in missing)
-    (images, padding), targets = batch(), some_targets((4, 0, 2))
+    (images, padding), targets = fill.images(), some_targets((4, 0, 2))
     with torch.no_grad():
         mine = ours(images, padding)
-        labels = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in targets]
+        labels = [{**target, "class_labels": target["labels"]} for target in targets]
         other = theirs(pixel_values=images, pixel_mask=(~padding).long(), labels=labels)
     torch.testing.assert_close(mine["logits"][-1], other.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(mine["boxes"][-1], other.pred_boxes, rtol=1e-4, atol=1e-4)
     wanted = {name: x.item() for name, x in other.loss_dict.items() if name.startswith("loss_")}
     found = {}
     for name, values in ours.criterion(mine, targets).items():
-        names = (
-            *(f"{name}_{layer}" for layer in range(len(values) - 1)),
-            name,
-        )  # the last: no number
+        names = [f"{name}_{i}" for i in range(len(values) - 1)] + [name]  # the last: no number
         found.update(zip(names, values.tolist()))
     assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-4)
     assert len(wanted) >= (6 if deformable else 3)
@@ -161,7 +139,7 @@ def test_shapes_and_gradients(name, options):
     That holds without objects too: no branch of the loss is skipped, and boxes cost nothing. On
     the meta device, where tensors have no values, a forward pass that waits for one fails."""
     options = {**SMALL, "frozen_bn": False, **options}
-    model, (images, padding) = detr.build_detector(name, 7, **options), batch()
+    model, (images, padding) = detr.build_detector(name, 7, **options), fill.images()
     levels = model.features(images, padding)
     memory = model.encode(levels)
     assert [m.features.shape for m in memory] == [level.features.shape for level in levels]
@@ -177,7 +155,8 @@ def test_shapes_and_gradients(name, options):
         free = [name for name, loss in losses.items() if (loss == 0).all()]
         assert free == [name for name in losses if "_ce" not in name and not any(counts)]
         model.zero_grad()
-        total(model, losses).backward(retain_graph=True)
+        total = sum(model.criterion.weights[name] * x.sum() for name, x in losses.items())
+        total.backward(retain_graph=True)
         assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     idle = [name for name, p in model.named_parameters() if not p.requires_grad]
@@ -200,8 +179,9 @@ def test_matching_copies_to_the_host_once(monkeypatch):
 @torch.no_grad()
 def test_neither_padding_nor_other_images_matter(name, options):
     """Clean and corrupted maps go through encode as one batch."""
-    (images, padding), model = batch(), detr.build_detector(name, 5, **{**SMALL, **options})
-    levels = randomise(model).features(images, padding)
+    model = randomise(detr.build_detector(name, 5, **{**SMALL, **options}))
+    images, padding = fill.images()
+    levels = model.features(images, padding)
     doubled = [detr.Level(*(torch.cat([x, x.flip(0)]) for x in level)) for level in levels]
     for one, two in zip(model.encode(levels), model.encode(doubled)):
         expected = torch.cat([one.features, one.features.flip(0)])
@@ -222,22 +202,14 @@ def test_wrong_arguments_are_named(name, options):
 
 
 # ---------------------------------------------------------------- matching and losses
-def test_giou_equals_torchvision():
-    a, b = torch.rand(6, 4) * 0.5 + 0.2, torch.rand(5, 4) * 0.5 + 0.2
-    corners = (torchvision.ops.box_convert(x, "cxcywh", "xyxy") for x in (a, b))
-    expected = torchvision.ops.generalized_box_iou(*corners)
-    torch.testing.assert_close(detr.generalized_iou(a[:, None], b), expected)
-
-
 @pytest.mark.parametrize("focal", [False, True])
 @pytest.mark.parametrize("counts", [(3, 0, 1), (0, 0, 0), (7, 4, 2)])
 def test_match_is_optimal(focal, counts):
     """Against every possible assignment, also with more objects (7) than queries (4)."""
     torch.manual_seed(0)
     N, B, Q, K = 2, 3, 4, 5
-    criterion, targets = detr.Criterion(focal), some_targets(counts, K - 1)
-    padded = torch.randn(N, B, Q, K), torch.rand(N, B, Q, 4) * 0.4 + 0.2
-    padded += tuple(detr.pad_targets(targets, "cpu"))
+    criterion, targets = detr.Criterion(focal), detr.pad_targets(some_targets(counts, K - 1), "cpu")
+    padded = torch.randn(N, B, Q, K), torch.rand(N, B, Q, 4) * 0.4 + 0.2, *targets
     layer, image, query, target = criterion.match(*padded, counts)
     costs = criterion.costs(*padded)
     for n, b in itertools.product(range(N), range(B)):
@@ -261,30 +233,12 @@ def test_the_number_given_divides_and_nan_is_reported():
 
 
 def test_perfect_predictions_cost_nothing():
-    targets = some_targets((3, 1))
-    logits, boxes = torch.full((1, 2, 4, 6), -20.0), torch.rand(1, 2, 4, 4)
-    logits[..., -1] = 20.0
-    for i, target in enumerate(targets):
-        for j, (label, box) in enumerate(zip(target["labels"], target["boxes"])):
-            logits[0, i, 3 - j], boxes[0, i, 3 - j] = -20.0, box
-            logits[0, i, 3 - j, label] = 20.0
-    losses = detr.Criterion(focal=False).set_losses(logits, boxes, targets)
+    (target,) = some_targets((3,))
+    labels = torch.tensor([5, *target["labels"].flip(0)])  # 5: no object
+    logits = torch.eye(6)[labels] * 40 - 20
+    boxes = torch.cat([torch.rand(1, 4), target["boxes"].flip(0)])
+    losses = detr.Criterion(focal=False).set_losses(logits[None, None], boxes[None, None], [target])
     assert torch.cat(list(losses.values())).tolist() == pytest.approx([0, 0, 0], abs=1e-5)
-
-
-def test_postprocess():
-    logits = torch.full((1, 1, 2, 3), -9.0)
-    logits[0, 0, 0, 1], logits[0, 0, 1, 0], logits[0, 0, 1, 1] = 2.0, 1.0, 3.0
-    boxes = torch.tensor([[[[0.5, 0.5, 0.2, 0.4], [0.25, 0.5, 0.5, 1.0]]]])
-    outputs, models = {"logits": logits, "boxes": boxes}, detr.DETECTORS
-    focal, softmax = (detr.Detector.postprocess(models[name], outputs, [(100, 200)], top=3)[0]
-                      for name in ("deformable_detr", "detr"))  # fmt: skip
-    assert focal["labels"].tolist() == [1, 1, 0]
-    torch.testing.assert_close(focal["scores"], torch.tensor([3.0, 2.0, 1.0]).sigmoid())
-    expected = torch.tensor([[0.0, 0, 100, 100], [80, 30, 120, 70]])
-    torch.testing.assert_close(focal["boxes"][:2], expected)
-    assert softmax["labels"].tolist() == [1, 1]  # the third class is "no object"
-    torch.testing.assert_close(softmax["boxes"], expected.flip(0))
 
 
 # ---------------------------------------------------------------- weights from elsewhere

@@ -19,12 +19,11 @@ import zlib
 import numpy as np
 import torch
 
-SIZES = [
-    (96, 128),
-    (80, 112),
-    (96, 96),
-]  # height, width of the three images; the batch is padded to 96 x 128
+SIZES = [(96, 128), (80, 112), (96, 96)]  # height, width; the batch is padded to 96 x 128
 ORIGINAL_SIZES = [(480, 640), (400, 560), (960, 960)]
+RESIDUAL = ("out_proj.weight", "output_proj.weight", "linear2.weight")
+RANGES = {"running_var": (0.5, 1.5), "query_embed.weight": (-2, 2), "bn3.weight": (0.1, 0.3)}
+RANGES |= {"weight": (0.8, 1.2), "sampling_offsets.bias": (-3, 3), "": (-0.1, 0.1)}
 
 
 def fill(state_dict):
@@ -33,29 +32,14 @@ def fill(state_dict):
         if not tensor.is_floating_point():
             continue
         rng, shape = np.random.RandomState(zlib.crc32(name.encode())), tuple(tensor.shape)
-        fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
-        if name.endswith("running_var"):
-            values = rng.uniform(0.5, 1.5, shape)
-        elif name.endswith("query_embed.weight"):
-            values = rng.uniform(-2, 2, shape)
-        elif name.endswith(
-            ("out_proj.weight", "output_proj.weight", "linear2.weight")
-        ):  # small residual updates: queries stay apart
-            values = rng.uniform(-1, 1, shape) * np.sqrt(0.3 / fan_in)
-        elif len(shape) > 1 and len(shape) != 4:
-            values = rng.uniform(-1, 1, shape) * np.sqrt(
-                (12 if "attn" in name or "bbox_embed" in name else 3) / fan_in
-            )
-        elif len(shape) == 4:
-            values = rng.uniform(-1, 1, shape) * np.sqrt(6 / fan_in)
-        elif name.endswith("bn3.weight"):
-            values = rng.uniform(0.1, 0.3, shape)
-        elif name.endswith("weight"):
-            values = rng.uniform(0.8, 1.2, shape)
-        elif name.endswith("sampling_offsets.bias"):
-            values = rng.uniform(-3, 3, shape)
+        if len(shape) > 1 and not name.endswith("query_embed.weight"):
+            gain = 6 if len(shape) == 4 else 12 if "attn" in name or "bbox_embed" in name else 3
+            if name.endswith(RESIDUAL):  # small updates: queries stay apart
+                gain = 0.3
+            values = rng.uniform(-1, 1, shape) * np.sqrt(gain / np.prod(shape[1:]))
         else:
-            values = rng.uniform(-0.1, 0.1, shape)
+            fitting = next(ending for ending in RANGES if name.endswith(ending))
+            values = rng.uniform(*RANGES[fitting], shape)
         tensor.copy_(torch.from_numpy(values).to(tensor.dtype))
 
 
@@ -64,9 +48,8 @@ def images():
     batch, padding = torch.zeros(3, 3, 96, 128), torch.ones(3, 96, 128, dtype=torch.bool)
     for i, (h, w) in enumerate(SIZES):
         rng = np.random.RandomState(i)
-        blocks = np.kron(
-            rng.uniform(-2, 2, (3, h // 16, w // 16)), np.ones((16, 16))
-        )  # structure, so that places differ
+        coarse = rng.uniform(-2, 2, (3, h // 16, w // 16))  # structure, so that places differ
+        blocks = np.kron(coarse, np.ones((16, 16)))
         batch[i, :, :h, :w] = torch.from_numpy(blocks + rng.uniform(-0.3, 0.3, (3, h, w))).float()
         padding[i, :h, :w] = False
     return batch, padding
