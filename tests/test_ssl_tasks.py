@@ -1,7 +1,5 @@
 """Self-supervised tasks: nothing leaks, masks and tokens are as they should be, all are learnt."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -17,9 +15,8 @@ import ssl_tasks
 import train
 import visual_tokens
 
-SIZES = "--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 2 --dim_feedforward 32".split()
-TINY = "--image_size 128 --num_queries 8 --limit_train 12 --limit_val 5 --batch_size 4".split()
-TINY += SIZES
+SIZES = "--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 2 --dim_feedforward 32"
+TINY = "--image_size 128 --num_queries 8 --limit_train 12 --limit_val 5 --batch_size 4"
 SMALL = dict(backbone="resnet18", hidden_dim=32, nheads=2, enc_layers=2, dec_layers=1)
 SMALL.update(dim_feedforward=32, dropout=0.0, num_queries=5, frozen_bn=False)
 IMAGES = [(192, 256), (200, 130), (128, 256)]  # sizes of three in a canvas of 200 x 256
@@ -38,25 +35,30 @@ def a_model(name, **options):
     return detr.build_detector(name, 4, **{**SMALL, **options}).eval()
 
 
-def a_task(name, model, patch=None, **options):
+def a_task(name, model, patch=None, image_size=256, **options):
     torch.manual_seed(2)
-    tokens = {"vocabulary": 8} if name == "mim-discrete" else {}
-    options = {"image_size": 256, **tokens, **options}
-    patch, strides = patch or max(model.strides), model.strides
-    task = ssl_tasks.build_task(name, dim=32, strides=strides, patch=patch, **options)
+    patch, tokens = patch or max(model.strides), name == "mim-discrete"
+    options.update(image_size=image_size, patch=patch, **({"vocabulary": 8} if tokens else {}))
+    task = ssl_tasks.build_task(name, dim=32, strides=model.strides, **options)
     if tokens:
         task.tokenizer.codes.normal_()
     return task
 
 
-def results(task, model, images, padding):
-    """(corruption, memory, loss) of a task, as evaluation makes them."""
-    corruption = task.draw(padding, [1, 2, 3])
+def given(model, task, options=(), **flags):
+    """(images, their padding, a model, a task for it, a corruption of the images)."""
+    (images, padding), model = batch(), a_model(model, **dict(options))
+    task = a_task(task, model, **flags)
+    return images, padding, model, task, task.draw(padding, [1, 2, 3])
+
+
+def results(task, model, images, padding, corruption):
+    """(memory, loss) of a task, as evaluation makes them."""
     if task.corrupts and task.on == "features":
         memory = model.encode(task.corrupt_levels(model.features(images, padding), corruption))
     else:
         memory = model.encode(model.features(task.corrupt_images(images, corruption), padding))
-    return corruption, memory, task.loss(memory, images, corruption)
+    return memory, task.loss(memory, images, corruption)
 
 
 # ---------------------------------------------------------------- patches
@@ -64,9 +66,7 @@ def results(task, model, images, padding):
 @pytest.mark.parametrize("name", ["mim-continuous", "jigsaw-discrete"])
 def test_corrupting_an_image_by_hand(name, patch):
     """Only patches that lie wholly inside their image; the jigsaw's target puts them back."""
-    images, padding = batch()
-    task = a_task(name, a_model("deformable_detr"), patch=patch)
-    corruption = task.draw(padding, [5, 6, 7])
+    images, _, _, task, corruption = given("deformable_detr", name, patch=patch)
     corrupted, columns = task.corrupt_images(images, corruption), corruption.grid[1]
     for b, (height, width) in enumerate(IMAGES):
         share = round(corruption.whole[b].sum().item() / 2)
@@ -105,9 +105,7 @@ LEAKS += [("deformable_detr", {"num_feature_levels": 1}, None)]
 @pytest.mark.parametrize("name, options, patch", LEAKS)
 def test_no_leak_through_feature_maps(name, options, patch):
     """No gradient reaches a cell of any level under a masked patch, some every other cell."""
-    (images, padding), model = batch(), a_model(name, **options)
-    task = a_task("mim-continuous", model, on="features", patch=patch)
-    corruption = task.draw(padding, [1, 2, 3])
+    images, padding, model, task, corruption = given(name, "mim-continuous", options, patch=patch)
     levels = [x._replace(features=x.features.detach().requires_grad_())
               for x in model.features(images, padding)]  # fmt: skip
     memory = model.encode(task.corrupt_levels(levels, corruption))
@@ -127,22 +125,20 @@ def test_no_leak_through_feature_maps(name, options, patch):
 @pytest.mark.parametrize("name, options, patch", LEAKS)
 def test_no_leak_through_the_image(name, options, patch):
     """Pixels under a mask do not matter, and those under the padding neither."""
-    (images, padding), model = batch(), a_model(name, **options)
-    task = a_task("mim-continuous", model, on="image", patch=patch)
-    corruption = task.draw(padding, [1, 2, 3])
+    setting = given(name, "mim-continuous", options, on="image", patch=patch)
+    images, padding, model, task, corruption = setting
     changed = corruption.changed().unflatten(1, corruption.grid)
     where = ssl_tasks.spread(changed, task.patch, (200, 256))[:, None]
     inputs = images, images.masked_fill(where, 3.0), images.masked_fill(padding[:, None], 9.0)
-    memories = [results(task, model, x, padding)[1] for x in inputs]
+    memories = [results(task, model, x, padding, corruption)[0] for x in inputs]
     for level, other, padded in zip(*memories):
         assert level.features.equal(other.features) and level.features.equal(padded.features)
 
 
 def test_a_fine_jigsaw_does_not_leak_through_coarse_cells():
     """Where a patch moved, larger cells hold its old content: they are masked."""
-    (images, padding), model = batch(), a_model("deformable_detr")
-    task = a_task("jigsaw-continuous", model, patch=16, ratio=0.1)
-    corruption = task.draw(padding, [1, 2, 3])
+    setting = given("deformable_detr", "jigsaw-continuous", patch=16, ratio=0.1)
+    images, padding, model, task, corruption = setting
     levels = model.features(images, padding)
     moved = corruption.changed().unflatten(1, corruption.grid).float()[:, None]
     for i, stride in enumerate(model.strides[2:], 2):
@@ -159,9 +155,8 @@ def test_a_fine_jigsaw_does_not_leak_through_coarse_cells():
 @pytest.mark.parametrize("kind", ssl_tasks.TASKS)
 @pytest.mark.parametrize("loss_on", ["corrupted", "all"])
 def test_the_loss_by_hand(name, kind, loss_on):
-    (images, padding), model = batch(), a_model(name)
-    task = a_task(kind, model, loss_on=loss_on)
-    corruption, memory, loss = results(task, model, images, padding)
+    images, padding, model, task, corruption = given(name, kind, loss_on=loss_on)
+    memory, loss = results(task, model, images, padding, corruption)
     prediction, errors, n = task.compare(memory, images, corruption)[0], [], task.patch
     every = loss_on == "all" or kind == "reconstruct"
     for b, (height, width) in enumerate(IMAGES):
@@ -184,25 +179,26 @@ def test_the_loss_by_hand(name, kind, loss_on):
     half = task.loss(memory, images, corruption, num_patches=2 * len(errors))
     torch.testing.assert_close(half * 2, loss)
     padded = images.masked_fill(padding[:, None], 5.0)  # never counts
-    assert torch.equal(results(task, model, padded, padding)[2], loss)
+    assert torch.equal(results(task, model, padded, padding, corruption)[1], loss)
 
 
 def test_masking_nothing():
     """It costs nothing, or if all patches count it is reconstruction."""
-    (images, padding), model = batch(), a_model("deformable_detr")
-    masked, plain = (a_task(name, model, ratio=0.0, loss_on="all")
-                     for name in ("mim-continuous", "reconstruct"))  # fmt: skip
+    setting = given("deformable_detr", "mim-continuous", ratio=0.0, loss_on="all")
+    images, padding, model, masked, corruption = setting
+    plain = a_task("reconstruct", model)
     plain.head.load_state_dict(masked.head.state_dict())
-    assert torch.equal(*(results(task, model, images, padding)[2] for task in (masked, plain)))
     task = a_task("mim-continuous", model, ratio=0.0, image_size=None)
-    loss = results(task, model, images, padding)[2]
+    losses = (results(x, model, images, padding, corruption)[1] for x in (masked, plain, task))
+    masked_loss, plain_loss, loss = losses
+    assert torch.equal(masked_loss, plain_loss)
     loss.backward()
     assert loss == 0 and all((p.grad == 0).all() for p in task.parameters())
 
 
 # ---------------------------------------------------------------- visual tokens
 def test_kmeans_tokens():
-    """Patches of a few colours get as many codes, each patch the nearest; too few are refused."""
+    """Patches of a few colours get as many codes, each patch its own; too few are refused."""
     colours = torch.randn(5, 3) * 2
     images = colours[torch.randint(5, (6, 4, 4))].permute(0, 3, 1, 2)
     images = images.repeat_interleave(32, 2).repeat_interleave(32, 3)
@@ -211,11 +207,8 @@ def test_kmeans_tokens():
     tokenizer.fit([(images[:4], taken[:4]), (images[4:], taken[4:])], seed=0)
     means = tokenizer.codes.view(5, 3, 16).mean(2)
     assert (torch.cdist(colours, means).min(1).values < 0.05).all()
-    tokens = tokenizer(images)
-    for (b, y, x), token in np.ndenumerate(tokens.numpy()):
-        small = F.avg_pool2d(images[b, :, 32 * y : 32 * y + 32, 32 * x : 32 * x + 32], 8).flatten()
-        assert token == (tokenizer.codes - small).square().sum(1).argmin()
-    assert (tokenizer.paint(tokens, (128, 128)) - images).abs().mean() < 0.1
+    painted = tokenizer.paint(tokenizer(images), (128, 128))
+    assert (painted - images).abs().mean() < 0.1
     with pytest.raises(ValueError, match="a vocabulary of 97 needs as many patches.* has 96"):
         visual_tokens.KMeans(32, 97).fit([(images, taken)], seed=0)
 
@@ -223,55 +216,43 @@ def test_kmeans_tokens():
 @pytest.fixture(scope="module")
 def dalle_file(tmp_path_factory):
     """Weights of the published layout, small and random."""
-    torch.manual_seed(0)
-    state = {}
-
-    def conv(name, n_in, n_out, size):
-        weight = torch.randn(n_out, n_in, size, size) / (n_in * size * size) ** 0.5
-        state[f"blocks.{name}.w"], state[f"blocks.{name}.b"] = weight, torch.randn(n_out) * 0.1
-
-    conv("input", 3, 4, 7)
+    shapes = {"input": (4, 3, 7), "output.conv": (16, 32, 1)}
     for group, block in np.ndindex(4, 2):
-        n = 4 * 2**group
-        n_in = n // 2 if group and not block else n
-        name = f"group_{group + 1}.block_{block + 1}"
+        n, name = 4 * 2**group, f"group_{group + 1}.block_{block + 1}"
+        n_in, m = n // 2 if group and not block else n, n // 4
         if n_in != n:
-            conv(f"{name}.id_path", n_in, n, 1)
-        shapes = ((n_in, n // 4, 3), (n // 4, n // 4, 3), (n // 4, n // 4, 3), (n // 4, n, 1))
-        for i, shape in enumerate(shapes, 1):
-            conv(f"{name}.res_path.conv_{i}", *shape)
-    conv("output.conv", 32, 16, 1)
+            shapes[f"{name}.id_path"] = n, n_in, 1
+        convs = (m, n_in, 3), (m, m, 3), (m, m, 3), (n, m, 1)
+        shapes.update({f"{name}.res_path.conv_{i}": x for i, x in enumerate(convs, 1)})
+    torch.manual_seed(0)
+    state = {f"blocks.{name}.b": torch.randn(n) * 0.1 for name, (n, _, _) in shapes.items()}
+    for name, (n, n_in, size) in shapes.items():
+        weight = torch.randn(n, n_in, size, size) / (n_in * size * size) ** 0.5
+        state[f"blocks.{name}.w"] = weight
     path = tmp_path_factory.mktemp("dalle") / "encoder.pkl"
     torch.save(state, path)
     return path
 
 
-def test_dalle_tokens(dalle_file, monkeypatch):
+def test_dalle_tokens(dalle_file):
     """One token a patch, of the crop that the model sees, in the range of colours DALL-E knows."""
     images = batch()[0]
     images += F.interpolate(torch.randn(3, 3, 7, 8) * 3, scale_factor=32)[..., :200, :]
-    tokenizer, seen, original = visual_tokens.Dalle(32, dalle_file), [], visual_tokens.dalle_logits
-    spy = lambda state, x: seen.append(x) or original(state, x)  # noqa: E731
-    monkeypatch.setattr(visual_tokens, "dalle_logits", spy)
-    tokens = tokenizer(images)
-    assert tokens.shape == (3, 7, 8) and len(tokens.unique()) > 1
+    tokenizer = visual_tokens.Dalle(32, dalle_file)
     mean, std = (torch.tensor(x)[:, None, None] for x in (coco.MEAN, coco.STD))
-    pixels = F.pad((images[0] * std + mean).clamp(0, 1), (0, 0, 0, 24))
-    torch.testing.assert_close(seen[0][0], 0.8 * F.avg_pool2d(pixels, 4) + 0.1)
-    assert torch.equal(tokenizer(images[[2, 0]]), tokens[[2, 0]])
+    pixels = F.pad((images * std + mean).clamp(0, 1), (0, 0, 0, 24))
+    logits = visual_tokens.dalle_logits(tokenizer.state, 0.8 * F.avg_pool2d(pixels, 4) + 0.1)
+    tokens = tokenizer(images)
+    assert torch.equal(tokens, logits.argmax(1)) and len(tokens.unique()) > 1
 
 
 def test_dalle_equals_the_published_package(tmp_path):
-    pytest.importorskip("dall_e", reason="the package DALL-E is not installed")
-    from dall_e.encoder import Encoder
-    from dall_e.utils import map_pixels
-
+    published = pytest.importorskip("dall_e.encoder", reason="the package DALL-E is not installed")
     torch.manual_seed(0)
-    encoder, pixels = Encoder(n_hid=64, vocab_size=512), torch.rand(2, 3, 32, 48)
+    encoder, pixels = published.Encoder(n_hid=64, vocab_size=512), torch.rand(2, 3, 32, 48)
     torch.save(encoder, tmp_path / "encoder.pkl")
     state = visual_tokens.load_dalle(tmp_path / "encoder.pkl")
-    found = visual_tokens.dalle_logits(state, map_pixels(pixels))
-    torch.testing.assert_close(found, encoder(map_pixels(pixels)))
+    torch.testing.assert_close(visual_tokens.dalle_logits(state, pixels), encoder(pixels))
 
 
 def test_dalle_files_execute_nothing(tmp_path, dalle_file, capsys):
@@ -287,10 +268,15 @@ def test_dalle_files_execute_nothing(tmp_path, dalle_file, capsys):
 
 
 # ---------------------------------------------------------------- the real commands
-def lines_of(run):
-    return [
-        json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+def trained(out, flags):
+    """The line of the log of a run of one epoch."""
+    train.main(f"{SIZES} --setting pretrain --epochs 1 {flags} --out {out}".split())
+    return coco.read_json(out / "log.jsonl")
+
+
+def evaluated(run):
+    evaluation.main([str(run)])
+    return coco.read_json(run / "metrics.json")
 
 
 @pytest.fixture(scope="module")
@@ -311,46 +297,42 @@ def blues(tmp_path_factory):
 def test_every_task_is_learnt(model, setting, task, blues, tmp_path):
     """Held out, it beats the mean patch by more than knowing the place would (0.8), or 0.6 right.
     All twenty take a step; to save time ten learn: each task with both models, in both settings."""
-    run = tmp_path / "run"
     learns = (list(ssl_tasks.TASKS).index(task) + MODELS.index(model) + len(setting)) % 2 == 0
-    flags = f"--model {model} --setting {setting} --ssl_task {task} --data {blues} --epochs 1"
+    flags = f"--model {model} --setting {setting} --ssl_task {task} --data {blues}"
     flags += " --image_size 64 --ssl_patch 32 --batch_size 4 --augment none --ssl_weight 30"
     flags += " --lr 1e-2 --lr_backbone 1e-3 --clip_max_norm 1 --vocabulary 4 --num_queries 8"
     flags += " --ssl_ratio 1" * ("jigsaw" in task) + " --limit_train 4 --limit_val 6" * (not learns)
     flags += " --ssl_on image" * (setting == "multitask")
-    train.main([*SIZES, *flags.split(), "--out", str(run)])
-    line, guess = lines_of(run)[-1], reproduce.guess(run)
+    run = tmp_path / "run"
+    line, guess = trained(run, flags), reproduce.guess(run)
     assert ("ap" in line) == ("train_loss_giou" in line) == (setting == "multitask")
     weights = torch.load(run / "best.pt", weights_only=True)["model"]
     assert Image.open(run / "ssl.png").size[0] == 4 * 260
     parts = {"backbone", "encoder", *(["decoder"] if setting == "multitask" else [])}
     assert {detr.part_of(name) for name in weights} == parts
-    if learns and task.endswith("discrete"):
-        assert line["ssl_acc"] > max(0.75, 1.2 * guess["acc"])
-    elif learns:
-        assert line["ssl_loss"] < 0.6 * guess["loss"]
     if learns:
-        evaluation.main([str(run / "last.pt")])
-        metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        if task.endswith("discrete"):
+            assert line["ssl_acc"] > max(0.75, 1.2 * guess["acc"])
+        else:
+            assert line["ssl_loss"] < 0.6 * guess["loss"]
+        metrics = evaluated(run)
         assert metrics["ssl_loss"] == pytest.approx(line["ssl_loss"], rel=1e-5)
         assert metrics.get("ap") == line.get("ap")
 
 
 def test_the_same_seed_gives_the_same_corruption(tmp_path):
-    logs = []
-    for workers, seed in ((0, 0), (2, 0), (0, 1)):
-        flags = f"--setting pretrain --epochs 1 --workers {workers} --seed {seed}".split()
-        train.main([*TINY, *flags, "--out", str(tmp_path / f"{workers}{seed}")])
-        logs.append(lines_of(tmp_path / f"{workers}{seed}")[0])
-    losses = [log["train_loss_ssl"] for log in logs]
-    assert losses[0] == losses[1] != losses[2] and logs[0]["ssl_loss"] == logs[1]["ssl_loss"]
+    one, same, other = (
+        trained(tmp_path / f"{n}{seed}", f"{TINY} --workers {n} --seed {seed}")
+        for n, seed in ((0, 0), (2, 0), (0, 1))
+    )
+    assert one["train_loss_ssl"] == same["train_loss_ssl"] != other["train_loss_ssl"]
+    assert one["ssl_loss"] == same["ssl_loss"]
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     out = tmp_path_factory.mktemp("pretrained") / "run"
-    flags = ["--setting", "pretrain", "--ssl_task", "jigsaw-discrete", "--epochs", "1"]
-    train.main([*TINY, *flags, "--out", str(out)])
+    trained(out, f"{TINY} --ssl_task jigsaw-discrete")
     return out
 
 
@@ -361,7 +343,7 @@ TAKEN["--init_parts encoder --dec_layers 3 --num_queries 5"] = ("encoder",)
 @pytest.mark.parametrize("flags, taken", TAKEN.items())
 def test_pretrain_then_detect(pretrained, flags, taken, tmp_path):
     """What was pretrained is transferred, and the command says so."""
-    args, _ = train.parse([*TINY, "--init", str(pretrained), *flags.split()])
+    args, _ = train.parse(f"{SIZES} --num_queries 8 --init {pretrained} {flags}".split())
     model, note = train.build_model(train.detector_config(args, 15), args)
     assert note == f"{' and '.join(taken)} from {pretrained}"
     after = model.state_dict()
@@ -370,42 +352,19 @@ def test_pretrain_then_detect(pretrained, flags, taken, tmp_path):
             assert torch.equal(tensor, after[name]) == (detr.part_of(name) in taken), name
 
 
-def test_images_without_annotations(tmp_path, capsys):
-    """Folders of any images; iSAID's patches without their JSON; train and val as ImageNet."""
-    for i in range(22):
-        path = tmp_path / "any" / f"n{i % 3}" / f"{i:02}.{'JPEG' if i % 2 else 'png'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (150 + 5 * i, 140), (10 * i, 100, 50)).save(path)
-    (tmp_path / "any" / "notes.txt").write_text("not an image")
-    for kind in ("color", "id"):
-        Image.new("RGB", (64, 64)).save(f"{tmp_path}/any/P2_0_800_0_800_instance_{kind}_RGB.png")
-    isaid.main(["scenes", str(tmp_path / "patches"), "--train", "6", "--val", "3"])
-    for path in (tmp_path / "patches").rglob("*.json"):
-        path.unlink()
-    flags = "--setting pretrain --image_size 128 --epochs 1 --batch_size 4".split()
-    for name, counts in (("any", (20, 2)), ("patches", (6, 3))):
-        train.main([*SIZES, *flags, f"--data={tmp_path}/{name}", f"--out={tmp_path}/run-{name}"])
-        printed = capsys.readouterr().out
-        assert f": {counts[0]} images" in printed and f": {counts[1]} images" in printed
-    names = [set(coco.find_images(tmp_path / "any", split)[1]) for split in ("train", "val")]
-    assert not names[0] & names[1]
-
-
-def test_official_augmentation_and_dalle(blues, tmp_path, dalle_file):
-    """Images of several sizes, padded; tokens of DALL-E; evaluation finds its file again."""
-    flags = f"--data {blues} --setting pretrain --ssl_task mim-discrete --epochs 1 --batch_size 2"
-    flags += f" --limit_train 2 --limit_val 1 --tokenizer_weights {dalle_file} --out {tmp_path}/run"
-    train.main([*SIZES, *flags.split()])
+def test_official_augmentation_and_dalle(blues, tmp_path, dalle_file, capsys):
+    """A folder of images; several sizes, padded; DALL-E's file, which evaluation finds again."""
+    flags = f"--data {blues}/train/images --ssl_task mim-discrete --tokenizer_weights {dalle_file}"
+    line = trained(tmp_path / "run", f"{flags} --batch_size 2 --limit_train 2 --limit_val 1")
+    printed = capsys.readouterr().out
+    assert "images (train): 2 images" in printed and "images (val): 1 images" in printed
     state = torch.load(tmp_path / "run/last.pt", weights_only=True)["task_state"]
     assert not any("blocks" in name for name in state)  # its weights stay in their file
-    evaluation.main([str(tmp_path / "run")])
-    found = json.loads((tmp_path / "run/metrics.json").read_text(encoding="utf-8"))["ssl_loss"]
-    assert found == pytest.approx(lines_of(tmp_path / "run")[0]["ssl_loss"], rel=1e-5)
+    assert evaluated(tmp_path / "run")["ssl_loss"] == pytest.approx(line["ssl_loss"], rel=1e-5)
 
 
 def test_what_cannot_be_is_refused(blues, pretrained, tmp_path):
-    flags = f"--data {blues} --setting pretrain --ssl_task jigsaw-discrete".split()
     with pytest.raises(SystemExit, match="all images must have one size: give image_size"):
-        train.main([*SIZES, *flags])
+        trained(tmp_path / "run", f"--data {blues} --ssl_task jigsaw-discrete")
     with pytest.raises(SystemExit, match="it detects nothing"):
         evaluation.main([str(pretrained), "--export", str(tmp_path / "x.json")])
