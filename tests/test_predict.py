@@ -1,7 +1,6 @@
 """Objects in images larger than the model's, by one that finds rectangles of plain colours."""
 
 import csv
-import json
 
 import numpy as np
 import pytest
@@ -16,22 +15,19 @@ import patches
 import predict
 import train
 
-INKS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]])  # of the classes
-TINY = "--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 1 --num_queries 7 --image_size 64"
-
 
 class Rectangles(torch.nn.Module):
-    """A perfect detector of what it is shown: every connected piece of a class's colour."""
+    """A perfect detector of what it is shown: all connected pieces of red, green and blue."""
 
     focal, postprocess, most = True, detr.Detector.postprocess, 60
 
     def forward(self, images, padding):
         shape = 1, len(images), self.most
         logits, boxes = torch.full((*shape, 3), -9.0), torch.full((*shape, 4), 0.5)
-        for b, image in enumerate((coco.unnormalise(images) * 255).permute(0, 2, 3, 1).numpy()):
+        for b, image in enumerate(coco.unnormalise(images).numpy()):
             H, W, q = *(int((~padding[b]).any(d).sum()) for d in (1, 0)), 0
-            for label, ink in enumerate(INKS):
-                pieces, _ = ndimage.label(np.abs(image[:H, :W] - ink).max(-1) < 60)
+            for label, channel in enumerate(image):
+                pieces, _ = ndimage.label(channel[:H, :W] > 0.76)
                 for y, x in ndimage.find_objects(pieces):
                     w, h = (x.stop - x.start) / W, (y.stop - y.start) / H
                     boxes[0, b, q] = torch.tensor([x.start / W + w / 2, y.start / H + h / 2, w, h])
@@ -42,54 +38,42 @@ class Rectangles(torch.nn.Module):
 def scene(width, height, n, longest):
     """(A black image with n rectangles apart, many on the seams, boxes xyxy, labels)."""
     rng, boxes, labels = np.random.default_rng(0), [], []
-    taken, image = np.zeros((height, width), bool), np.zeros((height, width, 3), np.uint8)
+    image = np.zeros((height, width, 3), np.uint8)
     while len(boxes) < n:
         w, h = rng.integers(8, longest, 2)
         seam = min(max(0, 192 * rng.integers(1, 15) - rng.integers(w)), width - w)
         x, y = rng.choice([seam, rng.integers(0, width - w)]), rng.integers(0, height - h)
-        if taken[max(0, y - 6) : y + h + 6, max(0, x - 6) : x + w + 6].any():
-            continue
-        taken[y : y + h, x : x + w] = True
-        labels.append(int(rng.integers(3)))
-        image[y : y + h, x : x + w] = INKS[labels[-1]]
-        boxes.append([x, y, x + w, y + h])
+        if not image[max(0, y - 6) : y + h + 6, max(0, x - 6) : x + w + 6].any():
+            labels.append(int(rng.integers(3)))
+            image[y : y + h, x : x + w, labels[-1]] = 255
+            boxes.append([x, y, x + w, y + h])
     return Image.fromarray(image), np.array(boxes), np.array(labels)
 
 
-@pytest.mark.parametrize("longest", [50, 500], ids=["as the overlap", "larger than a window"])
-@pytest.mark.parametrize("size", [(3000, 3000), (1000, 300), (200, 150)], ids=str)
-def test_seams_neither_cut_nor_double(size, longest):
-    """In windows of 256 pixels that overlap by 64 the same is found as at once."""
-    n, longest = max(3, 60 * size[0] * size[1] // 3000**2), min(longest, min(size) // 2)
-    image, boxes, labels = scene(*size, n, longest)
-    found = predict.find(Rectangles(), image, 256, 64, 256)
-    assert len(found["boxes"]) == len(boxes) and (np.diff(found["scores"]) <= 0).all()
-    order, truth = (np.lexsort(np.round(b).astype(int).T) for b in (found["boxes"], boxes))
-    np.testing.assert_allclose(found["boxes"][order], boxes[truth], atol=0.51)
-    np.testing.assert_array_equal(found["labels"][order], labels[truth])
-
-
-def test_resized_windows():
-    """Windows seen at half their size: boxes to the nearest of the model's pixels."""
-    image, boxes, labels = scene(900, 700, 12, 60)
-    found = predict.find(Rectangles(), image, 256, 64, 128, batch_size=3, workers=1)
+@pytest.mark.parametrize("size, n", [((2600, 2600), 45), ((1000, 300), 3), ((200, 150), 3)])
+@pytest.mark.parametrize("longest, seen, off", [(50, 256, 0.51), (500, 256, 0.51), (60, 128, 2.5)])
+def test_seams_neither_cut_nor_double(size, n, longest, seen, off):
+    """In windows of 256 pixels that overlap by 64 the same is found as at once. The objects are
+    as large as the overlap or larger than a window; at half their size to the nearest pixel."""
+    image, boxes, labels = scene(*size, n, min(longest, min(size) // 2))
+    found = predict.find(Rectangles(), image, 256, 64, seen, batch_size=3, workers=1)
     distance = np.abs(found["boxes"][:, None] - boxes).max(-1)
-    assert distance.min(0).max() <= 2.5 and sorted(distance.argmin(1)) == list(range(12))
+    assert distance.min(0).max() <= off and sorted(distance.argmin(1)) == list(range(n))
     np.testing.assert_array_equal(found["labels"], labels[distance.argmin(1)])
+    assert (np.diff(found["scores"]) <= 0).all()
 
 
 def test_what_is_not_cut_wins():
     """The whole box of an object stays, whatever the scores; another class is another object."""
     windows = np.array([[0, 0, 100, 100], [50, 0, 150, 100], [50, 0, 150, 100]])
-    boxes = np.array([[60.0, 10, 100, 40], [60, 10, 110, 40], [60, 10, 110, 40]])
-    labels, scores = np.array([0, 0, 1]), np.array([0.9, 0.5, 0.4])
-    joined, kept = predict.join(boxes, labels, scores, windows, (150, 100), margin=1)
-    assert kept.tolist() == [1, 2] and joined.tolist() == boxes[1:].tolist()
-    assert not len(predict.find(Rectangles(), Image.new("RGB", (99, 70)), 64, 16, 64)["boxes"])
+    whole = np.array([[60.0, 10, 100, 40], [60, 10, 110, 40], [60, 10, 110, 40]])
     part = np.array([[10.0, 10, 60, 60], [50, 40, 60, 60]])  # of the first, at its window's border
-    for labels, expected in ((np.array([0, 0]), [0]), (np.array([0, 1]), [0, 1])):
-        _, kept = predict.join(part, labels, scores[:2], windows[:2], (150, 100), margin=1)
-        assert kept.tolist() == expected
+    cases = (whole, [0, 0, 1], [1, 2]), (part, [0, 0], [0]), (part, [0, 1], [0, 1])
+    for boxes, labels, best in cases:
+        n, labels, scores = len(boxes), np.array(labels), np.array([0.9, 0.5, 0.4])
+        joined, kept = predict.join(boxes, labels, scores[:n], windows[:n], (150, 100), margin=1)
+        assert kept.tolist() == best and joined.tolist() == boxes[best].tolist()
+    assert not len(predict.find(Rectangles(), Image.new("RGB", (99, 70)), 64, 16, 64)["boxes"])
 
 
 @pytest.mark.parametrize("side, step", [(90, 25), (60, 15), (40, 8)])
@@ -113,7 +97,8 @@ def test_rows_that_overlap(side, step):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
-    train.main(f"{TINY} --limit_train 8 --limit_val 4 --epochs 1 --out {out}".split())
+    flags = "--hidden_dim 32 --enc_layers 1 --dec_layers 1 --image_size 64 --epochs 1"
+    train.main(f"{flags} --limit_train 8 --limit_val 4 --out {out}".split())
     return out
 
 
@@ -121,38 +106,26 @@ def test_the_command(run, tmp_path, capsys):
     """On a folder with folders: pictures, COCO's JSON and CSV with the same content."""
     source, out = tmp_path / "in", tmp_path / "out"
     (source / "deep").mkdir(parents=True)
-    for name, (w, h) in (("a.png", (300, 200)), ("deep/b.jpg", (64, 64)), ("tiny.png", (9, 7))):
-        noise = np.random.default_rng(0).integers(0, 255, (h, w, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(source / name)
+    sizes = [("a.png", 300, 200), ("deep/b.jpg", 64, 64), ("tiny.png", 9, 7)]
+    for name, *size in sizes:
+        Image.effect_noise(size, 99).save(source / name)
     files = {path: path.read_bytes() for path in source.rglob("*.*")}
     predict.main(f"{run} {source} --out {out} --score 0 --max_dets 5".split())
     assert "in windows of 64 pixels that overlap by 16" in capsys.readouterr().out
-    found = COCO(out / "predictions.json").dataset
-    sizes = [(image["file_name"], image["width"], image["height"]) for image in found["images"]]
-    assert sizes == [("a.png", 300, 200), ("deep/b.jpg", 64, 64), ("tiny.png", 9, 7)]
-    rows = list(csv.DictReader((out / "predictions.csv").read_text(encoding="utf-8").splitlines()))
-    names = {category["id"]: category["name"] for category in found["categories"]}
-    assert len(rows) == len(found["annotations"]) > 5
-    for row, annotation in zip(rows, found["annotations"]):
-        assert row["class"] == names[annotation["category_id"]]
-        assert row["image"] == sizes[annotation["image_id"]][0]
-        numbers = [float(row[key]) for key in ("score", "x", "y", "width", "height")]
-        assert numbers == [annotation["score"], *annotation["bbox"]]
+    found = COCO(out / "predictions.json")
+    assert [(i["file_name"], i["width"], i["height"]) for i in found.dataset["images"]] == sizes
+    header, *rows = csv.reader((out / "predictions.csv").read_text(encoding="utf-8").splitlines())
+    assert header == ["image", "class", "score", "x", "y", "width", "height"] and len(rows) > 5
+    for row, a in zip(rows, found.dataset["annotations"], strict=True):
+        names = [sizes[a["image_id"]][0], found.cats[a["category_id"]]["name"]]
+        assert row == [*names, *map(str, (a["score"], *a["bbox"]))]
     assert all(max(Image.open(out / f"{name}.boxes.jpg").size) >= 800 for name, _, _ in sizes)
     for _ in range(2):  # pictures beside the images neither replace them nor are taken for images
         predict.main(f"{run} {source} --out {source}".split())
-        assert (
-            len(json.loads((source / "predictions.json").read_text(encoding="utf-8"))["images"])
-            == 3
-        )
+        assert len(coco.read_json(source / "predictions.json")["images"]) == 3
     assert all(path.read_bytes() == content for path, content in files.items())
     predict.main(f"{run} {source}/a.png --score 1".split())
-    assert (
-        json.loads((run / "predictions/predictions.json").read_text(encoding="utf-8"))[
-            "annotations"
-        ]
-        == []
-    )
+    assert coco.read_json(run / "predictions/predictions.json")["annotations"] == []
 
 
 def test_mistakes_get_one_line(run, tmp_path):
@@ -169,7 +142,5 @@ def test_mistakes_get_one_line(run, tmp_path):
     }.items():
         with pytest.raises(SystemExit, match=f"^error: [^\n]*{message}[^\n]*$"):
             predict.main(flags.format(run=run, tmp=tmp_path).split())
-    images = json.loads((run / "predictions/predictions.json").read_text(encoding="utf-8"))[
-        "images"
-    ]
+    images = coco.read_json(run / "predictions/predictions.json")["images"]
     assert [image["file_name"] for image in images] == ["b.png"]  # the others are done
