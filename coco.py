@@ -79,7 +79,7 @@ def load_json(path, truth=True):
     Without `truth`, as files of test images are, it may have no annotations and no categories."""
     content = read_json(path)
     if not truth and isinstance(content, dict):
-        content = {"categories": [], **content, "annotations": []}
+        content = {"categories": [], "annotations": [], **content}
     for fault in faults(content, truth):
         raise DataError(f"{path}: {fault}")
     return content

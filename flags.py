@@ -13,16 +13,14 @@ from pathlib import Path
 
 def one_line(error):
     """The message of an error, without the traceback that a loader process puts before it."""
-    return (str(error).strip().splitlines() or [repr(error)])[-1].removeprefix("coco.DataError: ")
+    text = str(error).rpartition("coco.DataError: ")[2]
+    return " ".join(text.split()) or repr(error)
 
 
-def number(kind, zero=False, most=math.inf, words=()):
+def number(kind, zero=False, most=2**32, words=()):
     """An argparse type: a number greater than 0, or 0 too, and at most `most`; or a word."""
     what = "a whole number" if kind is int else "a number"
     least = "of at least 0" if zero else "of at least 1" if kind is int else "greater than 0"
-    expected = f"{what} {least}"
-    expected += f" and at most {most}" if most < math.inf else ""
-    expected = " or ".join([expected, *words])
 
     def parse(text):
         if text in words:
@@ -31,7 +29,9 @@ def number(kind, zero=False, most=math.inf, words=()):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (0 < value <= most or zero and value == 0) or value == math.inf:
+        if not (0 < value <= most or zero and value == 0):
+            bound = f" and at most {most}" if value > most or most < 2**32 else ""
+            expected = " or ".join([f"{what} {least}{bound}", *words])
             raise argparse.ArgumentTypeError(f"expected is {expected}, not {text!r}")
         return value
 

@@ -257,7 +257,8 @@ def natural(name):
 
 def sources_of(folder, devkit, limit):
     """The images of a split of the raw release. Raises DataError if there are none."""
-    found = [path for path in folder.iterdir() if coco.is_ours(path.name) and path.is_file()]
+    there = folder.iterdir() if folder.is_dir() else []
+    found = [path for path in there if coco.is_ours(path.name) and path.is_file()]
     found = [path for path in found if path.suffix.lower() == ".png" and not coco.is_mask(path)]
     found = [path for path in found if not (devkit and path.stem in LEFT_OUT)]
     if not found:

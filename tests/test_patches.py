@@ -184,7 +184,7 @@ def test_faults_are_named(capsys):
     for text in (
         "P0002_instance_id_RGB.png: is missing",
         "P0003_instance_color_RGB.png: the colour (1, 2, 3) at x 9, y 7 is of no class",
-        "P0004.png: is damaged",
+        "P0004.png: is not an image that can be read, or it is damaged",
         "P0005_instance_id_RGB.png should have 100 x 100 pixels, the file has 90 x 100",
         "error: 4 images of train are bad; mend or remove them",
     ):

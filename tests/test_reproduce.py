@@ -110,7 +110,7 @@ def test_mistakes_get_one_line(table, capsys, monkeypatch):
         ("a --epochs 1", "", "line 1: expected is a new name"),
         ("a: x\na: y", "", "line 2: expected is a new name"),
         ("a: --init {b}", "", "line 1: {b} is not a row above it"),
-        ("a: --epochs nine", "", "--epochs: invalid whole number value: 'nine'"),
+        ("a: --epochs nine", "", "--epochs: expected is a whole number of at least 1, not 'nine'"),
         ("a: --epochs 1", "--rows b", "--rows b: no row of"),
         ("", "", "has no results of these rows and seeds"),
         ("a: --epochs 1", "", "exit status -9"),
