@@ -1,16 +1,13 @@
 """Several processes, as torchrun starts them: who this one is, and what all of them have.
-
-Alone, every function is trivial. Import this module before torch, see below.
-"""
+Alone, every function is trivial. Import this module before torch, see below."""
 
 import atexit
 import ctypes
 import os
 import sys
 
-# OpenMP's threads spin while they wait for work, so two trainings on the same cores starve each
-# other: 2 images/s each where one alone makes 25. After 2,000 turns a thread sleeps instead, which
-# leaves one alone as fast and gives two of them 13 each. OpenMP reads this when torch loads it.
+# OpenMP's threads spin while they wait: two trainings on the same cores made 2 images/s each, one
+# alone 25. If they sleep after 2,000 turns, two make 13 each. OpenMP reads this as torch loads it.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"
 
@@ -21,12 +18,12 @@ import torch.distributed as dist  # noqa: E402
 def start(device):
     """Join the other processes, if torchrun started this one; returns the device to use.
     Only the first process prints."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if device.startswith("cuda"):
+    several, cuda = int(os.environ.get("WORLD_SIZE", 1)) > 1, device.startswith("cuda")
+    if cuda:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if several else device
         torch.cuda.set_device(device)
     if several and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo")
         atexit.register(dist.destroy_process_group)
         if rank():
             sys.stdout = open(os.devnull, "w")
@@ -52,16 +49,13 @@ def gather(value):
 def everywhere(function, *arguments):
     """What a function returns here.
     A ValueError in any process is raised in the first one, which says it, and ends the others."""
-    value = error = None
     try:
-        value = function(*arguments)
+        value, error = function(*arguments), None
     except ValueError as caught:
-        error = str(caught)
+        value, error = None, str(caught)
     errors = [text for text in gather(error) if text]
-    if errors and rank():
-        sys.exit(1)
     if errors:
-        raise ValueError(errors[0])
+        raise SystemExit(1) if rank() else ValueError(errors[0])
     return value
 
 
@@ -97,13 +91,9 @@ def share_buffers(module):
 
 
 def keep_memory():
-    """Tell glibc to keep what is freed, on a CPU.
-    By default every large activation is new memory, which the system hands out page by page; that
-    took a fifth of a training step of Deformable DETR at 512 pixels."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    mmap_max, trim_threshold = -4, -1  # the numbers of these options in malloc.h
-    mallopt(mmap_max, 0)  # nothing apart from the heap …
-    mallopt(trim_threshold, -1)  # … and nothing of the heap given back: the largest number
+    """Tell glibc to keep what is freed, on a CPU: by default the system hands out every large
+    activation anew, page by page, a fifth of a training step of Deformable DETR at 512 pixels."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # the numbers of its options are those of malloc.h
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing apart from the heap …
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: … and nothing of the heap given back

@@ -1,32 +1,23 @@
 """Synthetic aerial scenes: objects of fifteen classes on textured ground, by their seed alone.
-
 A point is a complex number x + iy: to turn and scale a shape is one multiplication, to move it is
-one addition. To add a class, add a row to SHAPES: its box and area follow from the first polygon
-of that row.
-"""
+one addition. To add a class, add a row to SHAPES, above "tree"."""
 
 from collections import namedtuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-# fmt: off
-CLASSES = ("ship", "storage_tank", "baseball_diamond", "tennis_court", "basketball_court",
-           "Ground_Track_Field", "Bridge", "Large_Vehicle", "Small_Vehicle", "Helicopter",
-           "Swimming_pool", "Roundabout", "Soccer_ball_field", "plane", "Harbor")
-# fmt: on
 CIRCLE = np.exp(2j * np.pi * np.arange(-24, 25) / 24)  # two turns by 15 degrees: arcs are slices
 
 
-def rect(x, y, w, h):
-    """Rectangle of w x h centred on (x, y), closed so that it can be stroked as well as filled."""
-    corners = -w - 1j * h, w - 1j * h, w + 1j * h, -w + 1j * h, -w - 1j * h
-    return x + 1j * y + np.array(corners) / 2
+def rect(w, h):
+    """Rectangle about 0, closed so that it can be stroked as well as filled."""
+    return np.array((-w - 1j * h, w - 1j * h, w + 1j * h, -w + 1j * h, -w - 1j * h)) / 2
 
 
-def arc(x, y, r, start=-180, stop=180):
-    """Arc about (x, y) between two angles, multiples of 15 degrees; the whole circle by default."""
-    return CIRCLE[start // 15 + 24 : stop // 15 + 25] * r + x + 1j * y
+def arc(r, start=-180, stop=180):
+    """Arc about 0 between two angles, multiples of 15 degrees; the whole circle by default."""
+    return CIRCLE[start // 15 + 24 : stop // 15 + 25] * r
 
 
 def mirror(*half):
@@ -48,19 +39,16 @@ PLANE = mirror(.5, .47 + .03j, .4 + .05j, .14 + .05j, -.1 + .46j, -.19 + .46j, -
 BLADES = [.15 + .36 * CIRCLE[24 + k] * (1 + s) for k in (3, 9) for s in (-.06j, .06j)]  # rotor
 HELICOPTER = mirror(.42, .38 + .06j, .28 + .08j, *BLADES[:2], .15 + .09j, *BLADES[2:], .02 + .08j,
                     -.08 + .04j, -.4 + .03j, -.41 + .1j, -.5 + .1j, -.48 + .02j)
-PIER = mirror(*(x + p for x in (.42, .19, -.04, -.27, -.5)
-                for p in (.08 + .08j, .08 + .31j, .31j, .08j)))
+PIER = mirror(*np.add.outer((.42, .19, -.04, -.27, -.5), (.08 + .08j, .08 + .31j, .31j, .08j)).flat)
 POOL = CIRCLE[:24] * (.38 + .12 * (CIRCLE[:24] ** 2).real - .09 * CIRCLE[:24].imag)  # a kidney
-TRACK, OVAL = (np.concatenate(both(arc(.22, 0, r, -90, 90))) for r in (.28, .185))
-CROSSING = np.concatenate([q * np.append([.5 - .09j, .5 + .09j], arc(0, 0, .37, 15, 75))
-                           for q in (1, 1j, -1, -1j)])
+TRACK, OVAL = (np.concatenate(both(arc(r, -90, 90) + .22)) for r in (.28, .185))
+CROSSING = np.outer((1, 1j, -1, -1j), np.append((.5 - .09j, .5 + .09j), arc(.37, 15, 75))).ravel()
 BASES = np.array([-.28, -.04 + .24j, .2, -.04 - .24j])
 FOUL = CIRCLE[[21, 24, 27]] * (.68, 0, .68) - .34
-# white, dark, blue, shadow
-FIXED = {"W": (238, 238, 232), "K": (44, 48, 54), "B": (58, 98, 116), "S": (0, 0, 0, 48)}
-PAINT = ((238, 238, 232), (170, 176, 182), (70, 76, 86), (168, 48, 42), (48, 84, 142),
-         (206, 172, 66))
-PALE = ((238, 238, 232), (216, 214, 204), (186, 192, 194), (206, 184, 158))
+WHITE = (238, 238, 232)
+FIXED = {"W": WHITE, "K": (44, 48, 54), "B": (58, 98, 116), "S": (0, 0, 0, 48)}  # S: shadow
+PAINT = (WHITE, (170, 176, 182), (70, 76, 86), (168, 48, 42), (48, 84, 142), (206, 172, 66))
+PALE = (WHITE, (216, 214, 204), (186, 192, 194), (206, 184, 158))
 CLAY = ((176, 128, 84), (190, 146, 104), (166, 104, 72), (172, 84, 64))
 COURT = ((58, 98, 150), (64, 122, 88), (172, 92, 66), (104, 116, 128))
 STONE = ((136, 136, 134), (166, 162, 154), (116, 116, 120))
@@ -70,74 +58,67 @@ AQUA = ((70, 190, 214), (92, 206, 222), (58, 164, 206))
 # Shortest and longest length and height (for the shadow) in pixels; colours to choose "a" and "b"
 # from; then the parts, bottom first: (colour, line width or 0 for filled, polygons ...), in units
 # of the length, which lies along the x axis. "+" and "-" after a colour make it lighter or darker.
-# The first polygon is the outline and holds all others.
+# The first polygon is the outline, gives box and area, and holds all others.
 Shape = namedtuple("Shape", "low high height a b parts")
 SHAPES = {name: Shape(*row, parts) for name, *row, parts in (
     ("ship", 20, 44, 2, PAINT, CLAY + PALE, (("a", 0, SHIP), ("b", 0, SHIP * .84),
-     ("W", 0, rect(-.35, 0, .1, .24)), ("K", 0, rect(-.38, 0, .03, .1)),
-     ("b-", .03, *(rect(x, 0, .13, .17) for x in (.2, .02, -.16))))),
-    ("storage_tank", 12, 30, 3, PALE, PALE, (("a-", 0, arc(0, 0, .5)), ("a", 0, arc(0, 0, .45)),
-     ("a-", 0, np.append(arc(0, 0, .42, -180, -90), 0)), ("a-", .02, arc(0, 0, .28)),
-     ("K", 0, arc(0, 0, .05)))),
-    ("baseball_diamond", 24, 42, 0, CLAY, LAWN,
-     (("a", 0, np.append(arc(-.36, 0, .72, -45, 45), -.36)),
-     ("b", 0, BASES), ("a", 0, arc(-.04, 0, .06)), ("W", .025, FOUL),
-     ("W", 0, *(arc(b, 0, .04) for b in BASES)))),
-    ("tennis_court", 22, 36, 0, COURT, COURT, (("b", 0, rect(0, 0, 1, .54)),
-     ("a+", 0, rect(0, 0, .76, .36)),
-     ("W", .02, rect(0, 0, .76, .36), rect(0, 0, .76, .24), rect(0, 0, .4, .24), (-.2, .2)),
+     ("W", 0, rect(.1, .24) - .35), ("K", 0, rect(.03, .1) - .38),
+     ("b-", .03, *(rect(.13, .17) + x for x in (.2, .02, -.16))))),
+    ("storage_tank", 12, 30, 3, PALE, PALE, (("a-", 0, arc(.5)), ("a", 0, arc(.45)),
+     ("a-", 0, np.append(arc(.42, -180, -90), 0)), ("a-", .02, arc(.28)), ("K", 0, arc(.05)))),
+    ("baseball_diamond", 24, 42, 0, CLAY, LAWN, (("a", 0, np.append(arc(.72, -45, 45), 0) - .36),
+     ("b", 0, BASES), ("a", 0, arc(.06) - .04), ("W", .025, FOUL),
+     ("W", 0, *(arc(.04) + b for b in BASES)))),
+    ("tennis_court", 22, 36, 0, COURT, COURT, (("b", 0, rect(1, .54)), ("a+", 0, rect(.76, .36)),
+     ("W", .02, rect(.76, .36), rect(.76, .24), rect(.4, .24), (-.2, .2)),
      ("K", .035, (-.2j, .2j)))),
-    ("basketball_court", 20, 34, 0, CLAY + COURT, COURT, (("a-", 0, rect(0, 0, 1, .6)),
-     ("a", 0, rect(0, 0, .92, .52)), ("b", 0, *both(rect(.37, 0, .18, .18))),
-     ("W", .02, rect(0, 0, .92, .52), (-.26j, .26j), arc(0, 0, .1)),
-     ("W", .02, *both(rect(.37, 0, .18, .18), arc(.42, 0, .22, 90, 270),
-                       arc(.28, 0, .09, 90, 270))))),
+    ("basketball_court", 20, 34, 0, CLAY + COURT, COURT, (("a-", 0, rect(1, .6)),
+     ("a", 0, rect(.92, .52)), ("b", 0, *both(rect(.18, .18) + .37)),
+     ("W", .02, rect(.92, .52), (-.26j, .26j), arc(.1)),
+     ("W", .02, *both(rect(.18, .18) + .37, arc(.22, 90, 270) + .42, arc(.09, 90, 270) + .28)))),
     ("Ground_Track_Field", 36, 48, 0, CLAY[2:], LAWN, (("a", 0, TRACK),
      ("a+", .012, TRACK * .93, TRACK * .85), ("b", 0, OVAL),
-     ("W", .012, rect(0, 0, .46, .26), (-.13j, .13j), arc(0, 0, .06)))),
-    ("Bridge", 32, 48, 3, STONE, STONE, (("a-", 0, rect(0, 0, 1, .22)),
-     ("a", 0, rect(0, 0, 1, .17)), ("a+", .02, *both((-.49 + .09j, .49 + .09j))),
+     ("W", .012, rect(.46, .26), (-.13j, .13j), arc(.06)))),
+    ("Bridge", 32, 48, 3, STONE, STONE, (("a-", 0, rect(1, .22)), ("a", 0, rect(1, .17)),
+     ("a+", .02, *both((-.49 + .09j, .49 + .09j))),
      ("W", .025, *((x, x + .06) for x in np.arange(-.47, .45, .125))))),
-    ("Large_Vehicle", 20, 34, 2, PAINT, PAINT, (("K", 0, TRUCK), ("a", 0, rect(-.14, 0, .7, .3)),
-     ("a-", .02, rect(-.14, 0, .24, .3)), ("b", 0, rect(.38, 0, .17, .27)),
-     ("K", 0, rect(.455, 0, .05, .22)))),
-    ("Small_Vehicle", 12, 16, 1.5, PAINT, PAINT, (("a", 0, CAR), ("K", 0, rect(-.06, 0, .56, .4)),
-     ("a+", 0, rect(-.08, 0, .28, .38)))),
-    ("Helicopter", 22, 34, 4, PAINT, PAINT, (("a", 0, HELICOPTER), ("K", 0, rect(.32, 0, .1, .11)),
-     ("K", .065, *(.34 * np.array((-q, q)) + .15 for q in CIRCLE[[27, 33]])),
-     ("a+", 0, arc(.15, 0, .045)))),
+    ("Large_Vehicle", 20, 34, 2, PAINT, PAINT, (("K", 0, TRUCK), ("a", 0, rect(.7, .3) - .14),
+     ("a-", .02, rect(.24, .3) - .14), ("b", 0, rect(.17, .27) + .38),
+     ("K", 0, rect(.05, .22) + .455))),
+    ("Small_Vehicle", 12, 16, 1.5, PAINT, PAINT, (("a", 0, CAR), ("K", 0, rect(.56, .4) - .06),
+     ("a+", 0, rect(.28, .38) - .08))),
+    ("Helicopter", 22, 34, 4, PAINT, PAINT, (("a", 0, HELICOPTER), ("K", 0, rect(.1, .11) + .32),
+     ("K", .065, *(np.outer(CIRCLE[[27, 33]], (-.34, .34)) + .15)), ("a+", 0, arc(.045) + .15))),
     ("Swimming_pool", 14, 30, 0, AQUA, PALE, (("b", 0, POOL), ("a-", 0, POOL * .84),
      ("a", 0, POOL * .74), ("a+", .03, *((x - .16j, x + .06 - .04j) for x in (-.2, 0, .18))))),
     ("Roundabout", 26, 44, 0, PAINT[1:3], LAWN, (("a", 0, CROSSING),
-     ("W", .02, *both((.4, .48), (.4j, .48j))), ("W", .012, arc(0, 0, .29)),
-     ("W", 0, arc(0, 0, .2)), ("b", 0, arc(0, 0, .17)), ("b-", 0, arc(.03, .03, .08)))),
-    ("Soccer_ball_field", 30, 41, 0, LAWN, LAWN, (("a", 0, rect(0, 0, 1, .66)),
-     ("a+", 0, *both(rect(.345, 0, .115, .58), rect(.115, 0, .115, .58))),
-     ("W", .016, *both(rect(.39, 0, .14, .32))),
-     ("W", .016, rect(0, 0, .92, .58), (-.29j, .29j), arc(0, 0, .1),
-      *both(rect(.435, 0, .05, .15))))),
+     ("W", .02, *both((.4, .48), (.4j, .48j))), ("W", .012, arc(.29)), ("W", 0, arc(.2)),
+     ("b", 0, arc(.17)), ("b-", 0, arc(.08) + .03 + .03j))),
+    ("Soccer_ball_field", 30, 41, 0, LAWN, LAWN, (("a", 0, rect(1, .66)),
+     ("a+", 0, *both(rect(.115, .58) + .345, rect(.115, .58) + .115)),
+     ("W", .016, *both(rect(.14, .32) + .39)),
+     ("W", .016, rect(.92, .58), (-.29j, .29j), arc(.1), *both(rect(.05, .15) + .435)))),
     ("plane", 22, 46, 3, PALE, PAINT[3:], (("a-", 0, PLANE),
-     ("K", 0, *(rect(.07, y, .13, .05) for y in (-.2, .2))), ("a+", .09, (-.42, .43)),
-     ("b", .045, (-.48, -.3)), ("K", 0, rect(.445, 0, .03, .05)))),
+     ("K", 0, *(rect(.13, .05) + .07 + y for y in (-.2j, .2j))), ("a+", .09, (-.42, .43)),
+     ("b", .045, (-.48, -.3)), ("K", 0, rect(.03, .05) + .445))),
     ("Harbor", 30, 42, 2, STONE, CLAY, (("a", 0, PIER), ("a+", .08, (-.48, .48)),
      ("a-", .02, *both(*((x - .1j, x - .29j) for x in (.46, .23, 0, -.23, -.46)))))),
-    ("tree", 6, 12, 2, LAWN, LAWN, (("a-", 0, arc(0, 0, .5)), ("a", 0, arc(-.1, -.1, .25)))),
-    ("roof", 12, 20, 2.5, CLAY + STONE, PALE, (("a-", 0, rect(0, 0, 1, .7)),
-     ("a", 0, rect(0, -.175, 1, .35)))),
+    ("tree", 6, 12, 2, LAWN, LAWN, (("a-", 0, arc(.5)), ("a", 0, arc(.25) - .1 - .1j))),
+    ("roof", 12, 20, 2.5, CLAY + STONE, PALE, (("a-", 0, rect(1, .7)),
+     ("a", 0, rect(1, .35) - .175j))),
     ("pond", 0, 0, 0, CLAY, LAWN, (("a", 0, POOL * 1.6j), ("b-", 0, POOL * 1.56j),
      ("B", 0, POOL * 1.48j))))}
+CLASSES = tuple(SHAPES)[:-3]  # the last three have no label
 
 # dark, light, patch colour; waves: spacing in pixels, strength, bend; things per 128 x 128 pixels
 GROUNDS = {
-    "water": ((34, 66, 88), (66, 108, 124), (84, 134, 138), 6, 4, 3, ()),
-    "grass": ((74, 100, 54), (122, 146, 84), (150, 146, 98), 9, 4, .3, ("tree",) * 12),
-    "soil": ((128, 104, 76), (178, 154, 118), (120, 122, 78), 7, 5, .6, ("tree",) * 4),
-    "paved": ((118, 118, 116), (152, 150, 146), (98, 98, 100), 24, 3, 0, ()),
-    "town": ((104, 108, 84), (142, 138, 116), (92, 112, 68), 3, 1, 0,
-             ("roof",) * 8 + ("tree",) * 10)}
+    "water": ((34, 66, 88), (66, 108, 124), (84, 134, 138), 6, 4, 3, []),
+    "grass": ((74, 100, 54), (122, 146, 84), (150, 146, 98), 9, 4, .3, ["tree"] * 12),
+    "soil": ((128, 104, 76), (178, 154, 118), (120, 122, 78), 7, 5, .6, ["tree"] * 4),
+    "paved": ((118, 118, 116), (152, 150, 146), (98, 98, 100), 24, 3, 0, []),
+    "town": ((104, 108, 84), (142, 138, 116), (92, 112, 68), 3, 1, 0, ["roof"] * 8 + ["tree"] * 10)}
 # fmt: on
-# Bridges come at sea and on land, half as often each: with 0.17 of the scenes at sea all classes
-# are about as common.
+# With 0.17 of the scenes at sea, and bridges at sea and on land, all classes are about as common.
 AT_SEA = ["ship", "Harbor"] * 2 + ["Bridge"]
 ON_LAND = [name for name in CLASSES if name not in ("ship", "Harbor")]
 # turn: length in pixels times the direction of the x axis; box: xyxy in pixels, not clipped
@@ -146,27 +127,25 @@ Thing = namedtuple("Thing", "name turn centre box")
 
 def place(rng, name, things, size, last=None):
     """One more Thing where there is room, next to `last` if that is given; None without room."""
-    low, high = SHAPES[name][:2]
+    low, high, *_, parts = SHAPES[name]
     if last:
         turn = last.turn
     else:
         turn = complex((low + (high - low) * rng.random()) * np.exp(2j * np.pi * rng.random()))
-    outline = SHAPES[name].parts[0][2] * turn
-    x0, y0 = float(outline.real.min()), float(outline.imag.min())
-    w, h = float(np.ptp(outline.real)), float(np.ptp(outline.imag))
+    outline = parts[0][2] * turn
+    w, h = extent = np.array((np.ptp(outline.real), np.ptp(outline.imag)))
     # the border of the image cuts off at most a fifth of width and height: 0.64 of the box stays
-    u, v = rng.random((10, 2)).T
-    spots = list(zip((size - 0.6 * w) * u - 0.2 * w, (size - 0.6 * h) * v - 0.2 * h))
+    spots = [*(rng.random((10, 2)) * (size - 0.6 * extent) - 0.2 * extent)]
     if last:  # one step to the left or right, as wide as keeps the boxes apart
         side = 1j * turn / abs(turn) + 1e-9 + 1e-9j
         side *= 3 + min(w / abs(side.real), h / abs(side.imag))
         spots[:0] = [(last.box[0] + s * side.real, last.box[1] + s * side.imag) for s in (1, -1)]
     for x, y in spots:
         inside = -0.2 * w <= x <= size - 0.8 * w and -0.2 * h <= y <= size - 0.8 * h
-        if inside and all(
-            x > b[2] + 2 or x + w < b[0] - 2 or y > b[3] + 2 or y + h < b[1] - 2 for *_, b in things
-        ):
-            return Thing(name, turn, complex(x - x0, y - y0), (x, y, x + w, y + h))
+        gaps = (max(x - x1, x0 - x - w, y - y1, y0 - y - h) for *_, (x0, y0, x1, y1) in things)
+        if inside and all(gap > 2 for gap in gaps):
+            centre = complex(x - outline.real.min(), y - outline.imag.min())
+            return Thing(name, turn, centre, (x, y, x + w, y + h))
 
 
 def layout(rng, size):
@@ -221,7 +200,7 @@ def draw_thing(rng, pen, thing, sun, fine):
     shape, tint = SHAPES[thing.name], 0.88 + 0.2 * rng.random()
     a, b = (choice[int(rng.random() * len(choice))] for choice in (shape.a, shape.b))
     colours = {**FIXED, "a": a, "b": b}
-    shifts = [k * shape.height * sun / thing.turn for k in (0.5, 1, 1.3) if shape.height]
+    shifts = [k * shape.height * sun / thing.turn for k in (0.5, 1, 1.3)]
     shadow = "S", 0, *(shape.parts[0][2] + s for s in shifts)  # faint copies: a soft edge
     for name, width, *polygons in (shadow, *shape.parts):
         gain = tint * {"+": 1.16, "-": 0.76}.get(name[-1], 1)

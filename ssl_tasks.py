@@ -12,13 +12,8 @@ memory what was there:
 
 B images, C channels, H x W pixels or cells, h x w patches, P = h*w, K classes, s stride. A patch
 that is cut off by the border of its image is never corrupted, predicted or counted.
-
-The authors' code has these faults, put right here: its loss counts the patches that did not move;
-it writes a mask colour that is normalised twice (here: 0, the mean colour); in pretraining its
-visual tokens are those of another crop than the model sees; its decoder runs for nothing.
-
-To add a task: a class with what it does differently, and its name in TASKS.
-"""
+Faults of the authors' code, put right here: its loss counts patches that did not move, its mask
+colour is normalised twice, its tokens in pretraining are of another crop, its decoder runs idly."""
 
 from typing import NamedTuple
 
@@ -67,34 +62,21 @@ def spread(values, cells, size):
 
 def corrupt_map(x, corruption, cells, fill):
     """Corrupt a map or image x (B, C, H, W) with patches of cells x cells; fill (C,) masks."""
-    B, C, H, W = x.shape
-    source, masked = (
-        t.unflatten(1, corruption.grid) for t in (corruption.source, corruption.masked)
-    )
-    row, column = source // corruption.grid[1], source % corruption.grid[1]  # (B, h, w)
-    y, x_ = (torch.arange(n, device=x.device) % cells for n in (H, W))  # places in a patch
-    row = spread(row, cells, (H, W)) * cells + y[:, None]
-    column = spread(column, cells, (H, W)) * cells + x_
-    index = (row * W + column).view(B, 1, H * W).expand(-1, C, -1)
-    moved = x.flatten(2).gather(2, index).view_as(x)
-    return torch.where(spread(masked, cells, (H, W))[:, None], fill[:, None, None], moved)
-
-
-def pick(rng, patches, share):
-    """A share of the patches, drawn at random, in random order."""
-    return rng.permutation(patches)[: round(share * len(patches))]
+    H, W = x.shape[2:]
+    patches = F.pixel_unshuffle(F.pad(x, (0, -W % cells, 0, -H % cells)), cells).flatten(2)
+    patches = patches.gather(2, corruption.source[:, None].expand_as(patches))  # (B, C', P)
+    fill = fill.repeat_interleave(cells * cells)[:, None]  # (C', 1), C' = C * cells * cells
+    patches = torch.where(corruption.masked[:, None], fill, patches)
+    return F.pixel_shuffle(patches.unflatten(2, corruption.grid), cells)[..., :H, :W]
 
 
 # ---------------------------------------------------------------- what all tasks share
 class Task(nn.Module):
     """Corrupts patches and predicts something of each from the finest level of the memory.
-
     dim, strides: of the detector's maps, finest first. patch: pixels a side. ratio: share of an
     image's patches that is corrupted. on: "features" or "image". loss_on: "corrupted" or "all"
-    patches count. image_size: pixels a side if all images have one size. Raises ValueError for
-    values that do not go together.
-
-    A task overrides what it does differently:
+    patches count. image_size: pixels a side if all images have one size. Values that do not go
+    together raise ValueError. A task overrides what it does differently, and has its name in TASKS:
 
         mask(rng, patches, grid)     -> the patches that are hidden, of `patches`, the whole ones
         permute(rng, patches, grid)  -> (places, the patches whose content comes there)
@@ -102,7 +84,7 @@ class Task(nn.Module):
         predict(x (B, C, H/s, W/s), (H, W)) -> the prediction, from the memory through self.head
         target(images, corruption)   -> (B, 3, H, W) pixels, or (B, h, w) int64 classes
         errors(prediction, target)   -> error of each patch (B, P), right or not (B, P) or None
-        panels(…)                    -> rows of its picture"""
+        answers(images, prediction, target, corruption) -> {title: (picture, right or not)}"""
 
     corrupts = True  # else the clean images will do, and every patch counts
 
@@ -112,17 +94,12 @@ class Task(nn.Module):
         self.strides, self.patch, self.ratio, self.on = strides, patch, ratio, on
         self.count_all, self.image_size = loss_on == "all" or not self.corrupts, image_size
         if patch % strides[0] or any(patch % s and s % patch for s in strides):
-            cells = ", ".join(map(str, strides))
-            raise ValueError(
-                f"a patch of {patch} pixels does not cover whole cells of the maps (strides "
-                f"{cells}); take {cells} or a multiple of {strides[-1]}"
-            )
-        number = round(ratio * (image_size // patch) ** 2) if image_size and self.corrupts else 2
+            fault = f"a patch of {patch} pixels does not cover whole cells of the maps"
+            raise ValueError(f"{fault}; take one of {strides} or a multiple of {strides[-1]}")
+        number = round(ratio * (image_size // patch) ** 2) if image_size else 2
         if number < 2 and not self.count_all or image_size and image_size < patch:
-            raise ValueError(
-                f"of images of {image_size} pixels, {number} patches of {patch} would be "
-                "corrupted; take larger images, smaller patches or a larger ratio"
-            )
+            fault = f"images of {image_size} pixels: {number} patches of {patch} would be corrupted"
+            raise ValueError(f"{fault}; take larger images, smaller patches or a larger ratio")
         if on == "features" and self.corrupts:  # what stands in a masked cell of each level
             self.mask_token = nn.Parameter(torch.randn(len(strides), dim) * 0.02)
         self.head = nn.Conv2d(dim, self.outputs(), 1)
@@ -139,7 +116,7 @@ class Task(nn.Module):
         """The corruption of a batch, of each image from its own seed alone: padding (B, H, W)."""
         whole = whole_patches(padding.cpu(), self.patch).numpy()  # (B, h, w)
         grid, whole = whole.shape[1:], whole.reshape(len(whole), -1)
-        masked, source = np.zeros_like(whole), np.tile(np.arange(whole.shape[1]), (len(whole), 1))
+        masked, source = np.zeros_like(whole), np.indices(whole.shape)[1]
         for i, seed in enumerate(seeds):
             rng, patches = np.random.default_rng(seed), whole[i].nonzero()[0]
             masked[i, self.mask(rng, patches, grid)] = True
@@ -151,10 +128,8 @@ class Task(nn.Module):
         return corrupt_map(images, corruption, self.patch, images.new_zeros(3))  # the mean colour
 
     def corrupt_levels(self, levels, corruption):
-        """The same for feature maps.
-        A cell larger than a patch is masked if any patch under it changed, so nothing is left of
-        it in the maps. (What the CNN has carried into other cells remains; on="image" avoids it.)
-        """
+        """A cell larger than a patch is masked if any patch under it changed: nothing is left of it
+        in the maps. (What the CNN carried into other cells remains; on="image" avoids it.)"""
         out = []
         for level, stride, token in zip(levels, self.strides, self.mask_token):
             x, token = level.features, token.to(level.features.dtype)
@@ -185,11 +160,15 @@ class Task(nn.Module):
     def panels(self, images, prediction, target, corruption):
         """Rows of the picture: {title: (images (B, 3, H, W), patches to frame, right or not)}.
         The last two are (B, P) bool or None."""
-        moved = corruption.changed() & ~corruption.masked
-        title = "corrupted" + (": here the image, in training its features" * (self.on != "image"))
-        title += "; white: moved" * bool(moved.any())
-        corrupted = {title: (self.corrupt_images(images, corruption), moved, None)}
-        return {"original": (images, None, None), **(corrupted if self.corrupts else {})}
+        rows, moved = {"original": (images, None, None)}, corruption.changed() & ~corruption.masked
+        if self.corrupts:
+            title = "corrupted" if self.on == "image" else "corrupted (in training: its features)"
+            title += "; white: moved" * bool(moved.any())
+            rows[title] = self.corrupt_images(images, corruption), moved, None
+        for title, (picture, right) in self.answers(images, prediction, target, corruption).items():
+            title += "; green: right, red: wrong" * (right is not None)
+            rows[title] = picture, self.loss_mask(corruption), right
+        return rows
 
 
 class PixelTask(Task):
@@ -208,14 +187,11 @@ class PixelTask(Task):
         error = (prediction - target).abs().mean(1, keepdim=True)  # (B, 1, H, W)
         return F.avg_pool2d(error, self.patch, ceil_mode=True).flatten(1), None
 
-    def panels(self, images, prediction, target, corruption):
-        counted = self.loss_mask(corruption)
-        here = spread(counted.unflatten(1, corruption.grid), self.patch, images.shape[-2:])
-        predicted = torch.where(here[:, None], prediction, target)
-        shown = {} if target is images else {"target": (target, counted, None)}
-        title = "predicted in the frames, the rest as it is"
-        rows = super().panels(images, prediction, target, corruption)
-        return {**rows, **shown, title: (predicted, counted, None)}
+    def answers(self, images, prediction, target, corruption):
+        counted = self.loss_mask(corruption).unflatten(1, corruption.grid)
+        here = spread(counted, self.patch, images.shape[-2:])[:, None]
+        rows = {} if target is images else {"target": (target, None)}
+        return {**rows, "predicted in frames": (torch.where(here, prediction, target), None)}
 
 
 class ClassTask(Task):
@@ -228,11 +204,9 @@ class ClassTask(Task):
         error = F.cross_entropy(prediction, target, reduction="none")
         return error.flatten(1), (prediction.argmax(1) == target).flatten(1)
 
-    def panels(self, images, prediction, target, corruption):
-        right, counted = self.errors(prediction, target)[1], self.loss_mask(corruption)
-        answered = self.corrupt_images(images, corruption), counted, right
-        rows = super().panels(images, prediction, target, corruption)
-        return {**rows, "answered; green: right, red: wrong": answered}
+    def answers(self, images, prediction, target, corruption):
+        right = self.errors(prediction, target)[1]
+        return {"answered": (self.corrupt_images(images, corruption), right)}
 
 
 # ---------------------------------------------------------------- the five tasks
@@ -242,12 +216,12 @@ class Reconstruct(PixelTask):
 
 class MaskedPixels(PixelTask):
     def mask(self, rng, patches, grid):
-        return pick(rng, patches, self.ratio)
+        return rng.permutation(patches)[: round(self.ratio * len(patches))]
 
 
 class JigsawPixels(PixelTask):
     def permute(self, rng, patches, grid):
-        places = pick(rng, patches, self.ratio)
+        places = rng.permutation(patches)[: round(self.ratio * len(patches))]
         return places, rng.permutation(places)
 
 
@@ -269,19 +243,12 @@ class MaskedTokens(ClassTask):
     def target(self, images, corruption):  # (B, h, w)
         return self.tokenizer(images)
 
-    def panels(self, images, prediction, target, corruption):
-        counted, predicted = self.loss_mask(corruption), prediction.argmax(1)
-        shown = torch.where(counted.unflatten(1, corruption.grid), predicted, target)
-        paint, right = self.tokenizer.paint, (predicted == target).flatten(1)
-        return {
-            **Task.panels(self, images, prediction, target, corruption),
-            "its visual tokens": (paint(target, images.shape[-2:]), counted, None),
-            "predicted; green: right, red: wrong": (
-                paint(shown, images.shape[-2:]),
-                counted,
-                right,
-            ),
-        }
+    def answers(self, images, prediction, target, corruption):
+        counted = self.loss_mask(corruption).unflatten(1, corruption.grid)
+        shown = torch.where(counted, prediction.argmax(1), target)
+        tokens, shown = (self.tokenizer.paint(x, images.shape[-2:]) for x in (target, shown))
+        right = self.errors(prediction, target)[1]
+        return {"its visual tokens": (tokens, None), "predicted": (shown, right)}
 
 
 class JigsawPositions(ClassTask):
@@ -289,30 +256,23 @@ class JigsawPositions(ClassTask):
 
     def outputs(self):
         if not self.image_size:
-            raise ValueError(
-                "jigsaw-discrete has one class for each place in the grid, so all images must "
-                "have one size: give image_size"
-            )
+            raise ValueError("for this jigsaw all images must have one size: give image_size")
         return (-(-self.image_size // self.patch)) ** 2
 
     def target(self, images, corruption):  # (B, h, w)
         return corruption.source.unflatten(1, corruption.grid)
 
-    def panels(self, images, prediction, target, corruption):
+    def answers(self, images, prediction, target, corruption):
         """The counted patches are put back where all predictions, as one assignment, want them."""
-        guess = corruption.source.clone()
-        scores, counted = prediction.flatten(2).log_softmax(1), self.loss_mask(corruption)
-        for i, source in enumerate(guess):
-            patches = counted[i].nonzero()[:, 0]  # they change places among themselves
-            cost = -scores[i][patches][:, patches].T.cpu().numpy()  # (places, origins)
-            place, origin = linear_sum_assignment(cost)
-            source[patches[place]] = patches[origin]
+        guess, counted = corruption.source.clone(), self.loss_mask(corruption)
+        for source, scores, chosen in zip(guess, prediction.flatten(2), counted):
+            patches = chosen.nonzero()[:, 0]  # they change places among themselves
+            scores = scores[patches][:, patches].T.cpu().numpy()  # (places, origins)
+            source[patches] = patches[linear_sum_assignment(scores, maximize=True)[1]]
         put_back = corruption._replace(source=guess).undone()
         right = put_back.source == corruption.undone().source
-        corrupted = self.corrupt_images(images, corruption)
-        solved = self.corrupt_images(corrupted, put_back), put_back.changed() | ~right, right
-        rows = Task.panels(self, images, prediction, target, corruption)
-        return {**rows, "put back, one to each place; green: right, red: wrong": solved}
+        solved = self.corrupt_images(self.corrupt_images(images, corruption), put_back)
+        return {"put back, one to each place": (solved, right)}
 
 
 TASKS = {

@@ -1,7 +1,5 @@
 """Visual tokens: a number for each patch, from k-means or from the encoder published with DALL-E.
-
-Letters as in ssl_tasks.py: B images of H x W pixels, normalised, with h x w patches; K tokens.
-"""
+Letters as in ssl_tasks.py: B images of H x W pixels, normalised, with h x w patches; K tokens."""
 
 import warnings
 
@@ -18,8 +16,7 @@ def thumbnails(images, patch):
     """Each patch reduced to 4 x 4 pixels: (B, 3, H, W) -> (B, h, w, 48)."""
     H, W = images.shape[-2:]
     small = F.avg_pool2d(F.pad(images, (0, -W % patch, 0, -H % patch)), patch // 4)
-    small = small.unflatten(3, (-1, 4)).unflatten(2, (-1, 4))  # (B, 3, h, 4, w, 4)
-    return small.permute(0, 2, 4, 1, 3, 5).flatten(3)
+    return F.pixel_unshuffle(small, 4).movedim(1, -1)
 
 
 class Tokenizer(nn.Module):
@@ -33,9 +30,7 @@ class Tokenizer(nn.Module):
 
     def paint(self, tokens, size):
         """A picture of tokens: (B, h, w) -> (B, 3, *size)."""
-        B, h, w = tokens.shape
-        small = self.codes[tokens].view(B, h, w, 3, 4, 4).permute(0, 3, 1, 4, 2, 5)
-        small = small.reshape(B, 3, 4 * h, 4 * w)
+        small = F.pixel_shuffle(self.codes[tokens].movedim(-1, 1), 4)
         return F.interpolate(small, scale_factor=self.patch / 4)[..., : size[0], : size[1]]
 
 
@@ -45,17 +40,14 @@ class KMeans(Tokenizer):
     def fit(self, batches, seed):
         """batches: (images, which patches to take (B, h, w) bool). ValueError if too few."""
         sample = torch.cat([thumbnails(x, self.patch)[taken] for x, taken in batches]).numpy()
-        K = len(self.codes)
-        if len(sample) < K:
-            raise ValueError(
-                f"a vocabulary of {K} needs as many patches, the sample of the tokenizer has "
-                f"{len(sample)}; lower it or take more images"
-            )
+        K, n = len(self.codes), len(sample)
+        if n < K:
+            message = f"a vocabulary of {K} needs as many patches, the tokenizer's sample has {n}"
+            raise ValueError(f"{message}; lower it or take more images")
         start = "++" if K <= 256 else "points"  # k-means++ takes minutes beyond
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a code without patches stays where it is
-            rng = np.random.default_rng(seed)
-            codes, _ = kmeans2(sample, K, iter=20, minit=start, seed=rng)
+            codes, _ = kmeans2(sample, K, iter=20, minit=start, seed=np.random.default_rng(seed))
         self.codes.copy_(torch.from_numpy(codes))
 
     def forward(self, images):
@@ -68,18 +60,15 @@ class Dalle(Tokenizer):
     stay in their file and are not part of a checkpoint."""
 
     def __init__(self, patch, weights):
-        state = load_dalle(weights)
-        super().__init__(patch, len(state["blocks.output.conv.b"]))
-        self.state = state
+        self.state = load_dalle(weights)
+        super().__init__(patch, len(self.state["blocks.output.conv.b"]))
 
     def fit(self, batches, seed):
         """For pictures only: a token looks like the mean of the patches that have it, or grey."""
-        count = torch.zeros(len(self.codes), 1)
-        for images, taken in batches:
-            tokens = self(images)[taken]
-            self.codes.index_add_(0, tokens, thumbnails(images, self.patch)[taken])
-            count.index_add_(0, tokens, torch.ones(len(tokens), 1))
-        self.codes /= count.clamp(min=1)
+        sample = [(self(x)[taken], thumbnails(x, self.patch)[taken]) for x, taken in batches]
+        tokens, looks = map(torch.cat, zip(*sample))
+        count = tokens.bincount(minlength=len(self.codes)).clamp(min=1)
+        self.codes.index_add_(0, tokens, looks).div_(count[:, None])
 
     @torch.no_grad()
     def forward(self, images):
@@ -90,37 +79,25 @@ class Dalle(Tokenizer):
         return dalle_logits(self.state, pixels).argmax(1)
 
 
-class _Pickled:
-    """Stands for every class of the published file, so that none of its code is run."""
-
-
 def load_dalle(path):
     """The weights of DALL-E's encoder, as published (a pickled module) or as a state dict.
-    Nothing is executed. Raises ValueError naming the file."""
+    Plain modules stand for its classes, so none of its code is run. ValueError names the file."""
     classes = [f"dall_e.{x}" for x in ("encoder.Encoder", "encoder.EncoderBlock", "utils.Conv2d")]
     names = "container.Sequential", "activation.ReLU", "linear.Identity", "pooling.MaxPool2d"
     classes += [f"torch.nn.modules.{name}" for name in names]
     try:
-        with torch.serialization.safe_globals([(_Pickled, name) for name in classes]):
+        with torch.serialization.safe_globals([(nn.Module, name) for name in classes]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        state = dict(content if isinstance(content, dict) else _weights(content))
+        state = content if isinstance(content, dict) else content.state_dict()
         state = {name: tensor.detach().float() for name, tensor in state.items()}
         with torch.no_grad():
             dalle_logits(state, torch.zeros(1, 3, 8, 8))
     except FileNotFoundError:
-        message = f"{path}: no such file; expected is the encoder.pkl that OpenAI published"
-        raise ValueError(message) from None
+        raise ValueError(f"{path}: no such file; it takes OpenAI's encoder.pkl") from None
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         message = f"{path}: is not the published encoder of DALL-E, or damaged"
         raise ValueError(f"{message} ({type(error).__name__})") from None
     return state
-
-
-def _weights(module, prefix=""):
-    for name, tensor in module._parameters.items():
-        yield prefix + name, tensor
-    for name, child in module._modules.items():
-        yield from _weights(child, f"{prefix}{name}.")
 
 
 def dalle_logits(state, x):
@@ -130,15 +107,14 @@ def dalle_logits(state, x):
         weight = state[f"blocks.{name}.w"]
         return F.conv2d(x, weight, state[f"blocks.{name}.b"], padding=weight.shape[-1] // 2)
 
-    names = (name.split(".res_path")[0] for name in state if ".res_path" in name)
-    blocks = sorted({name.removeprefix("blocks.") for name in names})
     x = conv("input", x)
-    for i, block in enumerate(blocks):
-        if i and block.endswith("block_1"):  # between the four groups
-            x = F.max_pool2d(x, 2)
-        update = x
+    for group, block in np.ndindex(4, 2):
+        name = f"group_{group + 1}.block_{block + 1}"
+        shortcut = update = x
+        if group and not block:
+            update = F.max_pool2d(x, 2)
+            shortcut = conv(f"{name}.id_path", update)
         for n in (1, 2, 3, 4):
-            update = conv(f"{block}.res_path.conv_{n}", F.relu(update))
-        shortcut = conv(f"{block}.id_path", x) if f"blocks.{block}.id_path.w" in state else x
-        x = shortcut + update / len(blocks) ** 2
+            update = conv(f"{name}.res_path.conv_{n}", F.relu(update))
+        x = shortcut + update / 64
     return conv("output.conv", F.relu(x))
