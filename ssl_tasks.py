@@ -157,6 +157,32 @@ class Task(nn.Module):
         counted = self.loss_mask(corruption)
         return (error * counted).sum() / max(num_patches or counted.sum(), 1)
 
+    def check(self, images, padding):
+        """Try a batch before training. ValueError that names the method whose result does not fit,
+        or says that no patch of these images would count."""
+        (B, _, H, W), corruption = images.shape, self.draw(padding, range(len(images)))
+        (h, w), s = corruption.grid, self.strides[0]
+
+        def expect(method, what, is_so):
+            if not is_so:
+                raise ValueError(f"{type(self).__name__}.{method}: {what}; see ssl_tasks.Task")
+
+        places = torch.arange(h * w).expand(B, -1)
+        same = corruption.source.sort(1)[0].equal(places)
+        expect("permute", "sources are not the places in another order", same)
+        target, classes = self.target(images, corruption), isinstance(self, ClassTask)
+        wanted = (B, h, w) if classes else (B, 3, H, W)
+        expect("target", f"{tuple(target.shape)} instead of {wanted}", target.shape == wanted)
+        inside = not classes or 0 <= target.min() and target.max() < self.outputs()
+        expect("target", f"classes beyond the {self.outputs()} of outputs", inside)
+        memory = torch.zeros(B, self.head.in_channels, -(-H // s), -(-W // s))
+        for result in self.errors(self.predict(memory, (H, W)), target):
+            fits = result is None or result.shape == (B, h * w)
+            expect("errors", f"not the shape {(B, h * w)} of the patches", fits)
+        counts = self.loss_mask(corruption).any()
+        share = f"a share of {self.ratio} leaves no patch of {self.patch} pixels to predict"
+        expect("mask", f"{share}; take smaller patches or a larger share", counts)
+
     def panels(self, images, prediction, target, corruption):
         """Rows of the picture: {title: (images (B, 3, H, W), patches to frame, right or not)}.
         The last two are (B, P) bool or None."""
@@ -285,5 +311,8 @@ TASKS = {
 
 
 def build_task(name, **arguments):
-    """The task of that name; the arguments are those of its class."""
+    """The task of that name, with the arguments of its class. ValueError if it lacks a method."""
+    lacking = [x for x in ("outputs", "predict", "target", "errors") if not hasattr(TASKS[name], x)]
+    if lacking:
+        raise ValueError(f"{TASKS[name].__name__} lacks {', '.join(lacking)}: see ssl_tasks.Task")
     return TASKS[name](**arguments)

@@ -369,6 +369,9 @@ def build_task(args, strides, train_set):
         sample = isaid.loader(train_set, args.workers, batch_size=8, sampler=order[:256].tolist())
         sample = ((x, ssl_tasks.whole_patches(padding, task.patch)) for x, padding, _ in sample)
         task.tokenizer.fit(sample, args.seed)
+    if train_set:
+        images, padding, _ = isaid.collate([train_set[i] for i in range(min(4, len(train_set)))])
+        task.check(images, padding)
     return task.to(args.device), config
 
 

@@ -23,6 +23,7 @@ import patches
 import pictures
 import predict
 import reproduce
+import ssl_tasks
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -451,3 +452,44 @@ def test_a_loss_that_explodes_ends_the_run(tmp_path):
     flags = [*TINY, "--limit_train", "8", "--epochs", "30", "--lr", "10", "--lr_drop", "0"]
     said = error_of(train.main, *flags, "--clip_max_norm", 1000, "--out", tmp_path / "run")
     assert "lower --lr" in said
+
+
+class Rotation(ssl_tasks.ClassTask):
+    """A student's task with the mistakes of the table below."""
+
+    fault = None
+
+    def outputs(self):
+        return 2 if self.fault == "target: classes" else 4
+
+    def permute(self, rng, patches, grid):
+        return patches, patches * 0 if self.fault == "permute" else patches
+
+    def mask(self, rng, patches, grid):
+        return [] if self.fault == "mask" else patches
+
+    def target(self, images, corruption):
+        target = torch.full_like(corruption.source, 3)
+        return target if self.fault == "target" else target.unflatten(1, corruption.grid)
+
+    def errors(self, prediction, target):
+        error, right = super().errors(prediction, target)
+        return (error[:, :-1] if self.fault == "errors" else error), right
+
+
+@pytest.mark.parametrize("fault", [None, "permute", "mask", "target", "target: classes", "errors"])
+def test_a_task_that_does_not_fit_is_named_before_training(fault, monkeypatch, tmp_path):
+    monkeypatch.setitem(ssl_tasks.TASKS, "reconstruct", Rotation)
+    monkeypatch.setattr(Rotation, "fault", fault)
+    command = [*TINY, "--setting", "pretrain", "--ssl_task", "reconstruct", "--limit_train", "2"]
+    command += ["--limit_val", "2", "--out", str(tmp_path / "run")]
+    if not fault:
+        return train.main(command)
+    assert f"Rotation.{fault}" in error_of(train.main, *command)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_task_without_its_methods_is_named(monkeypatch):
+    monkeypatch.setitem(ssl_tasks.TASKS, "reconstruct", type("Empty", (ssl_tasks.Task,), {}))
+    flags = [*TINY, "--setting", "pretrain", "--ssl_task", "reconstruct"]
+    assert "Empty lacks outputs, predict, target, errors" in error_of(train.main, *flags)

@@ -283,7 +283,7 @@ def test_nan_stops_before_the_step_with_one_line(what, monkeypatch):
 
 
 # ---------------------------------------------------------------- the house
-FLOORS = ["deformable_attn coco scenes parallel", "patches ssl_tasks visual_tokens detr",
+FLOORS = ["deformable_attn flags coco scenes parallel", "patches ssl_tasks visual_tokens detr",
           "pictures checkpoint isaid", "eval", "train predict", "reproduce"]  # fmt: skip
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("deformable_attn/*.py")]
