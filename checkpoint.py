@@ -12,7 +12,6 @@ import os
 import platform
 import signal
 import subprocess
-import threading
 import time
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torchvision
 import coco
 import detr
 import parallel
+from flags import one_line
 
 MAY_DIFFER = {"resume", "out", "workers", "device", "data", "tokenizer_weights"}  # files may move
 NEED_SAME = "a run goes on with the flags, data and number of processes it was started with"
@@ -57,10 +57,10 @@ class Run:
     def log_line(self, batch):
         """The log's line of this epoch; losses are means over batches and processes."""
         losses = {f"train_{name}": parallel.mean(x) / self.steps for name, x in self.sums.items()}
-        rate = self.steps * batch * parallel.world() / max(self.seconds, 1e-9)
-        wait = self.waited / max(self.seconds, 1e-9)
-        times = {"seconds": round(self.seconds, 2), "data_wait": round(wait, 4)}
-        return {"epoch": self.epoch, **losses, **times, "images_per_second": round(rate, 2)}
+        seconds = max(self.seconds, 1e-9)
+        times = {"seconds": round(self.seconds, 2), "data_wait": round(self.waited / seconds, 4)}
+        rate = round(self.steps * batch * parallel.world() / seconds, 2)
+        return {"epoch": self.epoch, **losses, **times, "images_per_second": rate}
 
     def next_epoch(self):
         self.epoch += 1
@@ -72,11 +72,9 @@ PLAIN = "steps", "epoch", "step", "seconds", "waited", "first_loss", "best", "lo
 
 def product(run):
     """What others need of a run; the decoder of a pretraining is left out."""
-    pretrain = run.content["args"]["setting"] == "pretrain"
-    weights = run.model.state_dict()
-    if pretrain:
+    weights, task = run.model.state_dict(), run.task and run.task.state_dict()
+    if run.content["args"]["setting"] == "pretrain":
         weights = {k: x for k, x in weights.items() if detr.part_of(k) != "decoder"}
-    task = run.task.state_dict() if run.task else None
     return {**run.content, "model": weights, "task_state": task, "epoch": run.epoch}
 
 
@@ -106,8 +104,7 @@ def save(path, content):
 
 
 def open_last(args):
-    """The checkpoint to go on from, or None if there is none yet.
-    Raises ValueError if it was made with other flags."""
+    """The checkpoint to go on from, or None yet. ValueError if it was made with other flags."""
     path = Path(args.out, "last.pt")
     if not path.exists():
         if path.with_name("log.jsonl").exists():
@@ -117,10 +114,9 @@ def open_last(args):
     before = state.get("args")
     if not isinstance(before, dict):
         raise ValueError(f"{path}: is not a checkpoint of train.py; start from it with --init")
-    differ = [k for k in before.keys() | now.keys() if before.get(k) != now.get(k)]
-    differ = sorted(set(differ) - MAY_DIFFER)
-    if differ:
-        changes = (f"--{name} {before.get(name)}, not {now.get(name)}" for name in differ)
+    differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    changes = [f"--{k} {before.get(k)}, not {now.get(k)}" for k in differ if k not in MAY_DIFFER]
+    if changes:
         raise ValueError(f"{path}: was made with {', '.join(changes)}; {NEED_SAME}")
     return state
 
@@ -156,7 +152,7 @@ def resume(run, state, device):
         if own["cuda"] is not None:
             torch.cuda.set_rng_state(own["cuda"])
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-        why = str(error).splitlines()[0]
+        why = one_line(error)
         raise ValueError(f"last.pt: cannot be gone on from ({why}); use --init") from None
 
 
@@ -165,9 +161,7 @@ class Signals:
 
     def __enter__(self):
         self.caught = 0
-        numbers = signal.SIGINT, signal.SIGTERM
-        here = threading.current_thread() is threading.main_thread()
-        self.before = {n: signal.signal(n, self._note) for n in numbers} if here else {}
+        self.before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _note(self, number, frame):
@@ -181,8 +175,7 @@ class Signals:
 
 # ---------------------------------------------------------------- the run folder
 def make_folder(args):
-    """A new folder for the run with its config.json; one that is there is only gone on with.
-    Raises ValueError."""
+    """A new folder for the run with its config.json, or the one to go on with. ValueError."""
     if args.out is None:
         kind = args.setting if args.setting == "detect" else f"{args.setting}-{args.ssl_task}"
         names = (Path(f"runs/{args.model}-{kind}-{n}") for n in itertools.count(1))
@@ -191,7 +184,9 @@ def make_folder(args):
     try:
         out.mkdir(parents=True, exist_ok=args.resume)
         if not (out / "last.pt").exists():  # a run may end before its first checkpoint
-            config = {"args": vars(args), "versions": versions(), "revision": revision()}
+            versions = {"python": platform.python_version(), "torch": torch.__version__}
+            versions["torchvision"] = torchvision.__version__
+            config = {"args": vars(args), "versions": versions, "revision": revision()}
             coco.write_text(out / "config.json", json.dumps(config, indent=1))
     except FileExistsError:
         advice = "name a new folder, or go on with its run: --resume"
@@ -201,24 +196,15 @@ def make_folder(args):
     return str(out)
 
 
-def versions():
-    here = {"python": platform.python_version()}
-    return {**here, "torch": torch.__version__, "torchvision": torchvision.__version__}
-
-
 def revision():
     """The commit of this code, and whether it was changed since."""
-
-    def git(*command):
-        where = {"cwd": Path(__file__).resolve().parent, "check": True}
-        done = subprocess.run(["git", *command], capture_output=True, text=True, **where)
-        return done.stdout.strip()
-
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty= with changes"]
+    where = Path(__file__).resolve().parent
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
+        done = subprocess.run(command, cwd=where, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return done.stdout.strip()
 
 
 def write_log(path, log):

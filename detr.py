@@ -18,7 +18,6 @@ rounding. Departures from it:
 import argparse
 import copy
 import hashlib
-import itertools
 import math
 import zipfile
 from pathlib import Path
@@ -30,12 +29,10 @@ import torch.nn.functional as F
 import torchvision
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import box_convert
 
-import deformable_attn
-from deformable_attn import MSDeformAttn
+from deformable_attn import MSDeformAttn, backend
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 
@@ -53,8 +50,7 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
     """Batch normalisation with constant statistics and scale, in one pass instead of two."""
 
     def forward(self, x):
-        statistics = self.running_mean, self.running_var
-        return F.batch_norm(x, *statistics, self.weight, self.bias, eps=self.eps)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
 
 
 class Backbone(nn.Module):
@@ -66,8 +62,14 @@ class Backbone(nn.Module):
             raise ValueError(f"backbone {name!r} is not one of {', '.join(BACKBONES)}")
         norm = FrozenBatchNorm2d if frozen_bn else nn.BatchNorm2d
         resnet = torchvision.models.get_model(name, weights=weights, norm_layer=norm)
-        if dilation:
-            dilate(resnet.layer4)
+        if (
+            dilation
+        ):  # DC5: the last stage keeps its resolution, its later blocks reach twice as far
+            for place, module in resnet.layer4.named_modules():
+                if isinstance(module, nn.Conv2d):
+                    module.stride = 1, 1
+                    if module.kernel_size == (3, 3) and not place.startswith("0."):
+                        module.dilation = module.padding = 2, 2
         names = ["layer1", "layer2", "layer3", "layer4"][-stages:]
         self.channels = [64 * 2**i * resnet.layer1[0].expansion for i in range(4)][-stages:]
         self.strides = [4, 8, 16, 16 if dilation else 32][-stages:]
@@ -80,32 +82,28 @@ class Backbone(nn.Module):
         return list(self.body(images).values())
 
 
-def dilate(stage):
-    """DC5: the stage keeps its resolution; its later convolutions reach twice as far instead."""
-    for i, block in enumerate(stage):
-        for conv in (module for module in block.modules() if isinstance(module, nn.Conv2d)):
-            conv.stride = 1, 1
-            if i > 0 and conv.kernel_size == (3, 3):
-                conv.dilation = conv.padding = 2, 2
-
-
-def resize_padding(padding, features):
-    """The mask of the images at the resolution of a map: (B, H, W) bool."""
-    return F.interpolate(padding[:, None].float(), size=features.shape[-2:])[:, 0].bool()
+def sine(x, channels):
+    """Sine encoding of numbers in 0..1, sine and cosine by turns: (...) -> (..., channels)."""
+    frequency = 10000 ** (torch.arange(channels // 2, device=x.device) / (channels // 2))
+    angle = x[..., None] * (2 * math.pi) / frequency
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)
 
 
 def sine_position(padding, channels, centre):
-    """Sine encoding of each cell's place in the unpadded image (DETR, section A.4).
-    padding (B, H, W) -> (B, channels, H, W). centre: 0 counts cells from 1 as DETR does, 0.5 takes
-    their centres as Deformable DETR does."""
-    frequency = 10000 ** (torch.arange(channels // 4, device=padding.device) / (channels // 4))
+    """Each cell's place in the unpadded image (DETR, A.4): (B, H, W) -> (B, channels, H, W).
+    centre: 0 counts cells from 1, as DETR does; 0.5 takes centres, as Deformable DETR does."""
     parts = []
     for dim in (1, 2):  # y, then x
         count = (~padding).cumsum(dim, dtype=torch.float32)  # (B, H, W)
-        share = (count - centre) / (count.narrow(dim, count.shape[dim] - 1, 1) + 1e-6)
-        angle = (share * (2 * math.pi))[..., None] / frequency  # (B, H, W, channels / 4)
-        parts.append(torch.stack([angle.sin(), angle.cos()], -1).flatten(3))  # alternating
+        share = (count - centre) / (count.amax(dim, keepdim=True) + 1e-6)
+        parts.append(sine(share, channels // 2))
     return torch.cat(parts, -1).permute(0, 3, 1, 2)
+
+
+def make_level(features, padding, centre):
+    """A map (B, C, h, w) with the images' padding (B, H, W) at its resolution and its positions."""
+    padding = F.interpolate(padding[:, None].float(), size=features.shape[-2:])[:, 0].bool()
+    return Level(features, padding, sine_position(padding, features.shape[1], centre))
 
 
 def flatten(levels):
@@ -142,17 +140,15 @@ class Layer(nn.Module):
 
 
 class MLP(nn.Module):
-    """The box head: linear layers with ReLU between them."""
+    """The box head: three linear layers with ReLU between them."""
 
-    def __init__(self, dim, out, n_layers=3):
+    def __init__(self, dim):
         super().__init__()
-        sizes = [dim] * n_layers + [out]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        self.layers = nn.ModuleList(nn.Linear(dim, out) for out in (dim, dim, 4))
 
     def forward(self, x):
-        for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
-        return self.layers[-1](x)
+        first, second, last = self.layers
+        return last(F.relu(second(F.relu(first(x)))))
 
 
 def stack(layers):
@@ -161,13 +157,13 @@ def stack(layers):
 
 
 class Detector(nn.Module):
-    """Both detectors define features, encode and decode; `criterion` has the matching losses.
-    strides: pixels between the cells of each level, finest first."""
+    """Both detectors define features, encode, decode, and focal: whether scores are sigmoids.
+    strides: pixels between the cells of each level, finest first; criterion: the losses."""
 
-    focal = None  # whether scores are sigmoids trained with focal loss
-
-    def __init__(self):
+    def __init__(self, hidden_dim, nheads, factor):
         super().__init__()
+        if hidden_dim % nheads or hidden_dim % factor:
+            raise ValueError(f"hidden_dim {hidden_dim} must be a multiple of {nheads} and {factor}")
         self.criterion = Criterion(self.focal)
 
     def forward(self, images, padding):
@@ -190,18 +186,14 @@ class Detector(nn.Module):
         return [{"scores": s, "labels": l, "boxes": b} for s, l, b in zip(scores, labels, boxes)]
 
 
-def xavier_(module):
-    for parameter in module.parameters():
+def initialise(transformer):
+    """Xavier's weights, but deformable attention has its own."""
+    for parameter in transformer.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
-
-
-def check_sizes(hidden_dim, nheads, multiple, **counts):
-    if hidden_dim % nheads or hidden_dim % multiple:
-        raise ValueError(f"hidden_dim {hidden_dim} must be a multiple of {nheads} and {multiple}")
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, not {count}")
+    for module in transformer.modules():
+        if isinstance(module, MSDeformAttn):
+            module.reset_parameters()
 
 
 # ---------------------------------------------------------------- DETR
@@ -237,17 +229,14 @@ class DETRDecoderLayer(Layer):
 
 
 class DETR(Detector):
-    """DETR: one level of stride 32, or 16 with dilation (DC5); softmax over K and "no object".
-    The arguments have the official names and meanings."""
+    """DETR: one level of stride 32, or 16 with dilation (DC5); softmax over K and "no object"."""
 
     focal = False
 
-    def __init__(self, num_classes, *, backbone="resnet50", dilation=False, hidden_dim=256,
-                 nheads=8, enc_layers=6, dec_layers=6, dim_feedforward=2048, dropout=0.1,
-                 num_queries=100, frozen_bn=True, backbone_weights=None):  # fmt: skip
-        super().__init__()
-        check_sizes(hidden_dim, nheads, 4, num_classes=num_classes, num_queries=num_queries,
-                    dec_layers=dec_layers)  # fmt: skip
+    def __init__(self, num_classes, *, backbone="resnet50", hidden_dim=256, nheads=8, enc_layers=6,
+                 dec_layers=6, dim_feedforward=2048, dropout=0.1, num_queries=100, dilation=False,
+                 frozen_bn=True, backbone_weights=None):  # fmt: skip
+        super().__init__(hidden_dim, nheads, factor=4)
         cnn = Backbone(backbone, 1, dilation, frozen_bn, backbone_weights)
         self.backbone, self.strides = nn.Sequential(cnn), cnn.strides
         self.input_proj = nn.Conv2d(cnn.channels[0], hidden_dim, 1)
@@ -256,16 +245,15 @@ class DETR(Detector):
         self.transformer.encoder = stack(DETREncoderLayer(*layer) for _ in range(enc_layers))
         self.transformer.decoder = stack(DETRDecoderLayer(*layer) for _ in range(dec_layers))
         self.transformer.decoder.norm = nn.LayerNorm(hidden_dim)
-        xavier_(self.transformer)
+        initialise(self.transformer)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
         self.class_embed = nn.Linear(hidden_dim, num_classes + 1)  # the last one is "no object"
-        self.bbox_embed = MLP(hidden_dim, 4)
+        self.bbox_embed = MLP(hidden_dim)
 
     def features(self, images, padding):
         """images (B, 3, H, W) normalised, padding (B, H, W) -> [Level]."""
         (x,) = self.backbone(images.masked_fill(padding[:, None], 0))
-        x, padding = self.input_proj(x), resize_padding(padding, x)
-        return [Level(x, padding, sine_position(padding, x.shape[1], centre=0))]
+        return [make_level(self.input_proj(x), padding, centre=0)]
 
     def encode(self, levels):
         """[Level] -> memory: the same levels, each cell now with the context of all others."""
@@ -319,33 +307,28 @@ class DeformableDecoderLayer(Layer):
 
 
 class DeformableDETR(Detector):
-    """Deformable DETR: several levels; sigmoid scores of K classes.
+    """Deformable DETR: several levels; sigmoid scores of K classes. Arguments as officially.
     num_feature_levels: 1: stride 32 (16 with dilation); 2: 16, 32; 3: 8, 16, 32; 4: 8 to 64 …
-    with_box_refine: each decoder layer has heads of its own and corrects the boxes of the layer
-        before it (section A.4). two_stage: the encoder's best cells propose the queries and their
-        first boxes (section A.4). The other arguments have the official names and meanings."""
+    with_box_refine: each layer has heads of its own and corrects the boxes before it (section A.4).
+    two_stage: the encoder's best cells propose the queries and their first boxes (section A.4)."""
 
     focal = True
 
-    def __init__(self, num_classes, *, backbone="resnet50", dilation=False, hidden_dim=256,
-                 nheads=8, enc_layers=6, dec_layers=6, dim_feedforward=1024, dropout=0.1,
-                 num_queries=300, frozen_bn=True, backbone_weights=None, num_feature_levels=4,
-                 enc_n_points=4, dec_n_points=4, with_box_refine=False,
-                 two_stage=False):  # fmt: skip
-        super().__init__()
-        check_sizes(hidden_dim, nheads, 32, num_classes=num_classes, num_queries=num_queries,
-                    dec_layers=dec_layers, num_feature_levels=num_feature_levels,
-                    enc_n_points=enc_n_points, dec_n_points=dec_n_points)  # fmt: skip
+    def __init__(self, num_classes, *, backbone="resnet50", hidden_dim=256, nheads=8, enc_layers=6,
+                 dec_layers=6, dim_feedforward=1024, dropout=0.1, num_queries=300, dilation=False,
+                 frozen_bn=True, backbone_weights=None, num_feature_levels=4, enc_n_points=4,
+                 dec_n_points=4, with_box_refine=False, two_stage=False):  # fmt: skip
+        super().__init__(hidden_dim, nheads, factor=32)
         if two_stage and not with_box_refine:
             raise ValueError("two_stage needs with_box_refine")
         self.with_box_refine, self.two_stage = with_box_refine, two_stage
         self.num_queries = num_queries
         cnn = Backbone(backbone, min(num_feature_levels, 3), dilation, frozen_bn, backbone_weights)
         self.backbone, self.strides = nn.Sequential(cnn), list(cnn.strides)
-        self.input_proj = nn.ModuleList(project(c, hidden_dim, 1) for c in cnn.channels)
-        while len(self.strides) < num_feature_levels:  # the CNN's last map, halved again and again
-            c = cnn.channels[-1] if len(self.input_proj) == len(cnn.channels) else hidden_dim
-            self.input_proj.append(project(c, hidden_dim, 2))
+        self.input_proj = nn.ModuleList(project(c, hidden_dim, 1, 1) for c in cnn.channels)
+        for i in range(3, num_feature_levels):  # the CNN's last map, halved again and again
+            channels = cnn.channels[-1] if i == 3 else hidden_dim
+            self.input_proj.append(project(channels, hidden_dim, 3, 2))
             self.strides.append(self.strides[-1] * 2)
         self.transformer = nn.Module()
         self.transformer.level_embed = nn.Parameter(torch.empty(num_feature_levels, hidden_dim))
@@ -353,45 +336,29 @@ class DeformableDETR(Detector):
         encoder = (DeformableEncoderLayer(*layer, enc_n_points) for _ in range(enc_layers))
         decoder = (DeformableDecoderLayer(*layer, dec_n_points) for _ in range(dec_layers))
         self.transformer.encoder, self.transformer.decoder = stack(encoder), stack(decoder)
-        self._make_queries(hidden_dim)
-        self._initialise()
-        self._make_heads(nn.Linear(hidden_dim, num_classes), MLP(hidden_dim, 4), dec_layers)
-        if not enc_layers:  # positions are for the encoder alone
-            self.transformer.level_embed.requires_grad_(False)
-
-    def _make_queries(self, dim):
-        """Learnt queries with a learnt reference point each, or the proposals' own."""
-        if self.two_stage:
-            self.transformer.enc_output = nn.Linear(dim, dim)
-            self.transformer.enc_output_norm = nn.LayerNorm(dim)
-            self.transformer.pos_trans = nn.Linear(dim * 2, dim * 2)
-            self.transformer.pos_trans_norm = nn.LayerNorm(dim * 2)
-        else:
-            self.query_embed = nn.Embedding(self.num_queries, dim * 2)  # position and content
-            self.transformer.reference_points = nn.Linear(dim, 2)
+        if two_stage:  # the proposals' own queries
+            self.transformer.enc_output = nn.Linear(hidden_dim, hidden_dim)
+            self.transformer.enc_output_norm = nn.LayerNorm(hidden_dim)
+            self.transformer.pos_trans = nn.Linear(hidden_dim * 2, hidden_dim * 2)
+            self.transformer.pos_trans_norm = nn.LayerNorm(hidden_dim * 2)
+        else:  # learnt ones, position and content, with a learnt reference point each
+            self.query_embed = nn.Embedding(num_queries, hidden_dim * 2)
+            self.transformer.reference_points = nn.Linear(hidden_dim, 2)
             nn.init.zeros_(self.transformer.reference_points.bias)
-
-    def _initialise(self):
-        xavier_(self.transformer)
-        for module in self.transformer.modules():
-            if isinstance(module, MSDeformAttn):
-                module.reset_parameters()
+        initialise(self.transformer)
         nn.init.normal_(self.transformer.level_embed)
-
-    def _make_heads(self, class_head, box_head, dec_layers):
-        """One pair of heads for all layers, or with refinement one each (and the proposals')."""
+        self.transformer.level_embed.requires_grad_(enc_layers > 0)  # for the encoder alone
+        class_head, box_head = nn.Linear(hidden_dim, num_classes), MLP(hidden_dim)
         nn.init.constant_(class_head.bias, -math.log(99))  # scores start at 0.01 for focal loss
         nn.init.zeros_(box_head.layers[-1].weight)
         nn.init.zeros_(box_head.layers[-1].bias)
-        n = dec_layers + self.two_stage
-        if not self.with_box_refine:
-            self.class_embed = nn.ModuleList([class_head] * n)
-            self.bbox_embed = nn.ModuleList([box_head] * n)
-        else:
-            self.class_embed = nn.ModuleList(copy.deepcopy(class_head) for _ in range(n))
-            self.bbox_embed = nn.ModuleList(copy.deepcopy(box_head) for _ in range(n))
-            self.transformer.decoder.bbox_embed = self.bbox_embed  # officially under both names
-        if self.two_stage:
+        heads = [(class_head, box_head)] * (dec_layers + two_stage)  # the same for all layers …
+        if with_box_refine:  # … or one pair each, and one for the proposals
+            heads = [copy.deepcopy(pair) for pair in heads]
+        self.class_embed, self.bbox_embed = map(nn.ModuleList, zip(*heads))
+        if with_box_refine:  # officially under both names
+            self.transformer.decoder.bbox_embed = self.bbox_embed
+        if two_stage:
             self.transformer.decoder.class_embed = self.class_embed
         else:  # first boxes of about a tenth of the image
             nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)
@@ -401,16 +368,16 @@ class DeformableDETR(Detector):
         maps, levels, x = self.backbone(images.masked_fill(padding[:, None], 0)), [], None
         for i, projection in enumerate(self.input_proj):  # one level more: of the CNN's last map,
             x = projection(maps[min(i, len(maps) - 1)] if i <= len(maps) else x)  # then of that
-            mask = resize_padding(padding, x)
-            position = sine_position(mask, x.shape[1], centre=0.5)
-            position = position + self.transformer.level_embed[i][:, None, None]
-            levels.append(Level(x, mask, position))
+            level = make_level(x, padding, centre=0.5)
+            position = level.position + self.transformer.level_embed[i][:, None, None]
+            levels.append(level._replace(position=position))
         return levels
 
     def encode(self, levels):
         """[Level] -> memory: the same levels, each cell now with the context of others."""
         x, padding, position, shapes = flatten(levels)  # (B, S, C)
-        reference = cell_centres(levels)[:, :, None] * valid_ratios(levels)[:, None]  # (B, S, L, 2)
+        centres = torch.cat(cell_centres(levels), 1)
+        reference = centres[:, :, None] * valid_ratios(levels)[:, None]  # (B, S, L, 2)
         for layer in self.transformer.encoder.layers:
             x = layer(x, position, reference, shapes, padding)
         return unflatten(x, levels)
@@ -426,15 +393,14 @@ class DeformableDETR(Detector):
         else:
             queries = self.query_embed.weight.expand(len(memory), -1, -1)  # (B, Q, 2C)
             query_position, x = queries.chunk(2, -1)
-            points = self.transformer.reference_points(query_position)
-            reference = points.float().sigmoid()  # (B, Q, 2)
+            reference = self.transformer.reference_points(query_position).float().sigmoid()
         logits, boxes = [], []
         layers = self.transformer.decoder.layers
         for layer, class_embed, bbox_embed in zip(layers, self.class_embed, self.bbox_embed):
-            scaled = reference[:, :, None] * ratios[..., : reference.shape[-1]]  # (B, Q, L, 2 or 4)
+            n = reference.shape[-1]  # 2 for points, which have no width and height yet, 4 for boxes
+            scaled = reference[:, :, None] * ratios[..., :n]  # (B, Q, L, n)
             x = layer(x, query_position, scaled, memory, shapes, padding)
-            missing = 4 - reference.shape[-1]  # a point has no width and height yet
-            start = F.pad(inverse_sigmoid(reference), (0, missing))
+            start = F.pad(inverse_sigmoid(reference), (0, 4 - n))
             logits.append(class_embed(x))
             boxes.append((bbox_embed(x) + start).sigmoid())
             if self.with_box_refine:
@@ -444,11 +410,9 @@ class DeformableDETR(Detector):
     def _propose(self, memory, padding, levels):
         """Two-stage: every cell proposes a box around itself; the best become the queries.
         Returns (content, position (B, Q, C), reference boxes (B, Q, 4), all proposals)."""
-        centres = cell_centres(levels)  # (B, S, 2)
-        sizes = [torch.full_like(x.padding[0], 0.05 * 2**i, dtype=torch.float32).flatten()
-                 for i, x in enumerate(levels)]  # fmt: skip
-        size = torch.cat(sizes)[:, None].expand_as(centres)
-        anchors = torch.cat([centres, size], -1)  # (B, S, 4)
+        centres = enumerate(cell_centres(levels))
+        anchors = [torch.cat([xy, torch.full_like(xy, 0.05 * 2**i)], -1) for i, xy in centres]
+        anchors = torch.cat(anchors, 1)  # (B, S, 4)
         unusable = (padding | ((anchors <= 0.01) | (anchors >= 0.99)).any(-1))[..., None]
         anchors = torch.log(anchors / (1 - anchors)).masked_fill(unusable, math.inf)
         x = self.transformer.enc_output(memory.masked_fill(unusable, 0))
@@ -457,15 +421,15 @@ class DeformableDETR(Detector):
         boxes = self.bbox_embed[-1](x) + anchors
         best = logits[..., 0].topk(min(self.num_queries, boxes.shape[1]), dim=1).indices  # (B, Q)
         reference = boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach().sigmoid()
-        query = self.transformer.pos_trans(sine_boxes(reference, memory.shape[-1] // 2))
+        query = self.transformer.pos_trans(sine(reference, memory.shape[-1] // 2).flatten(2))
         position, content = self.transformer.pos_trans_norm(query).chunk(2, -1)
         proposals = {"proposal_logits": logits, "proposal_boxes": boxes.sigmoid()}
         return content, position, reference, proposals
 
 
-def project(channels, dim, stride):
-    """The layer between a map of the CNN and the transformer; one of stride 2 halves the map."""
-    conv = nn.Conv2d(channels, dim, 1) if stride == 1 else nn.Conv2d(channels, dim, 3, 2, 1)
+def project(channels, dim, kernel, stride):
+    """The layer between a map of the CNN, or the level before, and the transformer."""
+    conv = nn.Conv2d(channels, dim, kernel, stride, padding=kernel // 2)
     nn.init.xavier_uniform_(conv.weight)
     nn.init.zeros_(conv.bias)
     groups = min(32, dim // 2)  # 32 as officially; two channels at least: a map may have one cell
@@ -474,29 +438,19 @@ def project(channels, dim, stride):
 
 def valid_ratios(levels):
     """Share of each level's width and height that is image, not padding: (B, L, 2)."""
-    inside = [~level.padding for level in levels]
-    shares = [
-        torch.stack([x[:, 0].float().mean(1), x[:, :, 0].float().mean(1)], -1) for x in inside
-    ]
+    inside = [(~level.padding).float() for level in levels]
+    shares = [torch.stack([x[:, 0].mean(1), x[:, :, 0].mean(1)], -1) for x in inside]
     return torch.stack(shares, 1)
 
 
 def cell_centres(levels):
-    """Centre of every cell, x and y in 0..1 of the unpadded image: (B, S, 2)."""
+    """Centre of every cell, x and y in 0..1 of the unpadded image: (B, H*W, 2) of each level."""
     centres = []
     for level, ratio in zip(levels, valid_ratios(levels).unbind(1)):
-        H, W = level.padding.shape[-2:]
-        y, x = ((torch.arange(n, device=ratio.device) + 0.5) / n for n in (H, W))
-        grid = torch.stack([x.expand(H, W), y[:, None].expand(H, W)], -1)  # (H, W, 2)
-        centres.append(grid.flatten(0, 1) / ratio[:, None])  # (B, H*W, 2)
-    return torch.cat(centres, 1)
-
-
-def sine_boxes(boxes, channels):
-    """Sine encoding of boxes in 0..1: (B, Q, 4) -> (B, Q, 4 * channels)."""
-    frequency = 10000 ** (torch.arange(channels // 2, device=boxes.device) / (channels // 2))
-    angle = boxes[..., None] * (2 * math.pi) / frequency  # (B, Q, 4, channels / 2)
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(2)
+        y, x = ((torch.arange(n, device=ratio.device) + 0.5) / n for n in level.padding.shape[1:])
+        grid = torch.cartesian_prod(y, x).flip(-1)  # (H*W, 2)
+        centres.append(grid / ratio[:, None])
+    return centres
 
 
 def inverse_sigmoid(x, eps=1e-5):
@@ -505,20 +459,24 @@ def inverse_sigmoid(x, eps=1e-5):
 
 
 DETECTORS = {"detr": DETR, "deformable_detr": DeformableDETR}
+COUNTS = "num_classes num_queries dec_layers num_feature_levels enc_n_points dec_n_points".split()
 
 
 def build_detector(name, num_classes, **options):
     """The detector "detr" or "deformable_detr"; options are the arguments of the two classes.
-    num_classes counts the labels 0..num_classes-1 (the official COCO models have 91: the largest
-    category id + 1). Raises ValueError for a value that no model can be built with."""
+    num_classes: labels are below it (91 in the official COCO models: the largest category id + 1).
+    Raises ValueError for a value that no model can be built with."""
     if name not in DETECTORS:
         raise ValueError(f"model {name!r} is not one of {', '.join(DETECTORS)}")
+    for key, value in {"num_classes": num_classes, **options}.items():
+        if key in COUNTS and value < 1:
+            raise ValueError(f"{key} must be at least 1, not {value}")
     return DETECTORS[name](num_classes, **options)
 
 
 def use_backend(model, device, wanted="auto"):
     """Let a model's deformable attention run as `wanted`: (what runs, why). Raises ValueError."""
-    name, reason = deformable_attn.backend(device, wanted)
+    name, reason = backend(device, wanted)
     for module in model.modules():
         if isinstance(module, MSDeformAttn):
             module.backend = name
@@ -543,8 +501,7 @@ class Criterion:
 
     def __call__(self, outputs, targets, num_boxes=None):
         """Unweighted losses of a decoder's outputs: {"loss_…": (N,)}; "loss_…_enc": (1,).
-        num_boxes: what box losses (and focal loss) are divided by; default: objects in `targets`.
-        """
+        num_boxes: what box losses (and focal loss) are divided by, else the number of objects."""
         losses = self.set_losses(outputs["logits"], outputs["boxes"], targets, num_boxes)
         if "proposal_logits" in outputs:  # objects against background: every object has label 0
             objects = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
@@ -580,20 +537,16 @@ class Criterion:
 
     def match(self, logits, boxes, labels, target_boxes, counts):
         """Optimal assignment of queries to objects in every layer and image (equation 1).
-        Shapes as in `costs`; counts: objects of each image. Returns four index tensors over all
-        pairs: layer, image, query, object; every layer has the same number of pairs. Raises
-        FloatingPointError if the predictions are not finite."""
-        costs = self.costs(logits.float(), boxes.float(), labels, target_boxes)
-        costs = costs.cpu().numpy()  # the one copy to the host
+        Shapes as in `costs`; counts: objects of each image. Returns layer, image, query and object
+        of all pairs, as many in each layer. FloatingPointError if the predictions are not finite.
+        The costs are all that is copied to the host."""
+        costs = self.costs(logits.float(), boxes.float(), labels, target_boxes).cpu().numpy()
         pairs = []
-        for layer, per_image in enumerate(costs):
-            for image, count in enumerate(counts):
-                cost = per_image[image, :, :count]
-                if not np.isfinite(cost).all():
-                    raise FloatingPointError("the model's boxes or scores are NaN or infinite")
-                query, target = linear_sum_assignment(cost)
-                place = np.full_like(query, layer), np.full_like(query, image)
-                pairs.append(np.stack([*place, query, target]))
+        for layer, image in np.ndindex(costs.shape[:2]):
+            cost = costs[layer, image, :, : counts[image]]
+            if not np.isfinite(cost).all():
+                raise FloatingPointError("the model's boxes or scores are NaN or infinite")
+            pairs.append(np.broadcast_arrays(layer, image, *linear_sum_assignment(cost)))
         pairs = torch.from_numpy(np.concatenate(pairs, 1))
         return pairs.to(logits.device, non_blocking=True).unbind(0)
 
@@ -617,18 +570,17 @@ class Criterion:
 def pad_targets(targets, device):
     """Labels (B, T) and boxes (B, T, 4) of all images, filled up to the same T."""
     labels, boxes = ([target[key] for target in targets] for key in ("labels", "boxes"))
-    return (pad_sequence(x, batch_first=True).to(device) for x in (labels, boxes))
+    return (nn.utils.rnn.pad_sequence(x, batch_first=True).to(device) for x in (labels, boxes))
 
 
 def generalized_iou(a, b):
     """Generalised IoU of boxes cxcywh, elementwise with broadcasting: (..., 4) -> (...)."""
-    a, b = box_convert(a, "cxcywh", "xyxy"), box_convert(b, "cxcywh", "xyxy")
-    area_a, area_b = (a[..., 2:] - a[..., :2]).prod(-1), (b[..., 2:] - b[..., :2]).prod(-1)
-    low, high = torch.max(a[..., :2], b[..., :2]), torch.min(a[..., 2:], b[..., 2:])
-    inter = (high - low).clamp(min=0).prod(-1)
-    union = area_a + area_b - inter
-    low, high = torch.min(a[..., :2], b[..., :2]), torch.max(a[..., 2:], b[..., 2:])
-    hull = (high - low).prod(-1)
+    a0, a1 = box_convert(a, "cxcywh", "xyxy").split(2, -1)  # corners
+    b0, b1 = box_convert(b, "cxcywh", "xyxy").split(2, -1)
+    areas = (a1 - a0).prod(-1) + (b1 - b0).prod(-1)
+    inter = (torch.min(a1, b1) - torch.max(a0, b0)).clamp(min=0).prod(-1)
+    union = areas - inter
+    hull = (torch.max(a1, b1) - torch.min(a0, b0)).prod(-1)
     return inter / union - (hull - union) / hull
 
 
@@ -640,17 +592,15 @@ def load_checkpoint(path):
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint file")
     try:
-        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
-        if damaged:  # torch does not compare the checksums
-            raise ValueError(f"checksum of {damaged}")
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise zipfile.BadZipFile  # torch does not compare the checksums
         with torch.serialization.safe_globals([argparse.Namespace]):  # the official files have one
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise TypeError
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        why = error if isinstance(error, ValueError) else type(error).__name__
-        message = f"{path}: not a checkpoint of tensors and plain values, or damaged ({why})"
-        raise ValueError(message) from None
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
+        why = f"not a checkpoint of tensors and plain values, or damaged ({type(error).__name__})"
+        raise ValueError(f"{path}: {why}") from None
     return checkpoint
 
 
@@ -667,7 +617,6 @@ def download(url):
     return target
 
 
-COUNTER = "num_batches_tracked"  # batch norm has it, frozen batch norm has not
 ENCODER = ("input_proj.", "transformer.level_embed", "transformer.encoder.")
 PARTS = {"backbone": ("backbone.",), "encoder": ENCODER, "decoder": ("",)}  # beginnings of names
 
@@ -677,9 +626,8 @@ def part_of(name):
     return next(part for part, beginnings in PARTS.items() if name.startswith(beginnings))
 
 
-def weights_of(checkpoint):
+def weights_of(state):
     """The weights in a checkpoint: the official {"model": …} or as other tools wrap them."""
-    state = checkpoint
     for key in ("model", "state_dict", "ema", "module"):
         state = state[key] if isinstance(state.get(key), dict) else state
     for prefix in ("module.", "model.", "module."):  # of parallel training, of Lightning
@@ -690,45 +638,25 @@ def weights_of(checkpoint):
 
 def load_weights(model, path, parts=None):
     """Start `model`, or parts of it, from a checkpoint trained on any number of classes.
-
-    Accepts the official checkpoints, those of train.py, bare state dicts and what `weights_of`
-    knows. parts: of PARTS, by default those that are in the file. Returns (parts taken, names
-    that start anew: class heads that are absent or of another number of classes). Raises
-    ValueError if anything else does not fit."""
+    parts: of PARTS, by default those that are in the file. Returns (parts taken, names that start
+    anew: class heads that are absent or of another number of classes). Raises ValueError if
+    anything else does not fit; what does fit is in the model then."""
     state, own = weights_of(load_checkpoint(path)), model.state_dict()
-    if not all(isinstance(x, Tensor) for x in state.values()):
+    if not state or not all(isinstance(x, Tensor) for x in state.values()):
         raise ValueError(f'{path}: holds no weights under "model"')
-    there = {part_of(name) for name in state if name in own or not parts}
-    parts = parts or [part for part in PARTS if part in there]
-    lacking = [part for part in parts if part not in there]
-    if lacking or not parts:
-        raise ValueError(f"{path}: has no weights of the {' and '.join(lacking) or 'model'}")
-    theirs, mine = (
-        {name: x for name, x in weights.items() if part_of(name) in parts}
-        for weights in (state, own)
-    )
-    missing = [name for name in mine if name not in theirs and not name.endswith(COUNTER)]
-    unexpected = [name for name in theirs if name not in mine and not name.endswith(COUNTER)]
-    other = [name for name in mine if name in theirs and theirs[name].shape != mine[name].shape]
-    anew = [
-        name for name in other if is_head(name) and theirs[name].shape[1:] == mine[name].shape[1:]
-    ]
-    anew += [] if any(map(is_head, theirs)) else filter(is_head, missing)
-    problems = itertools.zip_longest(
-        [f"missing {name}" for name in missing if name not in anew],
-        [f"unexpected {name}" for name in unexpected],
-        [f"{name} is {tuple(theirs[name].shape)}, the model's {tuple(mine[name].shape)}"
-         for name in other if name not in anew])  # fmt: skip
-    problems = [problem for kinds in problems for problem in kinds if problem]
+    parts = parts or [part for part in PARTS if part in map(part_of, state)]
+    state = {name: x for name, x in state.items() if part_of(name) in parts}
+    other = [name for name, x in state.items() if name in own and x.shape != own[name].shape]
+    fitting = {name: x for name, x in state.items() if name not in other}
+    absent, unexpected = model.load_state_dict(fitting, strict=False)
+    absent = [name for name in absent if part_of(name) in parts]
+    anew = [name for name in absent if "class_embed" in name]
+    problems = [f"missing {name}" for name in absent if name not in anew + other]
+    problems += [f"unexpected {name}" for name in unexpected]
+    shapes = {k: (tuple(state[k].shape), tuple(own[k].shape)) for k in other if k not in anew}
+    problems += [f"{k} is {x}, the model's {y}" for k, (x, y) in shapes.items()]
     if problems:
         more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise ValueError(
-            f"{path} does not fit this model: {'; '.join(problems[:6])}{more}. Build the model "
-            "with the sizes it was trained with, or take only the parts that fit"
-        )
-    model.load_state_dict({k: x for k, x in theirs.items() if k not in anew}, strict=False)
+        what = f"{path} does not fit this model: {'; '.join(problems[:6])}{more}"
+        raise ValueError(f"{what}. Build it with the file's sizes, or take only parts that fit")
     return parts, anew
-
-
-def is_head(name):
-    return "class_embed" in name
