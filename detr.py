@@ -62,9 +62,7 @@ class Backbone(nn.Module):
             raise ValueError(f"backbone {name!r} is not one of {', '.join(BACKBONES)}")
         norm = FrozenBatchNorm2d if frozen_bn else nn.BatchNorm2d
         resnet = torchvision.models.get_model(name, weights=weights, norm_layer=norm)
-        if (
-            dilation
-        ):  # DC5: the last stage keeps its resolution, its later blocks reach twice as far
+        if dilation:  # DC5: the last stage is not halved, its later blocks reach twice as far
             for place, module in resnet.layer4.named_modules():
                 if isinstance(module, nn.Conv2d):
                     module.stride = 1, 1
