@@ -3,10 +3,12 @@ FUZZ=2000 python -m pytest tests/test_fuzz.py -s        more cases; the number t
 
 import collections
 import copy
+import io
 import json
 import os
 import struct
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +19,7 @@ import coco
 import detr
 import eval as evaluation
 import isaid
+import predict
 import reproduce
 import train
 
@@ -30,11 +33,13 @@ texts = st.just(b"") | st.binary(max_size=200) | st.text(max_size=60).map(str.en
 changes = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6)
 
 PICTURES = ["a.png", "a.jpg", "a.webp", "a.tif", "a.bmp"]
-IMAGES = [{"id": i, "file_name": PICTURES[i], "width": 30, "height": 20} for i in range(2)]
+SIZE = {"width": 30, "height": 20}
+IMAGES = [{"id": i, "file_name": PICTURES[i], **SIZE} for i in range(2)]
 BOX = {"id": 1, "image_id": 0, "category_id": 3, "bbox": [1, 1, 3, 3], "area": 9, "iscrowd": 0}
 CLASSES = [{"id": 3, "name": "ship"}, {"id": 5, "name": "plane"}]
 COCO = {"images": IMAGES, "annotations": [BOX], "categories": CLASSES}
 SMALL = {"backbone": "resnet18", "hidden_dim": 32, "enc_layers": 1, "dec_layers": 1}
+DETECTOR = {"name": "detr", "num_classes": 3, **SMALL}
 MODEL = detr.build_detector("detr", 3, **SMALL)
 WEIGHTS = {"model": {k: x[:2] for k, x in MODEL.state_dict().items() if "norm" in k}, "args": 1}
 RUN = {"model": {}, "args": {"setting": "pretrain", "attn": "auto"}, "task": {"name": "x"}}
@@ -113,6 +118,62 @@ def test_damaged_files_and_others(file, name, keep, more, changes):
     assert not found or name not in PICTURES or found[0].mode == "RGB"
 
 
+def of_all_formats(folder, copies):
+    """Images in every format that Pillow writes: whole, cut off, with bytes changed; the names."""
+    Image.init()
+    rng, picture = np.random.default_rng(0), Image.effect_noise((30, 20), 50)
+    for kind in sorted(Image.SAVE):
+        for mode in ("RGB", "RGBA", "L", "P", "1"):
+            try:
+                picture.convert(mode).save(content := io.BytesIO(), kind)
+            except Exception:  # not in this mode, or not without a program that is not here
+                continue
+            for i in range(copies):
+                data = bytearray(content.getvalue())
+                for place in rng.integers(0, len(data), rng.integers(0, 6) if i else 0):
+                    data[place] = rng.integers(256)
+                share = rng.random() if i % 3 == 1 else 1
+                (folder / f"{kind}-{mode}-{i}.png").write_bytes(data[: int(share * len(data))])
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_images_of_all_formats(tmp_path, monkeypatch, capsys):
+    """The check, the dataset, predict and prepare: each names what it cannot use, no more."""
+    images = coco.split_files(tmp_path, "train")[0]
+    images.mkdir(parents=True)
+    names = of_all_formats(images, max(3, int(os.environ.get("FUZZ", 40)) // 40))
+    entries = [{"id": i, "file_name": name, **SIZE} for i, name in enumerate(names)]
+    content = {**COCO, "annotations": [], "images": entries}
+    coco.split_files(tmp_path, "train")[1].write_text(json.dumps(content))
+    loaded = isaid.load_coco(*coco.find_split(tmp_path, "train"), isaid.transforms(False, 64))
+    bad = isaid.bad_images(images, content["images"])
+    assert len(names) > 150 and len(names) / 9 < len(bad) < len(names)
+    for i, name in enumerate(names):
+        assert bool(attempt("formats: dataset", loaded.__getitem__, i)) != (i in bad), name
+        assert i not in bad or f"{name}: " in bad[i] or name in bad[i] and "should have" in bad[i]
+        assert "\n" not in bad.get(i, "")
+    unread = {
+        name for i, name in enumerate(names) if "should have" not in bad.get(i, "should have")
+    }
+    state = {**RUN, "window": 64, "task": None, "model": MODEL.state_dict()}
+    state["args"] = {**RUN["args"], "setting": "detect", "image_size": 64}
+    torch.save({**state, "detector": DETECTOR}, tmp_path / "a.pt")
+    nothing = {"boxes": np.zeros((0, 4)), "scores": np.zeros(0), "labels": np.zeros(0, int)}
+    monkeypatch.setattr(predict, "find", lambda *_: nothing)
+    with pytest.raises(SystemExit, match=f"error: {len(unread)} of {len(names)} images") as end:
+        predict.main([str(tmp_path / "a.pt"), str(images), "--out", str(tmp_path / "out")])
+    assert all(name in end.value.code for name in unread)
+    assert len(coco.read_json(tmp_path / "out/predictions.json")["images"]) == len(names) - len(
+        unread
+    )
+    with pytest.raises(SystemExit, match="1"):
+        isaid.main(["prepare", str(tmp_path), str(tmp_path / "patches"), "--splits", "train"])
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith(f"error: {len(names)} images of train are bad")
+    assert all(f"{name}: " in said for name in unread) and "Traceback" not in said
+    tried.update({f"formats: {x}": len(names) for x in ("check", "predict", "prepare")})
+
+
 @fuzz
 @given(st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1))
 def test_images_that_say_they_are_huge(file, width, height):
@@ -126,7 +187,7 @@ def test_images_that_say_they_are_huge(file, width, height):
 @given(junk | spoilt(RUN))
 def test_checkpoints_of_something_else(file, content):
     if isinstance(content, dict):
-        content["detector"] = {"name": "detr", "num_classes": 3, **SMALL}
+        content["detector"] = DETECTOR
     for value in (content, {"model": content}):
         torch.save(value, file)
         attempt("other checkpoints", READERS["a.pt"], file)
