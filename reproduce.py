@@ -255,7 +255,8 @@ def make_table(args):
         wanted |= set(starts_of(rows[name])) if name in wanted else set()
     threads = max(1, torch.get_num_threads() // args.jobs)
     jobs = [(table, name, rows, seed, threads) for seed in args.seeds or [0] for name in wanted]
-    (RESULTS / table).mkdir(parents=True, exist_ok=True)  # said now if it cannot be written
+    (RESULTS / table).mkdir(parents=True, exist_ok=True)
+    coco.try_output(RESULTS / table / "table.md")
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         for wave in [] if args.no_run else sorted({depth(rows, name) for name in rows}):
             mine = [job for job in jobs if depth(rows, job[1]) == wave]
