@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -41,34 +40,30 @@ SCENE_SIZE, SCENES = 128, {"train": 1000, "val": 200}  # of the synthetic datase
 
 class Detection(torch.utils.data.Dataset):
     """Images with boxes. Item i: (image (3, H, W) float normalised, target), a target being
-
     {"image_id": int, "file_name": str, "size": (height, width) before resizing, "labels": (T,)
     int64, "boxes": (T, 4) cxcywh in 0..1, "seed": int, for whatever else is random about it}.
-
-    content: {"images", "annotations", "categories"} as in a COCO file. read(i, at_least) returns
-    the PIL image, which may be smaller than its file if that leaves at_least pixels a side, and
-    the (width, height) of the file. `cleaned` counts what coco.clean_boxes did to the boxes. Crowd
-    regions (iscrowd 1) are for the evaluation, which ignores them. Augmentation depends on (seed,
-    epoch, i) alone, not on workers or order; set `epoch` before each pass. Item i + k * len(self)
-    is image i once more, augmented in another way."""
+    Item i + k * len(self) is image i once more, augmented in another way: augmentation depends on
+    (seed, epoch, i) alone, not on workers or order. Set `epoch` before each pass.
+    content: as in a COCO file. read(i, at_least) returns the PIL image, which may be smaller than
+    its file if that leaves at_least pixels a side, and the file's (width, height). `cleaned` counts
+    what coco.clean_boxes did. Crowd regions are for the evaluation alone, which ignores them."""
 
     def __init__(self, name, content, read, transform, seed=0):
         self.name, self.read, self.transform, self.seed = name, read, transform, seed
         self.epoch, self.at_least, self.images = 0, None, content["images"]
-        categories = ({"id": c["id"], "name": str(c["name"])} for c in content["categories"])
+        categories = [{"id": c["id"], "name": c["name"]} for c in content["categories"]]
         self.categories = sorted(categories, key=lambda category: category["id"])
         self.annotations, self.cleaned = coco.clean_boxes(self.images, content["annotations"])
         self.suspicions = list(coco.suspicions(content))
         label = {category["id"]: i for i, category in enumerate(self.categories)}
-        per_image = collections.defaultdict(list)
-        for annotation in self.annotations:
-            if not annotation["iscrowd"]:
-                per_image[annotation["image_id"]].append(annotation)
+        objects, found = collections.defaultdict(list), {}
+        for a in self.annotations:
+            if not a["iscrowd"]:
+                objects[a["image_id"]].append((a["bbox"], label[a["category_id"]]))
+        for i, mine in objects.items():
+            boxes, labels = zip(*mine)
+            found[i] = torch.tensor(boxes), torch.tensor(labels)
         none = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)  # one for all the empty images
-        found = {}
-        for i, mine in per_image.items():
-            labels = [label[annotation["category_id"]] for annotation in mine]
-            found[i] = torch.tensor([a["bbox"] for a in mine]), torch.tensor(labels)
         self.boxes, self.labels = zip(*(found.get(image["id"], none) for image in self.images))
 
     def __len__(self):
@@ -89,27 +84,24 @@ class Detection(torch.utils.data.Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(place[0]))
             sample, seed = self.transform(sample), int(torch.randint(2**62, ()))
-        height, width = sample["image"].shape[-2:]
-        boxes = sample["boxes"].as_subclass(torch.Tensor)
-        boxes = boxes / torch.tensor([width, height, width, height])
+        H, W = sample["image"].shape[-2:]
+        boxes = sample["boxes"].as_subclass(torch.Tensor) / torch.tensor([W, H, W, H])
         target = {"image_id": image["id"], "file_name": image["file_name"], "size": (h, w)}
         target.update(seed=seed, labels=sample["labels"], boxes=boxes)
         return sample["image"].as_subclass(torch.Tensor), target
 
     def counts(self):
         """Number of boxes of each class, in the order of the labels."""
-        labels = torch.cat(self.labels).numpy()
-        return np.bincount(labels, minlength=len(self.categories)).tolist()
+        return torch.cat(self.labels).bincount(minlength=len(self.categories)).tolist()
 
     def summary(self, num_queries, image_size):
         """What a user should know before training on it, in lines of text."""
         lines = [f"{self.name}: {len(self):,} images, {sum(self.counts()):,} boxes"]
         lines += [f"{n:,} boxes {what}" for what, n in self.cleaned.items()]
-        tiny = self.tiny(image_size) if image_size else 0
-        lines += [f"{tiny:,} boxes under a pixel after resizing, not trained on"] if tiny else []
-        crowded = sum(len(labels) > num_queries for labels in self.labels)
-        if crowded:
-            share = f"{crowded:,} images ({crowded / len(self):.1%})"
+        if image_size and (n := self.tiny(image_size)):
+            lines.append(f"{n:,} boxes under a pixel after resizing, not trained on")
+        if n := sum(len(labels) > num_queries for labels in self.labels):
+            share = f"{n:,} images ({n / len(self):.1%})"
             lines.append(f"{share} hold more objects than there are queries: {num_queries}")
         return f"\n{'':12}".join([*lines, *self.suspicions])
 
@@ -120,11 +112,8 @@ class Detection(torch.utils.data.Dataset):
 
     def tiny(self, image_size):
         """Number of boxes that are under a pixel, and dropped, in images of image_size a side."""
-        sides = (
-            boxes[:, 2:] * image_size / torch.tensor([image["width"], image["height"]])
-            for image, boxes in zip(self.images, self.boxes)
-            if len(boxes)
-        )
+        some = ((image, boxes) for image, boxes in zip(self.images, self.boxes) if len(boxes))
+        sides = (b[:, 2:] * image_size / torch.tensor([i["width"], i["height"]]) for i, b in some)
         return sum(int((x < 1).any(1).sum()) for x in sides)
 
 
@@ -132,7 +121,7 @@ def load_coco(images_dir, json_path, transform, limit=None, seed=0, truth=True):
     """The dataset of a folder of images and a COCO file; the first `limit` images of it.
     Without `truth` the file needs no annotations and no categories. Raises DataError."""
     content = coco.load_json(json_path, truth)
-    images = content["images"][:limit]
+    images = content["images"] = content["images"][:limit]
     if not images:
         raise DataError(f"{json_path}: has no images")
     paths = [coco.find_image(Path(images_dir), image["file_name"]) for image in images]
@@ -143,15 +132,7 @@ def load_coco(images_dir, json_path, transform, limit=None, seed=0, truth=True):
     for image, path in zip(images, paths):
         if not image.get("width") or not image.get("height"):  # as in some of iSAID's own files
             image["width"], image["height"] = coco.read_size(path)
-    content = {**content, "images": images}
     return Detection(str(json_path), content, functools.partial(_read, paths), transform, seed)
-
-
-def load_images(name, paths, transform, limit=None, seed=0):
-    """The dataset of images without annotations, of the first `limit` of them."""
-    images = [{"id": i, "file_name": str(path)} for i, path in enumerate(paths[:limit])]
-    content = {"images": images, "annotations": [], "categories": []}
-    return Detection(str(name), content, functools.partial(_read, paths), transform, seed)
 
 
 def _read(paths, i, at_least=None):
@@ -165,11 +146,12 @@ def open_split(split, args, train):
     limit = getattr(args, f"limit_{split}", None)
     transform = transforms(train, args.image_size, args.augment)
     if not args.data:
-        number = limit or SCENES[split]
-        return synthetic(split, number, args.image_size, transform, args.seed)
+        return synthetic(split, limit or SCENES[split], args.image_size, transform, args.seed)
     if args.setting == "pretrain":
         name, paths = coco.find_images(args.data, split)
-        data = load_images(name, paths, transform, limit, args.seed)
+        images = [{"id": i, "file_name": str(path)} for i, path in enumerate(paths[:limit])]
+        content = {"images": images, "annotations": [], "categories": []}
+        data = Detection(str(name), content, functools.partial(_read, paths), transform, args.seed)
     else:
         files = coco.find_split(args.data, split)
         data = load_coco(*files, transform, limit, args.seed, truth=split != "test")
@@ -209,19 +191,19 @@ def loader(data, workers, **options):
     """Batches of a dataset, in loader processes if workers > 0.
     The model's random numbers are left alone."""
     options.update(collate_fn=collate, generator=torch.Generator(), worker_init_fn=_leave_signals)
-    return DataLoader(data, num_workers=workers, **options)
+    return torch.utils.data.DataLoader(data, num_workers=workers, **options)
 
 
 def epoch_batches(data, args, epoch):
     """The shuffled batches of an epoch for this process, as lists of items.
     They depend on (seed, epoch) alone. What does not fill a step of all processes is left out."""
-    n, size, together = len(data), args.batch_size, args.accumulate * parallel.world()
-    n = 50 * size * together if args.overfit else n  # the same few images again and again
+    size, world = args.batch_size, parallel.world()
+    step = size * args.accumulate * world
+    n = 50 * step if args.overfit else len(data)  # the same few images again and again
     generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
     order = torch.randperm(n, generator=generator).tolist()
-    batches = [order[i : i + size] for i in range(0, n - size + 1, size)]
-    batches = batches[: len(batches) // together * together]
-    return batches[parallel.rank() :: parallel.world()]
+    starts = range(parallel.rank() * size, n // step * step, world * size)
+    return [order[i : i + size] for i in starts]
 
 
 def epoch_loader(data, args, epoch, done=0):
@@ -249,32 +231,17 @@ def _end_loaders():
 
 
 # ---------------------------------------------------------------- augmentation
-to_tensor = v2.Compose(
-    [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(coco.MEAN, coco.STD)]
-)
+floats = v2.ToDtype(torch.float32, scale=True)  # in 0..1
+to_tensor = v2.Compose([v2.ToImage(), floats, v2.Normalize(coco.MEAN, coco.STD)])
 AUGMENT = ("none", "flip", "crop", "aerial")
 
 
-class RandomSizeCrop(v2.Transform):
-    """A crop whose sides are drawn between `smallest` and `largest`, as in the official DETR."""
-
-    def __init__(self, smallest, largest):
-        super().__init__()
-        self.smallest, self.largest = smallest, largest
-
-    def make_params(self, flat_inputs):
-        kinds = Image.Image, torch.Tensor
-        H, W = v2.functional.get_size(next(x for x in flat_inputs if isinstance(x, kinds)))
-        h, w = (
-            int(torch.randint(min(self.smallest, n), min(n, self.largest) + 1, ())) for n in (H, W)
-        )
-        top, left = int(torch.randint(H - h + 1, ())), int(torch.randint(W - w + 1, ()))
-        return {"top": top, "left": left, "height": h, "width": w}
-
-    def transform(self, inpt, params):
-        return self._call_kernel(v2.functional.crop, inpt, **params)
-
-    _get_params, _transform = make_params, transform  # their names before torchvision 0.21
+def random_size_crop(sample):
+    """A crop with sides drawn between 384 and 600 pixels, as in the official DETR."""
+    H, W = v2.functional.get_size(sample["image"])
+    h, w = (int(torch.randint(min(384, n), min(n, 600) + 1, ())) for n in (H, W))
+    top, left = int(torch.randint(H - h + 1, ())), int(torch.randint(W - w + 1, ()))
+    return sample | {x: v2.functional.crop(sample[x], top, left, h, w) for x in ("image", "boxes")}
 
 
 def transforms(train, image_size=None, augment="flip"):
@@ -293,12 +260,11 @@ def transforms(train, image_size=None, augment="flip"):
         steps += [v2.Resize((round(1.2 * image_size),) * 2), v2.RandomCrop(image_size)]
     elif image_size:
         steps.append(v2.Resize((image_size, image_size)))
-    elif train:
-        scales = v2.RandomShortestSize(list(range(480, 801, 32)), max_size=1333)
-        cropped = [v2.RandomShortestSize([400, 500, 600]), RandomSizeCrop(384, 600), scales]
-        steps.append(v2.RandomChoice([scales, v2.Compose(cropped)]))
     else:
-        steps.append(v2.RandomShortestSize([800], max_size=1333))
+        sides = list(range(480, 801, 32)) if train else [800]
+        scale = v2.RandomShortestSize(sides, max_size=1333)
+        cropped = v2.Compose([v2.RandomShortestSize([400, 500, 600]), random_size_crop, scale])
+        steps.append(v2.RandomChoice([scale, cropped]) if train else scale)
     boxes = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)]
     return v2.Compose([*steps, *boxes, v2.ConvertBoundingBoxFormat("CXCYWH"), to_tensor])
 
@@ -313,12 +279,11 @@ def synthetic(split, n, size, transform, seed=0):
     start = VAL_START if split == "val" else 0
     images, annotations = [], []
     for i in range(n):
-        name = f"scene_{i:06d}.png"
-        images.append({"id": i, "file_name": name, "width": size, "height": size})
+        images.append({"id": i, "file_name": f"scene_{i:06d}.png", "width": size, "height": size})
         for label, (x0, y0, x1, y1), area in zip(*scene_objects(seed, start + i, size)):
             box = [float(x0), float(y0), float(x1 - x0), float(y1 - y0)]
-            found = {"id": len(annotations) + 1, "image_id": i, "category_id": int(label) + 1}
-            annotations.append({**found, "iscrowd": 0, "area": float(area), "bbox": box})
+            found = {"image_id": i, "category_id": int(label) + 1}
+            annotations.append({**found, "area": float(area), "bbox": box})
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     read = Scenes(seed, start, n, size)
@@ -335,14 +300,13 @@ class Scenes:
         self.drawn = torch.zeros(kept, dtype=torch.bool).share_memory_()
 
     def __call__(self, i, at_least=None):
-        size = self.size, self.size
-        if i >= len(self.drawn):
-            return draw_scene(self.seed, self.start + i, self.size), size
-        if not self.drawn[i]:
-            scene = draw_scene(self.seed, self.start + i, self.size)
+        if i < len(self.drawn) and self.drawn[i]:
+            return Image.fromarray(self.pixels[i].numpy()), (self.size, self.size)
+        scene = draw_scene(self.seed, self.start + i, self.size)
+        if i < len(self.drawn):
             self.pixels[i] = torch.from_numpy(np.array(scene))
             self.drawn[i] = True
-        return Image.fromarray(self.pixels[i].numpy()), size
+        return scene, scene.size
 
 
 def write_scenes(out, counts, size, seed):
@@ -356,9 +320,7 @@ def write_scenes(out, counts, size, seed):
         for i, image in enumerate(data.images):
             data.read(i)[0].save(images_dir / image["file_name"])
         keys = "images", "categories", "annotations"
-        json_path.write_text(
-            json.dumps({key: getattr(data, key) for key in keys}), encoding="utf-8"
-        )
+        coco.write_text(json_path, json.dumps({key: getattr(data, key) for key in keys}))
     partial.rename(out)
 
 
@@ -371,72 +333,57 @@ def check(images_dir, json_path):
     """What is in a dataset and what is wrong with it: (text, its classes or None if unusable).
     Reads every image."""
     content = coco.read_json(json_path)
-    wrong = list(coco.faults(content)) if images_dir.is_dir() else [f"{images_dir}: no such folder"]
-    bad = {} if wrong else bad_images(images_dir, content["images"])
-    wrong += bad.values()
+    wrong, images = list(coco.faults(content)), []
+    for image in [] if wrong else content["images"]:
+        path = coco.find_image(images_dir, image["file_name"])
+        try:
+            _, (w, h) = coco.read_image(path)
+            coco.check_size(image, path, (w, h))
+            images.append({**image, "width": w, "height": h})
+        except DataError as error:
+            wrong.append(str(error))
     text = [str(json_path), f"  faults   {len(wrong):,}"]
     text += [f"    {fault}" for fault in wrong[:MOST_FAULTS]]
     if len(wrong) > MOST_FAULTS:
         text.append(f"    … and {len(wrong) - MOST_FAULTS:,} more")
-    images = [] if len(wrong) > len(bad) else [i for i in content["images"] if i["id"] not in bad]
     if images:
         data = Detection("", {**content, "images": images}, None, None)
-        text += statistics(data)
         ids = [str(a["id"]) for a in content["annotations"] if a.get("id") is not None]
-        text.append(f"  annotation ids used again         {len(ids) - len(set(ids)):,}")
+        text += statistics(data, len(ids) - len(set(ids)))
         text += [f"  look at this: {suspicion}" for suspicion in data.suspicions]
     return "\n".join(text), None if wrong or not images else coco.class_names(data.categories)
 
 
-def bad_images(images_dir, images):
-    """What is wrong with images, by id; sizes that the file lacks are filled in."""
-    bad = {}
-    for image in images:
-        path = coco.find_image(images_dir, image["file_name"])
-        try:
-            size = coco.read_image(path)[1]
-            coco.check_size(image, path, size)
-            image["width"], image["height"] = size
-        except DataError as error:
-            bad[image["id"]] = str(error)
-    return bad
-
-
-def statistics(data):
+def statistics(data, ids_again):
     """Lines about the images, boxes and classes of a dataset."""
     sizes = collections.Counter((image["width"], image["height"]) for image in data.images)
-    objects = np.array([len(labels) for labels in data.labels])
     common = ", ".join(f"{w} x {h} ({n:,})" for (w, h), n in sizes.most_common(5))
-    median, high = np.percentile(objects, [50, 95])
-    lines = [
-        f"  images   {len(data):,}, {np.sum(objects == 0):,} of them without objects",
-        f"  sizes    {common}" + (f" and {len(sizes) - 5} more" if len(sizes) > 5 else ""),
-        f"  objects  {objects.sum():,}; per image: median {median:.0f}, 95 % up to {high:.0f}, "
-        f"most {objects.max()}",
-        f"  {'id':>4}  {'class':20} {'boxes':>8} {'smallest':>9} {'median':>7} {'largest':>8} px",
-    ]
-    labels = torch.cat(data.labels).numpy()
-    sides = torch.cat(data.boxes)[:, 2:].prod(1).sqrt().numpy()
+    objects = np.array([len(labels) for labels in data.labels])
+    median, high, most = np.percentile(objects, [50, 95, 100])
+    per_image = f"median {median:.0f}, 95 % up to {high:.0f}, most {most:.0f}"
+    yield f"  images   {len(data):,}, {np.sum(objects == 0):,} of them without objects"
+    yield f"  sizes    {len(sizes):,}, most often {common}"
+    yield f"  objects  {objects.sum():,}; per image: {per_image}"
+    yield f"  {'id':>4}  {'class':20} {'boxes':>8} {'smallest':>9} {'median':>7} {'largest':>8} px"
+    labels, sides = torch.cat(data.labels), torch.cat(data.boxes)[:, 2:].prod(1).sqrt()
     for label, category in enumerate(data.categories):
-        mine = sides[labels == label]
+        mine = sides[labels == label].numpy()
         row = f"  {category['id']:>4}  {category['name']:20} {len(mine):8,}"
         if len(mine):
             row += " {:9.0f} {:7.0f} {:8.0f}".format(*np.percentile(mine, [0, 50, 100]))
-        lines.append(row)
-    lines += [f"  boxes {what:27} {n:,}" for what, n in data.cleaned.items()]
-    small = sum(min(image["width"], image["height"]) < 2 for image in data.images)
+        yield row
+    counts = {f"boxes {what}": n for what, n in data.cleaned.items()}
+    counts["crowd regions, not trained on"] = sum(a["iscrowd"] for a in data.annotations)
+    counts["images under 2 pixels"] = sum(n for size, n in sizes.items() if min(size) < 2)
+    counts["annotation ids used again"] = ids_again
+    for what, n in counts.items():
+        yield f"  {what:32}  {n:,}"
     empty = [c["name"] for c, n in zip(data.categories, data.counts()) if not n]
-    lines += [
-        f"  crowd regions, not trained on     {sum(a['iscrowd'] for a in data.annotations):,}"
-    ]
-    lines += [f"  images under 2 pixels             {small:,}"] if small else []
     if empty:
-        more = f" and {len(empty) - 9} more" if len(empty) > 9 else ""
-        lines.append(f"  classes without boxes             {', '.join(empty[:9])}{more}")
+        yield f"  classes without boxes             {', '.join(empty)}"
     for name, n in QUERIES.items():
         share = f"{(objects > n).sum():,} ({(objects > n).mean():.1%})"
-        lines.append(f"  images with more objects than {name}'s {n} queries  {share}")
-    return lines
+        yield f"  images with more objects than {name}'s {n} queries  {share}"
 
 
 def check_dataset(root):
@@ -444,14 +391,14 @@ def check_dataset(root):
     found = []
     for split in ("train", "val"):
         try:
-            found.append(check(*coco.find_split(root, split)))
+            text, classes = check(*coco.find_split(root, split))
         except DataError as error:
-            found.append((f"error: {error}", None))
-        print(f"{found[-1][0]}\n")
-    classes = {names for _, names in found}
-    if len(classes - {None}) > 1:
-        print(f"the splits have different classes: {' | '.join(sorted(classes))}")
-    return int(len(classes) > 1 or None in classes)
+            text, classes = f"error: {error}", None
+        print(f"{text}\n")
+        found.append(classes)
+    if None not in found and found[0] != found[1]:
+        print(f"the splits have different classes: {' | '.join(found)}")
+    return int(None in found or found[0] != found[1])
 
 
 @command
@@ -459,13 +406,10 @@ def main(argv=None):
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     count, natural = number(int), number(int, zero=True)
-
-    sub = commands.add_parser("prepare", help="cut iSAID's raw release into patches")
-    add = sub.add_argument
+    add = commands.add_parser("prepare", help="cut iSAID's raw release into patches").add_argument
     add("raw", help="a folder with {train,val,test}/images, the masks beside the images")
     add("out", help="folder to write; what an interrupted call has left there is continued")
-    splits = ("train", "val", "test")
-    add("--splits", nargs="+", choices=splits, help="default: those in RAW")
+    add("--splits", nargs="+", choices=("train", "val", "test"), help="default: those in RAW")
     add("--patch", type=count, default=800, help="pixels a side")
     add("--overlap", type=natural, default=200, help="of neighbours")
     cores = min(8, os.cpu_count() or 1)
@@ -473,8 +417,8 @@ def main(argv=None):
     add("--limit", type=count, help="only the first images of each split")
     add("--devkit", action="store_true", help="keep the devkit's oddities, see patches.py")
 
-    sub = commands.add_parser("check", help="print what is in a dataset and wrong with it")
-    sub.add_argument("data", help="its folder")
+    add = commands.add_parser("check", help="what a dataset holds and what is wrong").add_argument
+    add("data", help="its folder")
 
     add = commands.add_parser("scenes", help="write synthetic scenes as a dataset").add_argument
     add("out", help="folder to write")

@@ -8,8 +8,7 @@ writes polygons through pixel centres, without holes; that annotation ids start 
 means "none" to pycocotools; and, unless `devkit` is asked for, that three oddities are left out:
 - an image with one side up to `patch` is copied whole there, here it is cut along the longer side;
 - an object with a separate part of one or two pixels is dropped there, here it is kept;
-- P1527 and P1530 are left out there.
-"""
+- P1527 and P1530 are left out there."""
 
 import concurrent.futures
 import functools
@@ -76,113 +75,78 @@ def rank_table():
     return table
 
 
-def bands(image):
-    """Packed colours, some rows at a time: yields (first row, (rows, W) uint32)."""
-    for top in range(0, image.height, BAND):
-        rows = image.crop((0, top, image.width, min(top + BAND, image.height)))
+def bands(mask):
+    """Packed colours, some rows at a time: yields (rows, W) uint32."""
+    for top in range(0, mask.height, BAND):
+        rows = mask.crop((0, top, mask.width, min(top + BAND, mask.height)))
         packed = np.frombuffer(rows.tobytes("raw", "RGBX"), "<u4")
-        yield top, packed.reshape(rows.height, rows.width) & 0xFFFFFF
+        yield packed.reshape(rows.height, rows.width) & 0xFFFFFF
 
 
 def read_ranks(path):
     """The class of every pixel as the rank of its colour: (H, W) uint8. Raises DataError."""
-    image, _ = coco.read_image(path)
-    ranks = np.empty((image.height, image.width), np.uint8)
-    for top, colours in bands(image):
-        mine = ranks[top : top + len(colours)]
-        np.take(rank_table(), colours, out=mine)
-        if (mine == UNKNOWN).any():
-            y, x = np.argwhere(mine == UNKNOWN)[0].tolist()
-            colour = image.getpixel((x, top + y))
-            raise DataError(f"{path}: the colour {colour} at x {x}, y {top + y} is of no class")
+    mask, _ = coco.read_image(path)
+    ranks = np.concatenate([rank_table()[colours] for colours in bands(mask)])
+    if ranks.max() == UNKNOWN:
+        y, x = divmod(int(ranks.argmax()), mask.width)  # the first of them
+        colour = mask.getpixel((x, y))
+        raise DataError(f"{path}: the colour {colour} at x {x}, y {y} is of no class")
     return ranks
 
 
 def read_instances(path):
     """The instance of every pixel: (H, W) integers, 0 for none, numbered in order of their ids."""
-    image, _ = coco.read_image(path)
+    mask, _ = coco.read_image(path)
     seen = np.zeros(2**24, bool)
-    for _, colours in bands(image):
+    for colours in bands(mask):
         seen[colours] = True
     seen[:FIRST_ID] = False
     kind = np.uint16 if seen.sum() < 2**16 else np.uint32
     number = np.where(seen, seen.cumsum(dtype=np.uint32), 0).astype(kind)
-    labels = np.empty((image.height, image.width), kind)
-    for top, colours in bands(image):
-        np.take(number, colours, out=labels[top : top + len(colours)])
-    return labels
-
-
-def read_masks(source, image):
-    """(instances, classes) of an image, from read_instances and read_ranks. Raises DataError."""
-    paths = [source.with_name(f"{source.stem}_instance_{kind}_RGB.png") for kind in ("id", "color")]
-    for path in paths:
-        coco.check_size({"width": image.width, "height": image.height}, path, coco.read_size(path))
-    return read_instances(paths[0]), read_ranks(paths[1])
-
-
-def run_lengths(start, stop, first, size):
-    """Masks as COCO compresses them, of objects that are given as runs of pixels.
-    start, stop: (n,) pixels, counted down the columns of a window of `size`, (h, w). The runs of
-    object k begin at first[k]."""
-    h, w = size
-    gap = start - np.append(0, stop[:-1])
-    gap[first] = start[first]
-    objects = []
-    for runs in np.split(np.stack([gap, stop - start], 1), first[1:]):  # (runs of an object, 2)
-        runs = [*runs.flatten().tolist(), h * w - int(runs.sum())]
-        objects.append({"size": [h, w], "counts": runs if runs[-1] else runs[:-1]})
-    return coco_mask.frPyObjects(objects, h, w)
+    return np.concatenate([number[colours] for colours in bands(mask)])
 
 
 def find_objects(labels, ranks):
-    """The objects of a window: labels (h, w) of `read_instances`, ranks (h, w) of `read_ranks`.
-    Returns annotations, without ids, in the devkit's order: by class, then by instance; each with
-    "tiny": the devkit drops it."""
-    columns = labels.T.reshape(-1)  # all pixels, down the columns
-    start = np.flatnonzero(np.append(True, columns[1:] != columns[:-1]))  # of runs of a label
-    stop = np.append(start[1:], labels.size)
-    rank, label = np.minimum.reduceat(ranks.T.reshape(-1), start), columns[start]
-    order = np.flatnonzero(label)
-    if not len(order):
-        return []
-    order = order[np.argsort(label[order], kind="stable")]
-    first = np.flatnonzero(np.diff(label[order], prepend=0))  # the first run of each object
-    start, stop, label = start[order], stop[order], label[order[first]]
-    masks = run_lengths(start, stop, first, labels.shape)
-    areas = np.add.reduceat(stop - start, first)  # coco_mask.area fails for 256 objects and more
-    boxes = coco_mask.toBbox(masks).astype(int).tolist()
-    categories, found = RANK_TO_ID[np.minimum.reduceat(rank[order], first)], []
-    for k in np.lexsort((label, categories)):
-        if areas[k] > SMALLEST and categories[k]:
-            x, y, w, h = boxes[k]
-            tiny = has_tiny_part(labels[y : y + h, x : x + w] == label[k])
-            mask = {**masks[k], "counts": masks[k]["counts"].decode()}
-            kind = {"category_id": int(categories[k]), "segmentation": mask, "iscrowd": 0}
-            found.append({**kind, "area": int(areas[k]), "bbox": boxes[k], "tiny": tiny})
-    return found
+    """The objects of a window: labels and ranks (h, w), of `read_instances` and `read_ranks`.
+    Returns annotations, without ids, in the devkit's order: by class, then by instance. "tiny":
+    the devkit drops it for a part of one or two pixels that lies in no hole of another part."""
+    found = []
+    for label, here in enumerate(ndimage.find_objects(labels), 1):
+        if here is None:  # not in this window
+            continue
+        mask = labels[here] == label
+        area, category = int(mask.sum()), int(RANK_TO_ID[ranks[here][mask].min()])
+        if area > SMALLEST and category:
+            whole = np.zeros(labels.shape, np.uint8, order="F")
+            whole[here] = mask
+            rle = coco_mask.encode(whole)
+            rle["counts"] = rle["counts"].decode()
+            box = [here[1].start, here[0].start, *mask.shape[::-1]]
+            tiny = smallest_part(mask) < 3  # looked at first because filling is slow
+            tiny = tiny and smallest_part(ndimage.binary_fill_holes(mask)) < 3
+            kind = {"category_id": category, "segmentation": rle, "iscrowd": 0}
+            found.append({**kind, "area": area, "bbox": box, "tiny": tiny})
+    return sorted(found, key=lambda annotation: annotation["category_id"])
 
 
-def has_tiny_part(mask):
-    """Whether a mask (h, w) has an outer contour of one or two points.
-    That is a separate part of one or two pixels which lies in no hole of another part."""
-
-    def has_tiny(mask):
-        parts, _ = ndimage.label(mask, np.ones((3, 3)))
-        return bool(np.bincount(parts.reshape(-1))[1:].min() < 3)
-
-    return has_tiny(mask) and has_tiny(ndimage.binary_fill_holes(mask))  # filling is slow
+def smallest_part(mask):
+    """Pixels of the smallest connected part of a mask (h, w)."""
+    parts, _ = ndimage.label(mask, np.ones((3, 3)))
+    return int(np.bincount(parts.reshape(-1))[1:].min())
 
 
 # ---------------------------------------------------------------- from the raw release to patches
 def cut(source, out, labelled, windowing):
     """Cut one image: writes its patches, then its record. Raises DataError.
     source: the image, its masks beside it. The record: [[name, height, width, [annotation]]]."""
-    image, _ = coco.read_image(source)
+    width, height = coco.read_size(source)
     if labelled:
-        labels, ranks = read_masks(source, image)
-    record = []
-    for name, (y0, y1, x0, x1) in windows(source.stem, image.height, image.width, **windowing):
+        masks = [source.with_name(f"{source.stem}_instance_{x}_RGB.png") for x in ("id", "color")]
+        for path in masks:
+            coco.check_size({"width": width, "height": height}, path, coco.read_size(path))
+        labels, ranks = read_instances(masks[0]), read_ranks(masks[1])
+    image, record = coco.read_image(source)[0], []
+    for name, (y0, y1, x0, x1) in windows(source.stem, height, width, **windowing):
         here = slice(y0, y1), slice(x0, x1)
         found = find_objects(labels[here], ranks[here]) if labelled else []
         record.append([name, y1 - y0, x1 - x0, found])
@@ -196,8 +160,8 @@ def cut(source, out, labelled, windowing):
 def is_cut(out, stem):
     """Whether an earlier call has finished this image."""
     try:
-        record = json.loads((out / "parts" / f"{stem}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = coco.read_json(out / "parts" / f"{stem}.json")
+    except DataError:
         return False
     return all((out / "images" / name).is_file() for name, *_ in record)
 
@@ -235,19 +199,18 @@ def cut_all(sources, out, split, windowing, workers):
 
 
 def begin(out, target, settings):
-    """The folder of a split, new or of an earlier call with the same settings; else DataError."""
+    """Make the folder of a split, or accept that of an earlier call with the same settings."""
     note = out / "prepare.json"
     if target.exists() and not note.exists():
         raise DataError(f"{target}: was not made by this command; name another folder")
-    for folder in ("images", "parts"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    if not note.exists():
-        coco.write_text(note, json.dumps(settings))
-    before = json.loads(note.read_text(encoding="utf-8"))
+    before = coco.read_json(note) if note.exists() else settings
     differ = [name for name in settings if before.get(name) != settings[name]]
     if differ:
         text = ", ".join(f"{name} {before.get(name)}, not {settings[name]}" for name in differ)
         raise DataError(f"{out}: was prepared with {text}; name another folder, or remove it")
+    for folder in ("images", "parts"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    coco.write_text(note, json.dumps(settings))
 
 
 def natural(name):
@@ -257,9 +220,8 @@ def natural(name):
 
 def sources_of(folder, devkit, limit):
     """The images of a split of the raw release. Raises DataError if there are none."""
-    there = folder.iterdir() if folder.is_dir() else []
-    found = [path for path in there if coco.is_ours(path.name) and path.is_file()]
-    found = [path for path in found if path.suffix.lower() == ".png" and not coco.is_mask(path)]
+    found = [path for path in folder.glob("*") if path.suffix.lower() == ".png" and path.is_file()]
+    found = [path for path in found if coco.is_ours(path.name) and not coco.is_mask(path)]
     found = [path for path in found if not (devkit and path.stem in LEFT_OUT)]
     if not found:
         raise DataError(f"{folder}: holds no images; expected are P0000.png …, as iSAID has them")
@@ -270,8 +232,7 @@ def merge(out, target, stems, devkit):
     """Join the records of the images of a split into its annotation file; returns a summary."""
     images, annotations, tiny = [], [], 0
     for stem in stems:
-        record = json.loads((out / "parts" / f"{stem}.json").read_text(encoding="utf-8"))
-        for name, height, width, objects in record:
+        for name, height, width, objects in coco.read_json(out / "parts" / f"{stem}.json"):
             for found in objects:
                 is_tiny = found.pop("tiny")
                 tiny += is_tiny
@@ -292,10 +253,8 @@ def prepare_split(args, split):
     if folder.resolve() == (out / "images").resolve():
         raise DataError(f"{folder}: is where the images come from; name another folder")
     windowing = {"patch": args.patch, "overlap": args.overlap, "devkit": args.devkit}
-    sources, target = (
-        sources_of(folder, args.devkit, args.limit),
-        coco.split_files(args.out, split)[1],
-    )
+    sources = sources_of(folder, args.devkit, args.limit)
+    _, target = coco.split_files(args.out, split)
     begin(out, target, {**windowing, "limit": args.limit})
     text = "is there already, made with the same settings"
     if not target.exists():
