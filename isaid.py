@@ -380,7 +380,8 @@ def statistics(data, ids_again):
         yield f"  {what:32}  {n:,}"
     empty = [c["name"] for c, n in zip(data.categories, data.counts()) if not n]
     if empty:
-        yield f"  classes without boxes             {', '.join(empty)}"
+        more = f" and {len(empty) - 9:,} more" if len(empty) > 9 else ""
+        yield f"  classes without boxes             {', '.join(empty[:9])}{more}"
     for name, n in QUERIES.items():
         share = f"{(objects > n).sum():,} ({(objects > n).mean():.1%})"
         yield f"  images with more objects than {name}'s {n} queries  {share}"
