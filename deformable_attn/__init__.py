@@ -1,7 +1,5 @@
 """Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159): operator and module.
-
-N images, Q queries, M heads, D channels a head, L levels, P points, S = sum of H*W over levels.
-"""
+N images, Q queries, M heads, D channels a head, L levels, P points, S = sum of H*W over levels."""
 
 import functools
 import math
@@ -14,24 +12,21 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"
 
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 from . import cpu, cuda  # noqa: E402
 from .reference import ms_deform_attn_reference  # noqa: E402
-
-__all__ = ["BACKENDS", "MSDeformAttn", "backend", "ms_deform_attn"]
 
 KERNELS = {"cpu": cpu, "cuda": cuda}  # by the kind of device they run on
 BACKENDS = ("auto", *KERNELS, "torch")
 
 
-# ---------------------------------------------------------------- which backend runs
 @functools.cache
 def _kernel(kind):
     """(whether the kernel for a kind of device runs, what it is or why not); built at first use."""
     try:
         return True, KERNELS[kind].description()
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         return False, str(error)
 
 
@@ -40,13 +35,12 @@ def backend(device, wanted="auto"):
     kind = torch.device(device).type
     if wanted not in BACKENDS:
         raise ValueError(f"backend {wanted!r} is not one of {', '.join(BACKENDS)}")
-    if wanted == "torch":
-        return "torch", "the pure-PyTorch reference, as asked for"
     if wanted in KERNELS and wanted != kind:
         message = f"the {wanted} kernel of deformable attention does not run on {kind} tensors"
         raise ValueError(f"{message}; choose auto or torch")
-    if kind not in KERNELS:
-        return "torch", f"the pure-PyTorch reference; there is no kernel for {kind}"
+    if wanted == "torch" or kind not in KERNELS:
+        reason = "as asked for" if wanted == "torch" else f"there is no kernel for {kind}"
+        return "torch", f"the pure-PyTorch reference, {reason}"
     runs, reason = _kernel(kind)
     if not runs and wanted == kind:
         raise ValueError(f"the {kind} kernel of deformable attention cannot run: {reason}")
@@ -68,22 +62,19 @@ def _choose(kind, wanted):
     return _chosen(kind, wanted)
 
 
-# ---------------------------------------------------------------- the operator
 def ms_deform_attn(value, spatial_shapes, locations, weights, backend="auto"):
     """Sum over levels and points of weight x bilinear sample of the maps (equation 3).
 
     value           (N, S, M, D)        the maps of all levels, flattened: fp64, fp32, fp16, bf16
     spatial_shapes  L x (height, width) Python integers, so that no device has to be waited for
-    locations       (N, Q, M, L, P, 2)  x, y in 0..1 of the level; pixel = x * width - 0.5; zero
-                                        outside; never in half precision, whose step is half a
-                                        pixel from x = 64 (bf16) on
+    locations       (N, Q, M, L, P, 2)  fp32 or fp64: x, y in 0..1 of the level; zero outside;
+                                        pixel = x * width - 0.5
     weights         (N, Q, M, L, P)
     backend         "auto", "cuda", "cpu" or "torch"
     returns         (N, Q, M*D)         as value; sums are in fp32, or fp64 if value is
 
     With the kernels a point at infinity or NaN adds nothing and has no gradient; with "torch" the
-    result may be NaN. Raises ValueError for shapes or dtypes that do not fit and for a backend
-    that cannot run here."""
+    result may be NaN. Raises ValueError for shapes, dtypes or a backend that cannot be."""
     _check(value, spatial_shapes, locations, weights)
     real = torch.promote_types(value.dtype, torch.float32)
     locations, weights = locations.to(real), weights.to(real)
@@ -97,36 +88,26 @@ def _check(value, spatial_shapes, locations, weights):
     """Shapes and dtypes fit, or ValueError that names the argument."""
     if isinstance(spatial_shapes, torch.Tensor):
         raise ValueError("spatial_shapes is a tensor; give (height, width) integers instead")
-    shapes = list(spatial_shapes)
-    if any(size < 1 for shape in shapes for size in shape):
-        raise ValueError(f"spatial_shapes is {shapes}; expected (height, width) of at least 1")
+    if any(size < 1 for shape in spatial_shapes for size in shape):
+        raise ValueError(f"spatial_shapes is {spatial_shapes}; expected sizes of at least 1")
     if value.dim() != 4 or locations.dim() != 6:
-        raise ValueError(
-            f"value has shape {tuple(value.shape)} and locations {tuple(locations.shape)}; "
-            "expected (N, S, M, D) and (N, Q, M, L, P, 2)"
-        )
-    (N, _, M, D), Q, (L, P) = value.shape, locations.shape[1], locations.shape[3:5]
-    cells = sum(h * w for h, w in shapes)
-    for name, tensor, wanted in (
-        ("value", value, (N, cells, M, D)),
-        ("locations", locations, (N, Q, M, len(shapes), P, 2)),
-        ("weights", weights, (N, Q, M, L, P)),
-    ):
-        if tuple(tensor.shape) != wanted:
-            shape = f"{name} has shape {tuple(tensor.shape)}; expected {wanted}"
-            raise ValueError(f"{shape} for levels {shapes}")
+        found = f"value has shape {tuple(value.shape)}, locations {tuple(locations.shape)}"
+        raise ValueError(f"{found}; expected (N, S, M, D) and (N, Q, M, L, P, 2)")
+    (N, _, M, D), (_, Q, _, _, P, _) = value.shape, locations.shape
+    S, L = sum(h * w for h, w in spatial_shapes), len(spatial_shapes)
+    if L == 0 or P == 0:
+        raise ValueError(f"locations has shape {tuple(locations.shape)}; no level or no point")
+    expected = {"value": (N, S, M, D), "locations": (N, Q, M, L, P, 2), "weights": (N, Q, M, L, P)}
+    for (name, shape), tensor in zip(expected.items(), (value, locations, weights)):
+        found = tuple(tensor.shape)
+        if found != shape:
+            raise ValueError(f"{name} has shape {found}; expected {shape} for {spatial_shapes}")
         if tensor.device != value.device:
             raise ValueError(f"{name} is on {tensor.device}, value on {value.device}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}; expected a floating-point one")
-    if L == 0 or P == 0:
-        raise ValueError(f"locations has shape {tuple(locations.shape)}; no level or no point")
-    if locations.dtype in (torch.float16, torch.bfloat16):
-        message = f"locations has dtype {locations.dtype}; expected float32"
-        raise ValueError(f"{message}: in half precision they miss their pixels")
-
-
-Tensor = torch.Tensor
+    if locations.dtype in (torch.float16, torch.bfloat16):  # they would miss their pixels
+        raise ValueError(f"locations has dtype {locations.dtype}; expected float32")
 
 
 @torch.library.custom_op("deformable_attn::forward", mutates_args=(), device_types=tuple(KERNELS))
@@ -164,7 +145,6 @@ def _gradients(ctx, grad):
 _forward.register_autograd(_gradients, setup_context=_keep)
 
 
-# ---------------------------------------------------------------- the module
 @functools.lru_cache(maxsize=256)
 def _widths_heights(spatial_shapes, device):
     """(L, 2) tensor of width, height; cached: it is copied to the device once per shape."""
@@ -187,34 +167,28 @@ class MSDeformAttn(nn.Module):
 
     def reset_parameters(self):
         """At first every head looks its own way, its n-th point n pixels away, weights equal."""
-        for layer in (self.sampling_offsets, self.attention_weights):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
         for layer in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
         angle = torch.arange(self.n_heads) * (2 * math.pi / self.n_heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)  # (M, 2)
         direction = direction / direction.abs().amax(-1, keepdim=True)
-        steps = torch.arange(1.0, self.n_points + 1)
-        star = direction[:, None, None] * steps[:, None]  # (M, 1, P, 2)
-        with torch.no_grad():
+        star = direction[:, None, None] * torch.arange(1.0, self.n_points + 1)[:, None]
+        with torch.no_grad():  # (M, 1, P, 2) to (M, L, P, 2)
             self.sampling_offsets.bias.copy_(star.expand(-1, self.n_levels, -1, -1).flatten())
 
     def forward(self, query, reference, source, spatial_shapes, padding):
-        """Attend from `query` to points of `source` around `reference`.
-        query (N, Q, C); source (N, S, C); padding (N, S), True = padding; the rest as in `sample`.
-        Returns (N, Q, C)."""
+        """What `query` (N, Q, C) finds in `source` (N, S, C) around `reference`: (N, Q, C).
+        padding (N, S), True = padding; reference and spatial_shapes as in `sample`."""
         value = self.value_proj(source).masked_fill(padding[..., None], 0)
         value = value.unflatten(-1, (self.n_heads, -1))  # (N, S, M, D)
-        locations, weights = self.sample(query, reference, spatial_shapes)
-        out = ms_deform_attn(value, spatial_shapes, locations, weights, self.backend)
-        return self.output_proj(out)
+        sampled = self.sample(query, reference, spatial_shapes)
+        return self.output_proj(ms_deform_attn(value, spatial_shapes, *sampled, self.backend))
 
     def sample(self, query, reference, spatial_shapes):
         """Where each query looks: locations (N, Q, M, L, P, 2) and weights (N, Q, M, L, P).
-        query (N, Q, C); reference (N, Q, L, 2) points or (N, Q, L, 4) boxes cxcywh, in 0..1 of
-        each padded level; spatial_shapes L x (height, width)."""
+        reference (N, Q, L, 2) points or (N, Q, L, 4) boxes cxcywh, in 0..1 of each padded level."""
         N, Q, _ = query.shape
         M, L, P = self.n_heads, self.n_levels, self.n_points
         offsets = self.sampling_offsets(query).view(N, Q, M, L, P, 2)

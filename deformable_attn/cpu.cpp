@@ -1,20 +1,17 @@
-// Multi-scale deformable attention on the CPU (Deformable DETR, arXiv 2010.04159, equation 3):
-// forward and backward, fp32 and fp64.
+// Multi-scale deformable attention on the CPU (Deformable DETR, arXiv 2010.04159, equation 3).
 //
 // N images, Q queries, M heads, D channels a head, L levels, P points, S = sum of height x width
 // over the levels. All arrays are contiguous: value (N, S, M, D), locations (N, Q, M, L, P, 2),
 // weights (N, Q, M, L, P), out (N, Q, M, D).
 //
-// A task is one head of one image. No two tasks write to the same place, so nothing is atomic and
-// the result is the same for any number of threads. A task copies its head out of `value`, where a
-// head's rows lie M * D apart, into a map of its own, whose rows lie side by side: that is what
-// fits into a core's cache. For each query, `locate` then finds the four pixels around its L * P
-// points (a loop over points, which the compiler vectorises), and blocks of channels are summed
-// over all of them (loops over vectors of channels).
+// A task is one head of one image. No two tasks write to the same place, so the result is the same
+// for any number of threads. A task copies its head out of `value`, where a head's rows lie M * D
+// apart, into a map of its own, which fits into a core's cache. For each query, `locate` finds the
+// four pixels around its L * P points (a loop over points, which the compiler vectorises), and
+// blocks of channels are summed over all of them (loops over vectors of channels).
 //
-// Plain C++17 with the vector types of gcc and clang; no headers but the standard library's and, on
-// Linux, that of madvise. What was tried and is no faster: working on the queries in 2-D tiles,
-// fetching rows of the map ahead, registers of 64 bytes (the backward pass is slower by a third).
+// Plain C++17 with the vector types of gcc and clang. Tried and no faster: queries in 2-D tiles,
+// rows of the map fetched ahead, registers of 64 bytes (the backward pass is slower by a third).
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -28,19 +25,17 @@
 #include <sys/mman.h>
 #endif
 
+namespace {
 #if defined(__AVX__)
 constexpr int REGISTER = 32;  // bytes
 #else
 constexpr int REGISTER = 16;
 #endif
-
-namespace {
-
 constexpr int CHUNK = 64;  // points of a query that are worked on at a time
 constexpr int AHEAD = 4;   // queries
 
 struct Sizes {
-  int64_t N, S, M, D, Q, L, P;
+  int64_t threads, N, S, M, D, Q, L, P;
   const int64_t* shapes;  // (L, 2): height, width
 };
 
@@ -53,23 +48,19 @@ template <typename T> struct Levels {
     int32_t first = 0;
     for (int64_t l = 0; l < z.L; ++l) {
       const int64_t h = z.shapes[2 * l], w = z.shapes[2 * l + 1];
-      for (int64_t p = 0; p < z.P; ++p) {
-        height.push_back(T(h)), width.push_back(T(w)), columns.push_back(int32_t(w)),
-            start.push_back(first);
-      }
+      height.insert(height.end(), z.P, T(h)), width.insert(width.end(), z.P, T(w));
+      columns.insert(columns.end(), z.P, int32_t(w)), start.insert(start.end(), z.P, first);
       first += int32_t(h * w);
     }
   }
 };
 
-// Up to CHUNK points and the four pixels around each: 0 upper left, 1 upper right, 2 lower left, 3
-// lower right.
+// Up to CHUNK points and the pixels around each: upper left, upper right, lower left, lower right.
 template <typename T> struct Points {
   int32_t row[4][CHUNK];   // of the map; some row of it where the pixel lies outside
   T inside[4][CHUNK];      // 1, outside 0
   T fx[CHUNK], fy[CHUNK];  // how far to the right of and below the upper left pixel, in 0..1
-  T share[4][CHUNK];  // of each pixel in the bilinear sample, 0 outside; for the forward pass and
-                      // grad_value times the weight
+  T share[4][CHUNK];       // of each pixel in the bilinear sample, times the weight; 0 outside
 };
 
 // Without a branch: a point far away moves to where its pixels are just outside. So does a NaN.
@@ -77,30 +68,29 @@ template <typename T>
 void locate(const T* __restrict xy, const T* __restrict weight, const Levels<T>& levels,
             int64_t first, int n, Points<T>& at) {
   const T *__restrict width = &levels.width[first], *__restrict height = &levels.height[first];
-  const int32_t* __restrict columns = &levels.columns[first], * __restrict start =
-                                                                  &levels.start[first];
+  const int32_t* __restrict columns = &levels.columns[first];
+  const int32_t* __restrict start = &levels.start[first];
   for (int i = 0; i < n; ++i) {
-    T x = xy[2 * i] * width[i] - T(0.5), y = xy[2 * i + 1] * height[i] - T(0.5);
-    x = x > -2 ? x : T(-2), x = x < width[i] ? x : width[i];
-    y = y > -2 ? y : T(-2), y = y < height[i] ? y : height[i];
+    const T w = width[i], h = height[i];
+    T x = xy[2 * i] * w - T(0.5), y = xy[2 * i + 1] * h - T(0.5);
+    x = x > -2 ? x : T(-2), x = x < w ? x : w;
+    y = y > -2 ? y : T(-2), y = y < h ? y : h;
     const T x0 = std::floor(x), y0 = std::floor(y), x1 = x0 + 1, y1 = y0 + 1;
-    const T left = (x0 >= 0) & (x0 < width[i]) ? T(1) : T(0),
-            right = (x1 >= 0) & (x1 < width[i]) ? T(1) : T(0);
-    const T top = (y0 >= 0) & (y0 < height[i]) ? T(1) : T(0),
-            bottom = (y1 >= 0) & (y1 < height[i]) ? T(1) : T(0);
+    const T left = (x0 >= 0) & (x0 < w) ? T(1) : T(0), right = (x1 >= 0) & (x1 < w) ? T(1) : T(0);
+    const T top = (y0 >= 0) & (y0 < h) ? T(1) : T(0), bottom = (y1 >= 0) & (y1 < h) ? T(1) : T(0);
     const T fx = x - x0, fy = y - y0;
     at.fx[i] = fx, at.fy[i] = fy;
-    at.inside[0][i] = top * left, at.inside[1][i] = top * right, at.inside[2][i] = bottom * left,
-    at.inside[3][i] = bottom * right;
-    at.share[0][i] = top * left * (1 - fy) * (1 - fx) * weight[i],
+    at.inside[0][i] = top * left, at.inside[1][i] = top * right;
+    at.inside[2][i] = bottom * left, at.inside[3][i] = bottom * right;
+    at.share[0][i] = top * left * (1 - fy) * (1 - fx) * weight[i];
     at.share[1][i] = top * right * (1 - fy) * fx * weight[i];
-    at.share[2][i] = bottom * left * fy * (1 - fx) * weight[i],
+    at.share[2][i] = bottom * left * fy * (1 - fx) * weight[i];
     at.share[3][i] = bottom * right * fy * fx * weight[i];
     const int32_t column0 = int32_t(x0 * left), column1 = int32_t(x1 * right);
-    const int32_t row0 = start[i] + columns[i] * int32_t(y0 * top),
-                  row1 = start[i] + columns[i] * int32_t(y1 * bottom);
-    at.row[0][i] = row0 + column0, at.row[1][i] = row0 + column1, at.row[2][i] = row1 + column0,
-    at.row[3][i] = row1 + column1;
+    const int32_t row0 = start[i] + columns[i] * int32_t(y0 * top);
+    const int32_t row1 = start[i] + columns[i] * int32_t(y1 * bottom);
+    at.row[0][i] = row0 + column0, at.row[1][i] = row0 + column1;
+    at.row[2][i] = row1 + column0, at.row[3][i] = row1 + column1;
   }
 }
 
@@ -132,13 +122,11 @@ template <typename T, int BYTES> struct Block {
 // Calls work(a block, its first channel) for blocks that cover D channels, the largest first.
 template <typename T, int BYTES = 128, typename F> void blocks(int64_t D, F work, int64_t c = 0) {
   for (; c + Block<T, BYTES>::WIDTH <= D; c += Block<T, BYTES>::WIDTH) work(Block<T, BYTES>{}, c);
-  if constexpr (BYTES > int(sizeof(T))) {
+  if constexpr (BYTES > int(sizeof(T)))
     if (c < D) blocks<T, BYTES / 2>(D, work, c);
-  }
 }
 
-// Sums groups of `lanes` neighbours, by halves: n * lanes values in `parts` become n sums. Faster
-// than summing within registers.
+// Sums groups of `lanes` neighbours, by halves: n * lanes values in `parts` become n sums.
 template <typename T> const T* sum_lanes(T* parts, T* spare, int n, int lanes) {
   for (; lanes > 1; lanes /= 2, std::swap(parts, spare)) {
     const T* __restrict from = parts;
@@ -148,19 +136,18 @@ template <typename T> const T* sum_lanes(T* parts, T* spare, int n, int lanes) {
   return parts;
 }
 
-// A head's share of an array lies in pieces far apart, which processors do not fetch ahead by
-// themselves.
+// A head's share of an array lies in pieces far apart, which processors do not fetch by themselves.
 template <int WRITE = 0, typename T> void prefetch(const T* from, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(from + i, WRITE);
 }
 
-// Asks for pages of 2 MB where the results will lie: new memory is handed out a page at a time when
-// it is first written to, and with pages of 4 KB that takes as long as all the sums.
+// Asks for pages of 2 MB where the results will lie: the system hands out new memory page by page,
+// and with pages of 4 KB that takes as long as all the sums.
 template <typename T> void large_pages(T* results, int64_t n) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t PAGE = 1 << 21;
-  const uintptr_t first = (uintptr_t(results) + PAGE - 1) / PAGE * PAGE,
-                  last = uintptr_t(results + n) / PAGE * PAGE;
+  const uintptr_t first = (uintptr_t(results) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t last = uintptr_t(results + n) / PAGE * PAGE;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
@@ -189,20 +176,19 @@ template <typename F> bool parallel(int64_t count, int64_t threads, F make) {
 }
 
 template <typename T>
-bool forward(const Sizes& z, const T* value, const T* locations, const T* weights, T* out,
-             int64_t threads) {
+bool forward(const Sizes& z, const T* value, const T* locations, const T* weights, T* out) {
   const Levels<T> levels(z);
   const int64_t points = z.L * z.P, D = z.D;
   large_pages(out, z.N * z.Q * z.M * D);
-  return parallel(z.N * z.M, threads, [&] {
+  return parallel(z.N * z.M, z.threads, [&] {
     return [&, map = std::vector<T>(z.S * D)](int64_t task) mutable {
       const int64_t n = task / z.M, m = task % z.M;
       for (int64_t s = 0; s < z.S; ++s)
         std::copy_n(value + ((n * z.S + s) * z.M + m) * D, D, &map[s * D]);
       Points<T> at;
       for (int64_t q = 0; q < z.Q; ++q) {
-        const int64_t here = (n * z.Q + q) * z.M + m,
-                      soon = here + std::min<int64_t>(AHEAD, z.Q - 1 - q) * z.M;
+        const int64_t here = (n * z.Q + q) * z.M + m;
+        const int64_t soon = here + std::min<int64_t>(AHEAD, z.Q - 1 - q) * z.M;
         prefetch(locations + 2 * points * soon, 2 * points);
         prefetch(weights + points * soon, points);
         prefetch<1>(out + D * soon, D);
@@ -213,10 +199,9 @@ bool forward(const Sizes& z, const T* value, const T* locations, const T* weight
           blocks<T>(D, [&](auto sum, int64_t c) {
             T* to = out + here * D + c;
             if (first) sum = sum.load(to);
-            for (int i = 0; i < count; ++i) {
+            for (int i = 0; i < count; ++i)
               for (int k = 0; k < 4; ++k)
                 sum.add(at.share[k][i], sum.load(&map[at.row[k][i] * D + c]));
-            }
             sum.store(to);
           });
         }
@@ -225,19 +210,17 @@ bool forward(const Sizes& z, const T* value, const T* locations, const T* weight
   });
 }
 
-// The gradients of a point are combinations of four dot products, of grad_out and each of the
-// pixels around it. In the task's map every row of the value is followed by the same row of the
-// gradient, so that they are fetched together.
+// A point's gradients combine four dot products, of grad_out and the pixels around it. In the map
+// every row of the value is followed by that of its gradient, so that they are fetched together.
 template <typename T>
 bool backward(const Sizes& z, const T* grad_out, const T* value, const T* locations,
-              const T* weights, T* grad_value, T* grad_locations, T* grad_weights,
-              int64_t threads) {
+              const T* weights, T* grad_value, T* grad_locations, T* grad_weights) {
   const Levels<T> levels(z);
   const int64_t points = z.L * z.P, D = z.D;
   large_pages(grad_value, z.N * z.S * z.M * D);
   large_pages(grad_locations, z.N * z.Q * z.M * points * 2);
   large_pages(grad_weights, z.N * z.Q * z.M * points);
-  return parallel(z.N * z.M, threads, [&] {
+  return parallel(z.N * z.M, z.threads, [&] {
     return [&, map = std::vector<T>(2 * z.S * D)](int64_t task) mutable {
       const int64_t n = task / z.M, m = task % z.M;
       for (int64_t s = 0; s < z.S; ++s) {
@@ -248,8 +231,8 @@ bool backward(const Sizes& z, const T* grad_out, const T* value, const T* locati
       constexpr int PARTS = 4 * CHUNK * REGISTER / sizeof(T);
       T dot[4 * CHUNK], parts[PARTS], spare[PARTS];
       for (int64_t q = 0; q < z.Q; ++q) {
-        const int64_t here = (n * z.Q + q) * z.M + m,
-                      soon = here + std::min<int64_t>(AHEAD, z.Q - 1 - q) * z.M;
+        const int64_t here = (n * z.Q + q) * z.M + m;
+        const int64_t soon = here + std::min<int64_t>(AHEAD, z.Q - 1 - q) * z.M;
         prefetch(locations + 2 * points * soon, 2 * points);
         prefetch(weights + points * soon, points);
         prefetch(grad_out + D * soon, D);
@@ -275,16 +258,15 @@ bool backward(const Sizes& z, const T* grad_out, const T* value, const T* locati
             for (int i = 0; i < 4 * count; ++i) dot[i] += sums[i];
           });
           const T *width = &levels.width[first], *height = &levels.height[first];
+          T *grad_weight = grad_weights + point, *grad_xy = grad_locations + 2 * point;
           for (int i = 0; i < count; ++i) {
             const T fx = at.fx[i], fy = at.fy[i], weight = weights[point + i];
+            const T w = width[i] * weight, h = height[i] * weight;
             const T d0 = dot[4 * i] * at.inside[0][i], d1 = dot[4 * i + 1] * at.inside[1][i];
             const T d2 = dot[4 * i + 2] * at.inside[2][i], d3 = dot[4 * i + 3] * at.inside[3][i];
-            grad_weights[point + i] =
-                (1 - fy) * ((1 - fx) * d0 + fx * d1) + fy * ((1 - fx) * d2 + fx * d3);
-            grad_locations[2 * (point + i)] =
-                weight * width[i] * ((1 - fy) * (d1 - d0) + fy * (d3 - d2));
-            grad_locations[2 * (point + i) + 1] =
-                weight * height[i] * ((1 - fx) * (d2 - d0) + fx * (d3 - d1));
+            grad_weight[i] = (1 - fy) * ((1 - fx) * d0 + fx * d1) + fy * ((1 - fx) * d2 + fx * d3);
+            grad_xy[2 * i] = w * ((1 - fy) * (d1 - d0) + fy * (d3 - d2));
+            grad_xy[2 * i + 1] = h * ((1 - fx) * (d2 - d0) + fx * (d3 - d1));
           }
         }
       }
@@ -294,22 +276,17 @@ bool backward(const Sizes& z, const T* grad_out, const T* value, const T* locati
   });
 }
 
-Sizes sizes(const int64_t* s) { return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s + 7}; }
-
+Sizes sizes(const int64_t* s) { return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s + 8}; }
 }  // namespace
 
-// `s` is N, S, M, D, Q, L, P, then height and width of each level. Each function returns whether
-// the memory sufficed.
-#define EXPORT(T, suffix)                                                                      \
-  extern "C" bool forward_##suffix(const int64_t* s, const T* value, const T* locations,       \
-                                   const T* weights, T* out, int64_t threads) {                \
-    return forward(sizes(s), value, locations, weights, out, threads);                         \
-  }                                                                                            \
-  extern "C" bool backward_##suffix(const int64_t* s, const T* grad_out, const T* value,       \
-                                    const T* locations, const T* weights, T* grad_value,       \
-                                    T* grad_locations, T* grad_weights, int64_t threads) {     \
-    return backward(sizes(s), grad_out, value, locations, weights, grad_value, grad_locations, \
-                    grad_weights, threads);                                                    \
+// `s` is threads, N, S, M, D, Q, L, P, then height and width of each level; `t` are the tensors in
+// the order of the functions above. Each function returns whether the memory sufficed.
+#define EXPORT(T, suffix)                                                     \
+  extern "C" bool forward_##suffix(const int64_t* s, T** t) {                 \
+    return forward<T>(sizes(s), t[0], t[1], t[2], t[3]);                      \
+  }                                                                           \
+  extern "C" bool backward_##suffix(const int64_t* s, T** t) {                \
+    return backward<T>(sizes(s), t[0], t[1], t[2], t[3], t[4], t[5], t[6]);   \
   }
 EXPORT(float, f32)
 EXPORT(double, f64)

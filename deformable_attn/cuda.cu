@@ -1,7 +1,6 @@
-// Multi-scale deformable attention on NVIDIA GPUs (Deformable DETR, arXiv 2010.04159, equation 3):
-// forward and backward. Compiled at first use by NVRTC for one type and one number of channels,
-// which cuda.py gives as macros; it includes no header.
-//   DTYPE    0 float, 1 half, 2 bfloat16, 3 double: of value and out
+// Multi-scale deformable attention on NVIDIA GPUs (Deformable DETR, arXiv 2010.04159, equation 3).
+// Compiled at first use by NVRTC, without any header, for what cuda.py gives as macros:
+//   DTYPE    0 float, 1 half, 2 bfloat16, 3 double: of value and out; all else is float or double
 //   D        channels of a head
 //   WIDTH    channels that a thread loads at once, up to 16 bytes
 //   LANES    threads that share one head of one query, a power of two up to 32
@@ -9,14 +8,10 @@
 //   TILE     neighbouring queries that are worked on together, head by head
 //   LEVELS   at most
 //
-// N images, Q queries, M heads, D channels a head, L levels, P points, S = sum of height x width
-// over the levels. All arrays are contiguous: value (N, S, M, D), locations (N, Q, M, L, P, 2),
-// weights (N, Q, M, L, P), out (N, Q, M, D). Locations, weights, sums and gradients are float, or
-// double for double.
-//
-// LANES neighbouring threads, a group, share one head of one query. Every lane loads WIDTH of a
-// pixel's channels at once, and its sums stay in registers. The pixels and shares of a point are
-// worked out once, by one lane, and passed on through shared memory, BATCH points at a time.
+// The letters and the layout of the arrays are those of cpu.cpp. LANES neighbouring threads, a
+// group, share one head of one query. Every lane loads WIDTH of a pixel's channels at once, and its
+// sums stay in registers. The pixels and shares of a point are worked out once, by one lane, and
+// passed on through shared memory, BATCH points at a time.
 template <int> struct Types { typedef float Real; typedef unsigned short Stored; };
 template <> struct Types<0> { typedef float Real, Stored; };
 template <> struct Types<3> { typedef double Real, Stored; };
@@ -42,22 +37,21 @@ struct Sizes {  // as the host passes them
 };
 
 #if DTYPE == 1
-__device__ float real(unsigned short x) {
+__device__ float real(Stored x) {
   float r;
   asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x));
   return r;
 }
-__device__ unsigned short stored(float x) {
-  unsigned short r;
+__device__ Stored stored(float x) {
+  Stored r;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x));
   return r;
 }
 #elif DTYPE == 2
-__device__ float real(unsigned short x) { return __uint_as_float(unsigned(x) << 16); }
-__device__ unsigned short stored(float x) {  // to the nearest, ties to even; a NaN stays one
+__device__ float real(Stored x) { return __uint_as_float(unsigned(x) << 16); }
+__device__ Stored stored(float x) {  // to the nearest, ties to even; a NaN stays one
   const unsigned bits = __float_as_uint(x);
-  typedef unsigned short Short;
-  return x == x ? Short((bits + 0x7fffu + (bits >> 16 & 1)) >> 16) : Short(0x7fff);
+  return x == x ? Stored((bits + 0x7fffu + (bits >> 16 & 1)) >> 16) : Stored(0x7fff);
 }
 #else
 __device__ Real real(Real x) { return x; }
@@ -89,24 +83,13 @@ __device__ Place locate(const Real* xy, const Sizes& z, int level) {
   return at;
 }
 
-__device__ Pixels pixels(const Place& at, Real weight) {
-  Pixels p;
-  for (int k = 0; k < 4; ++k) p.row[k] = at.row[k];
-  p.share[0] = at.top && at.left ? weight * (1 - at.fy) * (1 - at.fx) : Real(0);
-  p.share[1] = at.top && at.right ? weight * (1 - at.fy) * at.fx : Real(0);
-  p.share[2] = at.bottom && at.left ? weight * at.fy * (1 - at.fx) : Real(0);
-  p.share[3] = at.bottom && at.right ? weight * at.fy * at.fx : Real(0);
-  return p;
-}
-
 struct Work {  // which head of which query of which image a group has
   int lane, group;
   bool any;             // false for the groups beyond the last query
   long long here, map;  // index into (N, Q, M); index of its channels' first one in value
 };
 
-// Images one after the other, in them tiles of queries, in a tile head after head: what is read
-// together lies together.
+// Images one after the other, in them tiles of queries (neighbours), in a tile head after head.
 __device__ Work work(const Sizes& z, const int* order) {
   Work w;
   w.lane = threadIdx.x % LANES, w.group = threadIdx.x / LANES;
@@ -128,7 +111,15 @@ __device__ void share_pixels(Pixels* shared, const Work& w, const Sizes& z, int 
   __syncwarp();
   for (int i = w.lane; i < count; i += LANES) {
     const long long p = w.here * points + first + i;
-    shared[i] = pixels(locate(locations + 2 * p, z, (first + i) / z.P), weights[p]);
+    const Place at = locate(locations + 2 * p, z, (first + i) / z.P);
+    const Real weight = weights[p];
+    Pixels around;
+    for (int k = 0; k < 4; ++k) around.row[k] = at.row[k];
+    around.share[0] = at.top && at.left ? weight * (1 - at.fy) * (1 - at.fx) : Real(0);
+    around.share[1] = at.top && at.right ? weight * (1 - at.fy) * at.fx : Real(0);
+    around.share[2] = at.bottom && at.left ? weight * at.fy * (1 - at.fx) : Real(0);
+    around.share[3] = at.bottom && at.right ? weight * at.fy * at.fx : Real(0);
+    shared[i] = around;
   }
   __syncwarp();
 }
@@ -136,22 +127,15 @@ __device__ void share_pixels(Pixels* shared, const Work& w, const Sizes& z, int 
 __device__ void add(Real* to, const Real* what) {  // WIDTH values, atomically each
   int c = 0;
 #if DTYPE != 3 && __CUDA_ARCH__ >= 900
-  for (; c + 4 <= WIDTH; c += 4) {
-    const float4 four = make_float4(what[c], what[c + 1], what[c + 2], what[c + 3]);
-    atomicAdd(reinterpret_cast<float4*>(to + c), four);
-  }
+  for (; c + 4 <= WIDTH; c += 4)
+    atomicAdd(reinterpret_cast<float4*>(to + c),
+              make_float4(what[c], what[c + 1], what[c + 2], what[c + 3]));
 #endif
   for (; c < WIDTH; ++c) atomicAdd(to + c, what[c]);
 }
 
-// Sums four values over the lanes of a group; afterwards every lane has all four.
-__device__ void sum_over_lanes(Real (&v)[4]) {
-  for (int step = LANES / 2; step > 0; step /= 2)
-    for (int k = 0; k < 4; ++k) v[k] += __shfl_xor_sync(ALL, v[k], step);
-}
-
 // The gradients of point p are combinations of four dot products d, <grad_out, pixel>.
-__device__ void write_gradients(const Place& at, Real weight, const Four& d, long long p,
+__device__ void write_gradients(const Place& at, Real weight, Four d, long long p,
                                 Real* grad_locations, Real* grad_weights) {
   const Real d0 = at.top && at.left ? d.v[0] : Real(0), d1 = at.top && at.right ? d.v[1] : Real(0);
   const Real d2 = at.bottom && at.left ? d.v[2] : Real(0);
@@ -178,26 +162,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll 4
     for (int i = 0; i < count; ++i) {
       const Pixels p = shared[w.group][i];
-#pragma unroll
       for (int r = 0; r < ROUNDS; ++r) {
         const int c = (r * LANES + w.lane) * WIDTH;
         if (c >= D) continue;
-#pragma unroll
         for (int k = 0; k < 4; ++k) {
           const Channels pixel = load(value + w.map + p.row[k] * stride + c);
-#pragma unroll
           for (int j = 0; j < WIDTH; ++j) sum[r][j] += p.share[k] * real(pixel.c[j]);
         }
       }
     }
   }
   if (!w.any) return;
-#pragma unroll
   for (int r = 0; r < ROUNDS; ++r) {
     const int c = (r * LANES + w.lane) * WIDTH;
     if (c >= D) continue;
     Channels result;
-#pragma unroll
     for (int j = 0; j < WIDTH; ++j) result.c[j] = stored(sum[r][j]);
     *reinterpret_cast<Channels*>(out + w.here * D + c) = result;
   }
@@ -215,12 +194,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8)
   const int points = z.L * z.P;
   const long long stride = (long long)z.M * D;
   Real grad[ROUNDS][WIDTH] = {};  // stays 0 for the groups beyond the last query
-#pragma unroll
   for (int r = 0; r < ROUNDS; ++r) {
     const int c = (r * LANES + w.lane) * WIDTH;
     if (c >= D || !w.any) continue;
     const Channels from = load(grad_out + w.here * D + c);
-#pragma unroll
     for (int j = 0; j < WIDTH; ++j) grad[r][j] = real(from.c[j]);
   }
   for (int first = 0; first < points; first += BATCH) {
@@ -230,16 +207,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8)
     for (int i = 0; i < count; ++i) {
       const Pixels p = shared[w.group][i];
       Real dot[4] = {};
-#pragma unroll
       for (int r = 0; r < ROUNDS; ++r) {
         const int c = (r * LANES + w.lane) * WIDTH;
         if (c >= D) continue;
-#pragma unroll
         for (int k = 0; k < 4; ++k) {
           const long long place = w.map + p.row[k] * stride + c;
           const Channels pixel = load(value + place);
           Real part[WIDTH];
-#pragma unroll
           for (int j = 0; j < WIDTH; ++j) {
             dot[k] += grad[r][j] * real(pixel.c[j]);
             part[j] = p.share[k] * grad[r][j];
@@ -247,16 +221,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8)
           if (w.any && p.share[k] != 0) add(grad_value + place, part);
         }
       }
-      sum_over_lanes(dot);
+      for (int step = LANES / 2; step > 0; step /= 2)  // sums over the lanes of the group
+        for (int k = 0; k < 4; ++k) dot[k] += __shfl_xor_sync(ALL, dot[k], step);
       if (w.lane == 0) dots[w.group][i] = Four{{dot[0], dot[1], dot[2], dot[3]}};
     }
     __syncwarp();
     for (int i = w.lane; i < count && w.any; i += LANES) {
       const long long p = w.here * points + first + i;
       const Place at = locate(locations + 2 * p, z, (first + i) / z.P);
-      const Real weight = weights[p];
-      const Four d = dots[w.group][i];
-      write_gradients(at, weight, d, p, grad_locations, grad_weights);
+      write_gradients(at, weights[p], dots[w.group][i], p, grad_locations, grad_weights);
     }
   }
 }

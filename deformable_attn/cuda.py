@@ -1,12 +1,8 @@
 """The CUDA kernel: cuda.cu, compiled at first use by NVRTC and launched on torch's stream.
-
-NVRTC, CUDA's compiler as a library, comes with torch's packages for CUDA and is called through
-ctypes, as the driver is: neither a toolkit nor another package is needed.
-"""
+NVRTC, CUDA's compiler as a library, comes with torch; it and the driver are called by ctypes."""
 
 import ctypes
 import functools
-import re
 import sys
 from pathlib import Path
 
@@ -17,45 +13,23 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # places
 THREADS = 128  # in a block
 TILE = 64  # neighbouring queries that are worked on together, head by head
 MAX_LEVELS = 16
+WINDOWS = sys.platform == "win32"
 pointer = ctypes.c_void_p
 
 
-class Sizes(ctypes.Structure):
-    """The kernel's first argument, as cuda.cu declares it."""
-
-    _fields_ = [(name, ctypes.c_int) for name in "NSMQLP"]
-    _fields_ += [(name, ctypes.c_int * MAX_LEVELS) for name in ("height", "width", "start")]
-
-
-# ---------------------------------------------------------------- NVRTC and the driver
 @functools.cache
 def nvrtc():
-    """CUDA's compiler of torch's own CUDA version, beside torch or the system's; RuntimeError."""
+    """CUDA's compiler of torch's own version, which torch has loaded. RuntimeError or OSError."""
     if not torch.version.cuda:
         raise RuntimeError("torch is not built for CUDA; install a torch that is")
     major = torch.version.cuda.split(".")[0]
-    folders = {Path(torch.__file__).parent / "lib"}
-    folders |= {path for root in sys.path for path in Path(root).glob("nvidia/*/lib")}
-    folders |= {path for root in sys.path for path in Path(root).glob("nvidia/*/bin")}
-    names = rf"(libnvrtc\.so\.{major}|nvrtc64_{major}\d*_0\.dll)"
-    found = [path for x in folders if x.is_dir() for path in x.iterdir()]
-    found = [str(path) for path in found if re.fullmatch(names, path.name)]
-    for name in [*found, f"libnvrtc.so.{major}"]:
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    raise RuntimeError(f"NVRTC {major} is not found; it comes with torch's packages for CUDA")
+    return ctypes.CDLL(f"nvrtc64_{major}0_0.dll" if WINDOWS else f"libnvrtc.so.{major}")
 
 
 @functools.cache
 def driver():
-    """NVIDIA's driver. Raises RuntimeError."""
-    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    try:
-        return ctypes.CDLL(name)
-    except OSError:
-        raise RuntimeError(f"NVIDIA's driver ({name}) is not installed") from None
+    """NVIDIA's driver, which torch has loaded already where there is a GPU. OSError without one."""
+    return ctypes.CDLL("nvcuda.dll" if WINDOWS else "libcuda.so.1")
 
 
 def call(library, name, *arguments):
@@ -65,52 +39,27 @@ def call(library, name, *arguments):
         raise RuntimeError(f"{name} failed with CUDA's error {error}")
 
 
-def read(library, size_name, name, program):
-    """The bytes of which one function tells the number and another one gives the content."""
+def read(name, program):
+    """The bytes that a function of NVRTC gives; another one, called ...Size, tells their number."""
     size = ctypes.c_size_t()
-    call(library, size_name, program, ctypes.byref(size))
+    call(nvrtc(), f"{name}Size", program, ctypes.byref(size))
     content = ctypes.create_string_buffer(size.value)
-    call(library, name, program, content)
+    call(nvrtc(), name, program, content)
     return content.raw
-
-
-def compile_source(source, arch, options=()):
-    """(binary, what the assembler reports) of CUDA C++ for an architecture such as "sm_90".
-    Needs no GPU. Raises RuntimeError."""
-    library, program = nvrtc(), pointer()
-    options = [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", *options]
-    texts = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-    name = SOURCE.name.encode()
-    call(library, "nvrtcCreateProgram", ctypes.byref(program), source.encode(), name, 0, None, None)
-    try:
-        failed = library.nvrtcCompileProgram(program, len(options), texts)
-        log = read(library, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog", program)
-        log = log.decode(errors="replace").strip("\0\n ")
-        if failed:
-            raise RuntimeError(f"{SOURCE.name} does not compile for {arch}: {log or failed}")
-        return read(library, "nvrtcGetCUBINSize", "nvrtcGetCUBIN", program), log
-    finally:
-        library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
 def supported():
     """The architectures that this NVRTC compiles for, such as "sm_90"."""
-    number = ctypes.c_int()
-    call(nvrtc(), "nvrtcGetNumSupportedArchs", ctypes.byref(number))
-    found = (ctypes.c_int * number.value)()
+    found = (ctypes.c_int * 999)()  # more than there are
     call(nvrtc(), "nvrtcGetSupportedArchs", found)
-    return [f"sm_{arch}" for arch in found]
+    return [f"sm_{arch}" for arch in found if arch]
 
 
-# ---------------------------------------------------------------- the kernel
 def geometry(dtype, channels):
     """(channels that a thread loads at once, up to 16 bytes; threads that share one head)."""
     wide = 16 // dtype.itemsize
     width = wide if channels % wide == 0 else 1
-    lanes = 1
-    while lanes < min(32, channels // width):
-        lanes *= 2
-    return width, lanes
+    return width, next(n for n in (1, 2, 4, 8, 16, 32) if n >= min(32, channels // width))
 
 
 def macros(dtype, channels):
@@ -122,18 +71,27 @@ def macros(dtype, channels):
 
 
 def compile_kernel(arch, dtype, channels):
-    """`compile_source` of cuda.cu for a dtype and a number of channels."""
-    return compile_source(SOURCE.read_text(encoding="utf-8"), arch, macros(dtype, channels))
-
-
-def architecture(device):
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    """(binary, what the assembler reports) for "sm_90", say; needs no GPU. Raises RuntimeError."""
+    program, source = pointer(), SOURCE.read_bytes()
+    options = [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v"]
+    options += macros(dtype, channels)
+    texts = (ctypes.c_char_p * len(options))(*map(str.encode, options))
+    call(nvrtc(), "nvrtcCreateProgram", ctypes.byref(program), source, b"cuda.cu", 0, None, None)
+    try:
+        failed = nvrtc().nvrtcCompileProgram(program, len(options), texts)
+        log = read("nvrtcGetProgramLog", program).decode(errors="replace").strip("\0\n ")
+        if failed:
+            raise RuntimeError(f"{SOURCE.name} does not compile for {arch}: {log or failed}")
+        return read("nvrtcGetCUBIN", program), log
+    finally:
+        nvrtc().nvrtcDestroyProgram(ctypes.byref(program))
 
 
 @functools.cache
 def functions(device, dtype, channels):
     """(forward, backward) of the kernel, compiled and loaded for a device's index."""
-    binary, _ = compile_kernel(architecture(device), dtype, channels)
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    binary, _ = compile_kernel(arch, dtype, channels)
     module, found = pointer(), [pointer(), pointer()]
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # makes the device's context, should nothing have run on it
@@ -145,15 +103,14 @@ def functions(device, dtype, channels):
 
 def description():
     """What has been compiled, in words. Raises RuntimeError that says what is missing."""
-    device = torch.cuda.current_device()
-    functions(device, torch.float32, 32)
-    return f"cuda.cu, compiled by NVRTC for {architecture(device)}"
+    nvrtc()  # first: where torch is not built for CUDA, it says so
+    functions(torch.cuda.current_device(), torch.float32, 32)
+    return f"cuda.cu, compiled by NVRTC for {torch.cuda.get_device_name()}"
 
 
 @functools.lru_cache(maxsize=64)
 def neighbours(spatial_shapes, device):
-    """(S,) int32: the cells of every level in tiles of 8 x 8.
-    So queries that read the same pixels follow each other."""
+    """(S,) int32: the cells of each level in tiles of 8 x 8, so neighbours follow each other."""
     order, start = [], 0
     for h, w in zip(spatial_shapes[::2], spatial_shapes[1::2]):
         y, x = torch.arange(h)[:, None], torch.arange(w)
@@ -163,18 +120,9 @@ def neighbours(spatial_shapes, device):
     return torch.cat(order).to(device, torch.int32)
 
 
-def start(function, blocks, *arguments):
-    """Start a function on the current stream. Arguments: a Sizes, tensors, or None for null."""
-    sizes, *tensors = arguments
-    values = [sizes, *(pointer(None if x is None else x.data_ptr()) for x in tensors)]
-    addresses = (pointer * len(values))(*map(ctypes.addressof, values))
-    stream = pointer(torch.cuda.current_stream().cuda_stream)
-    grid = blocks, 1, 1, THREADS, 1, 1
-    call(driver(), "cuLaunchKernel", function, *grid, 0, stream, addresses, None)
-
-
-def launch(which, spatial_shapes, value, locations, *tensors):
-    """Start a function of the kernel (0 forward, 1 backward) on the tensors' device."""
+def launch(which, spatial_shapes, inputs, results):
+    """Start a function of the kernel, 0 forward, 1 backward; the last inputs are forward's."""
+    value, locations, _ = inputs[-3:]
     (N, S, M, D), (_, Q, _, L, P, _) = value.shape, locations.shape
     if L > MAX_LEVELS:
         raise ValueError(f"locations has {L} levels; the CUDA kernel takes up to {MAX_LEVELS}")
@@ -182,35 +130,33 @@ def launch(which, spatial_shapes, value, locations, *tensors):
         return
     heights, widths = spatial_shapes[::2], spatial_shapes[1::2]
     starts = [sum(h * w for h, w in zip(heights[:level], widths)) for level in range(L)]
-    arrays = ((ctypes.c_int * MAX_LEVELS)(*numbers) for numbers in (heights, widths, starts))
-    sizes = Sizes(N, S, M, Q, L, P, *arrays)
-    encoder = Q == S  # its queries are the cells of the maps
-    order = neighbours(tuple(spatial_shapes), value.device) if encoder else None
+    unused = [0] * (MAX_LEVELS - L)
+    numbers = [N, S, M, Q, L, P, *heights, *unused, *widths, *unused, *starts, *unused]
+    sizes = (ctypes.c_int * len(numbers))(*numbers)  # Sizes of cuda.cu
+    inputs = [x if x.data_ptr() % 16 == 0 else x.clone() for x in inputs]  # loads of 16 bytes
+    order = neighbours(tuple(spatial_shapes), value.device) if Q == S else None  # Q == S: encoder
+    tensors = order, *inputs, *results
+    arguments = [sizes, *(pointer(None if x is None else x.data_ptr()) for x in tensors)]
+    addresses = (pointer * len(arguments))(*map(ctypes.addressof, arguments))
     groups = N * -(-Q // TILE) * TILE * M
     blocks = -(-groups * geometry(value.dtype, D)[1] // THREADS)
     with torch.cuda.device(value.device):
         function = functions(value.device.index, value.dtype, D)[which]
-        start(function, blocks, sizes, order, *tensors)
-
-
-def aligned(tensor):
-    """Itself, or a copy if it does not start at a multiple of 16 bytes."""
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+        stream = pointer(torch.cuda.current_stream().cuda_stream)
+        grid = blocks, 1, 1, THREADS, 1, 1
+        call(driver(), "cuLaunchKernel", function, *grid, 0, stream, addresses, None)
 
 
 def forward(value, spatial_shapes, locations, weights):
     """The operator on contiguous tensors; locations and weights in fp32, or fp64 as value."""
-    value, locations, weights = map(aligned, (value, locations, weights))
     out = value.new_empty(*locations.shape[:2], value.shape[2] * value.shape[3])
-    launch(0, spatial_shapes, value, locations, value, locations, weights, out)
+    launch(0, spatial_shapes, (value, locations, weights), [out])
     return out
 
 
 def backward(grad, value, spatial_shapes, locations, weights):
-    """The gradients of value, locations and weights.
-    That of value is summed in fp32 at least, in an order that varies."""
-    given = grad, value, locations, weights = tuple(map(aligned, (grad, value, locations, weights)))
-    grad_value = torch.zeros_like(value, dtype=locations.dtype)
-    found = grad_value, torch.empty_like(locations), torch.empty_like(weights)
-    launch(1, spatial_shapes, value, locations, *given, *found)
-    return grad_value.to(value.dtype), *found[1:]
+    """The gradients of value (summed in fp32 at least, in an order that varies), of the others."""
+    grads = [torch.zeros_like(value, dtype=locations.dtype)]
+    grads += torch.empty_like(locations), torch.empty_like(weights)
+    launch(1, spatial_shapes, (grad, value, locations, weights), grads)
+    return grads[0].to(value.dtype), *grads[1:]
