@@ -188,12 +188,12 @@ def make_folder(args):
             versions["torchvision"] = torchvision.__version__
             config = {"args": vars(args), "versions": versions, "revision": revision()}
             coco.write_text(out / "config.json", json.dumps(config, indent=1))
-        coco.try_output(out / "last.tmp")
     except FileExistsError:
         advice = "name a new folder, or go on with its run: --resume"
         raise ValueError(f"--out {out} exists already; {advice}") from None
     except OSError as error:
         raise ValueError(f"--out {out} cannot be made ({error.strerror})") from None
+    coco.try_output(out / "last.tmp")
     return str(out)
 
 

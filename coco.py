@@ -54,12 +54,12 @@ def write_text(path, text):
 
 
 def try_output(path):
-    """Whether a file can be written, before hours of work depend on it. Raises OSError."""
+    """Whether a file can be written, before hours of work depend on it. Raises DataError."""
     there = Path(path).exists()
     try:
         open(path, "a").close()
     except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror})") from None
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
     if not there:
         os.remove(path)
 

@@ -345,7 +345,7 @@ def main(argv=None):
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     for path in filter(None, (args.export, args.out and args.out / "metrics.json")):
-        coco.try_output(path)
+        parallel.from_first(coco.try_output, path)
     metrics, results = evaluate(model, task, data, args, args.out, max(100, args.max_dets))
     if parallel.rank():
         return

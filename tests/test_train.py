@@ -20,12 +20,12 @@ import torchvision
 from test_checkpoint import ROOT, TINY, Command, log_of, same_run
 
 import checkpoint
-import coco
 import detr
 import eval as evaluation
 import isaid
 import pictures
 import train
+from flags import command
 
 TASK = "--setting multitask --ssl_weight 3".split()
 
@@ -177,7 +177,7 @@ def test_init_of_a_run_with_other_classes(run, monkeypatch):
         args = train.parse([*TINY, "--init", str(run[0]), *others])[0]
         made, _, _, notes = train.prepare(args)
         heads = ", ".join(f"class_embed.{i}.{x}" for i in (0, 1) for x in ("weight", "bias"))
-        dropped = f"; of another number of classes and dropped: {heads}" * (not others)
+        dropped = f"; absent or of another number of classes, start anew: {heads}" * (not others)
         assert notes["start"] == f"{' and '.join(parts)} from {run[0]}{dropped}"
         for name, x in made.model.state_dict().items():
             if "class_embed" not in name and x.dim() > 1:  # norms start at the same values anyway
@@ -227,16 +227,16 @@ def test_what_stands_last_counts_and_what_has_no_effect_is_said(line):
 MISTAKES = """
 --data nowhere | nowhere: no annotated split 'train' is recognised there; a dataset has
 --out {file}/run | --out {file}/run cannot be made
---batch_size 0 | --batch_size: 0 is not greater than 0
+--batch_size 0 | --batch_size: expected is a whole number of at least 1, not '0'
 --limit_train 3 --accumulate 2 | 3 training images do not fill a step
 --model yolo | --model: invalid choice: 'yolo'
 --hidden_dim 100 | hidden_dim 100 must be a multiple
 --two_stage --no-with_box_refine | two_stage needs with_box_refine
 --frozen_bn --init {run} --init_parts encoder | --frozen_bn freezes random layers; add
 --device cuda:99 | --device: cuda:99 cannot be used here
---seed -1 | --seed: -1 is not at least 0
---lr fast | --lr: invalid number value: 'fast'
---dropout 1.5 | --dropout: 1.5 is not at least 0 and at most 1
+--seed -1 | --seed: expected is a whole number of at least 0, not '-1'
+--lr fast | --lr: expected is a number greater than 0, not 'fast'
+--dropout 1.5 | --dropout: expected is a number of at least 0 and at most 1, not '1.5'
 --image_size 32 | --image_size must be at least 64
 --init {folder} | {folder}: has no best.pt and no last.pt
 --init {file} | {file}: not a checkpoint of tensors
@@ -278,7 +278,7 @@ def test_nan_stops_before_the_step_with_one_line(what, monkeypatch):
     images = ", ".join(target["file_name"] for target in batch[2])
     message = f"{what} became NaN or infinite, with the images {images}; the step was not taken"
     with pytest.raises(SystemExit, match=f"^error: {message}; start anew with a lower --lr$"):
-        coco.command(lambda _: train.train(run, None, None, args))()
+        command(lambda _: train.train(run, None, None, args))()
     assert all(map(torch.equal, before, run.model.parameters()))
 
 
