@@ -158,11 +158,11 @@ class Detector(nn.Module):
     """Both detectors define features, encode, decode, and focal: whether scores are sigmoids.
     strides: pixels between the cells of each level, finest first; criterion: the losses."""
 
-    def __init__(self, hidden_dim, nheads, factor):
+    def __init__(self, hidden_dim, nheads, factor, aux_loss):
         super().__init__()
         if hidden_dim % nheads or hidden_dim % factor:
             raise ValueError(f"hidden_dim {hidden_dim} must be a multiple of {nheads} and {factor}")
-        self.criterion = Criterion(self.focal)
+        self.criterion = Criterion(self.focal, aux_loss)
 
     def forward(self, images, padding):
         return self.decode(self.encode(self.features(images, padding)))
@@ -233,8 +233,8 @@ class DETR(Detector):
 
     def __init__(self, num_classes, *, backbone="resnet50", hidden_dim=256, nheads=8, enc_layers=6,
                  dec_layers=6, dim_feedforward=2048, dropout=0.1, num_queries=100, dilation=False,
-                 frozen_bn=True, backbone_weights=None):  # fmt: skip
-        super().__init__(hidden_dim, nheads, factor=4)
+                 frozen_bn=True, backbone_weights=None, aux_loss=True):  # fmt: skip
+        super().__init__(hidden_dim, nheads, 4, aux_loss)
         cnn = Backbone(backbone, 1, dilation, frozen_bn, backbone_weights)
         self.backbone, self.strides = nn.Sequential(cnn), cnn.strides
         self.input_proj = nn.Conv2d(cnn.channels[0], hidden_dim, 1)
@@ -315,8 +315,9 @@ class DeformableDETR(Detector):
     def __init__(self, num_classes, *, backbone="resnet50", hidden_dim=256, nheads=8, enc_layers=6,
                  dec_layers=6, dim_feedforward=1024, dropout=0.1, num_queries=300, dilation=False,
                  frozen_bn=True, backbone_weights=None, num_feature_levels=4, enc_n_points=4,
-                 dec_n_points=4, with_box_refine=False, two_stage=False):  # fmt: skip
-        super().__init__(hidden_dim, nheads, factor=32)
+                 dec_n_points=4, with_box_refine=False, two_stage=False,
+                 aux_loss=True):  # fmt: skip
+        super().__init__(hidden_dim, nheads, 32, aux_loss)
         if two_stage and not with_box_refine:
             raise ValueError("two_stage needs with_box_refine")
         self.with_box_refine, self.two_stage = with_box_refine, two_stage
@@ -490,17 +491,21 @@ ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
 class Criterion:
     """Bipartite matching and the losses of matched pairs (DETR, section 3.1).
     focal: sigmoid scores with focal loss (Deformable DETR), else softmax with "no object" (DETR).
+    aux_loss: the losses of all N decoder layers count, else those of the last one (N = 1).
     Targets are per image {"labels" (T,), "boxes" (T, 4) cxcywh in 0..1}, best left on the host."""
 
-    def __init__(self, focal):
-        self.focal = focal
+    def __init__(self, focal, aux_loss=True):
+        self.focal, self.aux_loss = focal, aux_loss
         weights = {"loss_ce": 2.0 if focal else 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
         self.weights = {**weights, **{f"{name}_enc": w for name, w in weights.items()}}
 
     def __call__(self, outputs, targets, num_boxes=None):
         """Unweighted losses of a decoder's outputs: {"loss_…": (N,)}; "loss_…_enc": (1,).
         num_boxes: what box losses (and focal loss) are divided by, else the number of objects."""
-        losses = self.set_losses(outputs["logits"], outputs["boxes"], targets, num_boxes)
+        logits, boxes = outputs["logits"], outputs["boxes"]
+        if not self.aux_loss:
+            logits, boxes = logits[-1:], boxes[-1:]
+        losses = self.set_losses(logits, boxes, targets, num_boxes)
         if "proposal_logits" in outputs:  # objects against background: every object has label 0
             objects = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
             proposals = outputs["proposal_logits"][None], outputs["proposal_boxes"][None]

@@ -100,6 +100,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
 
 
+class Sources(argparse.Action):
+    """`--init A --init_parts x --init B` as [[A, [x]], [B, None]]: what to take of each."""
+
+    def __call__(self, parser, namespace, value, option=None):
+        before = namespace.init if isinstance(namespace.init, list) else []
+        if self.nargs and not before:
+            parser.error(f"{option} stands after the --init that it belongs to")
+        namespace.init = before + [[value, None]]
+        if self.nargs:
+            namespace.init = before[:-1] + [[before[-1][0], value]]
+
+
 def command(main):
     """Decorates the main of a script: wrong input ends it with one line, Ctrl-C with status 130."""
 

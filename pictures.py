@@ -170,14 +170,14 @@ def draw_curves(path, log):
             style = {"linewidth": 5, "alpha": 0.4} if name == "train_loss" else {}
             axes.plot(*zip(*points), marker=".", label=name.removeprefix("train_"), **style)
         axes.set(xlabel="epoch", ylabel=label)
+        axes.legend()
         finish_axes(axes)
     figure.savefig(path, dpi=110)
 
 
-def finish_axes(axes, **legend):
+def finish_axes(axes):
     """Whole epochs below, and values from zero to a little more than the largest."""
     axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1)
     axes.set_xlim(axes.dataLim.x0 - 0.5, axes.dataLim.x1 + 0.5)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
-    axes.legend(**legend)

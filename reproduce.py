@@ -1,13 +1,14 @@
-"""Run the rows of a table that are missing and print it: mean and standard deviation over seeds.
+"""The rows of a table: run what is missing, print it with what it says of the table's comparisons.
 
-    python reproduce.py recipes/tasks.txt                       is every task learnt?
-    python reproduce.py recipes/first_epochs.txt --seeds 0 1 2  does it help detection?
+    python reproduce.py                                   the tables there are
+    python reproduce.py first_epochs --seeds 0 1 2        run and print one
+    python reproduce.py paper --dry_run                   its commands, and what they still need
 
-A table is a text file with a row a line, `name: flags of train.py`; {name} in the flags is the run
-folder of another row. What a row gave is kept in results/TABLE/NAME-SEED.json with its flags,
-versions and revision; it is not run again, so delete it to repeat it. The runs are in runs/TABLE.
-Beside the results are table.md and curves.png, where rows whose names agree up to the first
-hyphen share a panel; rows without one are left out there if others have one.
+A table is a text file in recipes/ with a row a line, `name: flags of train.py`. {name} in the flags
+is the run folder of another row, {data} the folder of --data; <x> stands for each word of a line
+`x = words`; `compare family: row - other row` names a comparison. What is published is in results/,
+your own runs and results in runs/TABLE or --out: what is there is not run again, a row that was
+interrupted goes on. Delete a result to repeat it.
 """
 
 import parallel  # noqa: F401 # isort: skip (before torch)
@@ -15,16 +16,20 @@ import parallel  # noqa: F401 # isort: skip (before torch)
 import argparse
 import collections
 import concurrent.futures
+import itertools
 import json
 import os
+import queue
 import re
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -39,39 +44,67 @@ import train
 from flags import Parser, command, number, words
 
 ROOT = Path(__file__).resolve().parent
-RUNS, RESULTS = ROOT / "runs", ROOT / "results"
+RUNS, RESULTS, RECIPES = ROOT / "runs", ROOT / "results", ROOT / "recipes"
 ELSEWHERE = {"out", "device", "workers", "resume", "seed", "data", "tokenizer_weights"}  # no change
 
 
-# ---------------------------------------------------------------- rows and their results
-def read_table(path):
-    """The rows of a table: {name: list of flags}. Raises ValueError naming the line."""
-    rows = {}
+# ---------------------------------------------------------------- rows and comparisons
+def lines_of(path):
+    """The lines of a table, one for each value of its lists: (where, name, text behind the colon).
+    Raises ValueError that names the line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines, lists = Path(path).read_text(encoding="utf-8-sig").splitlines(), {}
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a table ({error})") from None
     for n, line in enumerate(lines, 1):
-        name, colon, text = line.partition(":")
+        where = f"{path}, line {n}"
         try:
-            empty, flags = not words(line), words(text)
+            if not words(line):
+                continue
+            if named := re.fullmatch(r"(\w+) = (.*)", line):
+                lists[named[1]] = words(named[2])
+                continue
         except ValueError as error:  # a quote that is not closed
-            raise ValueError(f"{path}, line {n}: {error}") from None
-        if empty:
+            raise ValueError(f"{where}: {error}") from None
+        used = [name for name in lists if f"<{name}>" in line]
+        for values in itertools.product(*(lists[name] for name in used)):
+            text = line
+            for name, value in zip(used, values):
+                text = text.replace(f"<{name}>", value)
+            yield where, *(part.strip() for part in text.partition(":")[::2])
+
+
+def read_table(path):
+    """The rows of a table: {name: list of flags}. Raises ValueError naming the line."""
+    rows = {}
+    for where, name, text in lines_of(path):
+        if name.startswith("compare "):
             continue
-        if not colon or not re.fullmatch(r"[\w-]+", name.strip()) or name.strip() in rows:
+        if not text or not re.fullmatch(r"[\w-]+", name) or name in rows:
             expected = "expected is a new name, a colon and flags of train.py"
-            raise ValueError(f"{path}, line {n}: {expected}, not {line!r}")
-        for start in starts_of(flags):
+            raise ValueError(f"{where}: {expected}, not {f'{name}: {text}'!r}")
+        rows[name] = words(text)
+        for start in starts_of(rows[name]):
             if start not in rows:
-                raise ValueError(f"{path}, line {n}: {{{start}}} is not a row above it")
-        rows[name.strip()] = flags
+                raise ValueError(f"{where}: {{{start}}} is not a row above it")
     return rows
+
+
+def read_comparisons(path, rows):
+    """The comparisons of a table: [(family, row, what it is compared with)]. ValueError."""
+    found = []
+    for where, name, text in lines_of(path):
+        pair = text.split(" - ")
+        if name.startswith("compare "):
+            if len(pair) != 2 or not set(pair) <= rows.keys():
+                raise ValueError(f"{where}: expected are two rows, ROW - ROW, not {text!r}")
+            found.append((name.removeprefix("compare "), *pair))
+    return found
 
 
 def starts_of(flags):
     """The rows whose runs these flags start from."""
-    return re.findall(r"{(.*?)}", " ".join(flags))
+    return [name for name in re.findall(r"{(.*?)}", " ".join(flags)) if name != "data"]
 
 
 def resolve(rows, name):
@@ -92,71 +125,123 @@ def difference(before, now):
     return text or next((f"in what it starts from {text}" for text in starts if text), "")
 
 
-def read_results(table, rows, seeds=None, chosen=None):
-    """{row: {seed: its result}} of what is there. ValueError if it was made with other flags."""
+def read_results(folders, rows, seeds=None, chosen=None):
+    """{row: {seed: its result}} in these folders, the first one's before the others'. ValueError
+    for a result of other flags."""
     results = collections.defaultdict(dict)
     for name in chosen or rows:
         wanted = resolve(rows, name)
-        for path in sorted((RESULTS / table).glob(f"{name}-*.json")):
+        for path in (path for folder in folders for path in sorted(folder.glob(f"{name}-*.json"))):
             seed = path.stem.removeprefix(f"{name}-")
-            if seed.isdecimal() and (not seeds or int(seed) in seeds):
-                try:
-                    result = json.loads(path.read_text(encoding="utf-8"))
-                    changed = difference(result["flags"], wanted)
-                except (ValueError, KeyError):
-                    raise ValueError(f"{path}: is no result of reproduce.py; delete it") from None
-                if changed:
-                    raise ValueError(f"{path} was made with {changed}; delete it to run it anew")
-                results[name][int(seed)] = result
+            if not seed.isdecimal() or seeds and int(seed) not in seeds:
+                continue
+            try:
+                result = coco.read_json(path)
+                changed = difference(result["flags"], wanted)
+            except (ValueError, KeyError):
+                raise ValueError(f"{path}: is no result of reproduce.py; delete it") from None
+            if changed:
+                raise ValueError(f"{path} was made with {changed}; delete it to run it anew")
+            results[name].setdefault(int(seed), result)
     return dict(results)
 
 
 # ---------------------------------------------------------------- running
-def depth(rows, name):
-    """How many rows have to be run one after the other before this one."""
-    return max((depth(rows, start) + 1 for start in starts_of(rows[name])), default=0)
+class Runner:
+    """Runs rows of a table; `slots` are the numbers of free places, each with a GPU of its own."""
 
+    def __init__(self, table, rows, args):
+        self.rows, self.args = rows, args
+        self.out = Path(args.out or RUNS / table)
+        self.folders = [self.out] if args.out else [self.out, RESULTS / table]  # with results
+        self.slots = queue.Queue()
+        for slot in range(args.jobs):
+            self.slots.put(slot)
 
-def needed(table, name, rows, seed):
-    """Whether a row, or one that starts from it, has no result yet."""
-    after = [other for other in rows if name in starts_of(rows[other])]
-    missing = not (RESULTS / table / f"{name}-{seed}.json").exists()
-    return missing or any(needed(table, other, rows, seed) for other in after)
+    def result(self, name, seed):
+        """The file of a result, if there is one."""
+        files = (folder / f"{name}-{seed}.json" for folder in self.folders)
+        return next((file for file in files if file.exists()), None)
 
+    def needed(self, name, seed):
+        """Whether a row, or one that starts from it, has no result yet."""
+        after = [other for other in self.rows if name in starts_of(self.rows[other])]
+        return not self.result(name, seed) or any(self.needed(other, seed) for other in after)
 
-def run_row(table, name, rows, seed, threads):
-    """Run one row with one seed, if it is needed. Raises ValueError if train.py fails."""
-    result, run = RESULTS / table / f"{name}-{seed}.json", RUNS / table / f"{name}-{seed}"
-    there = json.loads(result.read_text(encoding="utf-8"))["log"] if result.exists() else None
-    if not needed(table, name, rows, seed) or there and read_log(run) == there:
-        return
-    runs = os.path.relpath(RUNS / table, ROOT)
-    flags = [re.sub(r"{(.*?)}", lambda m: f"{runs}/{m[1]}-{seed}", flag) for flag in rows[name]]
-    row = ["train.py", *flags, "--seed", str(seed), "--out", f"{runs}/{name}-{seed}"]
-    shutil.rmtree(run, ignore_errors=True)  # of an earlier, interrupted call
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, *row], cwd=ROOT, env=environment,
-                          capture_output=True, text=True)  # fmt: skip
-    if done.returncode:
-        said = done.stderr.strip() or f"exit status {done.returncode}"
-        raise ValueError(f"python {shlex.join(row)}: {said.splitlines()[-1]}")
-    config, log = json.loads((run / "config.json").read_text(encoding="utf-8")), read_log(run)
-    content = {"command": f"python {shlex.join(row)}", "flags": resolve(rows, name)}
-    content.update(revision=config["revision"], versions=config["versions"], log=log)
-    content["guess"] = guess(run) if "ssl_loss" in log[-1] else None
-    coco.write_text(result, json.dumps(content, indent=1) + "\n")
-    seconds = sum(line["seconds"] for line in log)
-    print(f"{name + '-' + str(seed):60} {seconds:6.0f} s of training", flush=True)
+    def depth(self, name):
+        """How many rows have to be run one after the other before this one."""
+        return max((self.depth(start) + 1 for start in starts_of(self.rows[name])), default=0)
+
+    def command(self, name, seed):
+        """The command of a row, to be called in the folder of this file."""
+        data = self.args.data or "DIR"
+        places = {start: f"{self.out}/{start}-{seed}" for start in self.rows} | {"data": data}
+        flags = [re.sub(r"{(.*?)}", lambda m: places[m[1]], flag) for flag in self.rows[name]]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        launch = [*launch, str(self.args.nproc)] if self.args.nproc > 1 else []
+        row = ["--seed", str(seed), "--out", f"{self.out}/{name}-{seed}", "--resume"]
+        return ["python", *launch, "train.py", *flags, *row]
+
+    def run(self, name, seed):
+        """Run a row, or go on with it. Raises ValueError if train.py fails."""
+        folder, command = self.out / f"{name}-{seed}", self.command(name, seed)
+        slot, environment = self.slots.get(), dict(os.environ)
+        if self.args.jobs > 1 and torch.cuda.is_available():
+            environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+        threads = max(1, torch.get_num_threads() // self.args.jobs)
+        environment["OMP_NUM_THREADS"] = str(threads)
+        how = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+        done = subprocess.run([sys.executable, *command[1:]], **how)
+        self.slots.put(slot)
+        if done.returncode:
+            said = done.stderr.strip() or f"exit status {done.returncode}"
+            raise ValueError(f"{shlex.join(command)}: {said.splitlines()[-1]}")
+        config, log = coco.read_json(folder / "config.json"), read_log(folder)
+        content = {"command": shlex.join(command), "flags": resolve(self.rows, name)}
+        content.update(revision=config["revision"], versions=config["versions"], log=log)
+        content["guess"] = guess(folder) if "ssl_loss" in log[-1] else None
+        coco.write_text(self.out / f"{name}-{seed}.json", json.dumps(content, indent=1) + "\n")
+
+    def finished(self, name, seed):
+        """Whether a row need not be run: nothing needs it, or its run is there as its result is."""
+        there = self.result(name, seed)
+        log = there and coco.read_json(there)["log"]
+        return not self.needed(name, seed) or log and read_log(self.out / f"{name}-{seed}") == log
+
+    def run_all(self, names, seeds):
+        """Run what is missing of these rows, those that others start from first."""
+        jobs = [(name, seed) for seed in seeds for name in names if not self.finished(name, seed)]
+        start, n = time.monotonic(), 0
+        with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
+            for _, wave in itertools.groupby(sorted(jobs, key=self.order), key=self.order):
+                for future in [pool.submit(self.run, *job) for job in wave]:
+                    future.result()
+                    n += 1
+                    minutes = (time.monotonic() - start) / 60
+                    left = minutes / n * (len(jobs) - n)
+                    print(f"{n} of {len(jobs)} runs, {minutes:.0f} min; about {left:.0f} to go",
+                          file=sys.stderr, flush=True)  # fmt: skip
+
+    def order(self, job):
+        return self.depth(job[0])
+
+    def dry_run(self, names, seeds):
+        """Print the commands; the exit status, 1 if something that they start from is not there."""
+        missing = []
+        for seed, name in itertools.product(seeds, names):
+            print(shlex.join(self.command(name, seed)))
+            for path, _ in resolve(self.rows, name)["init"]:
+                there = path.startswith("{") or "://" in path or Path(path).exists()
+                missing += [] if there else [f"{name} starts from {path}, which is not there"]
+        print(*dict.fromkeys(missing), sep="\n", file=sys.stderr)
+        return int(bool(missing))
 
 
 def read_log(run):
     """The log of a run as far as it has gone, a dict an epoch."""
     log = run / "log.jsonl"
-    return (
-        [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-        if log.exists()
-        else []
-    )
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 @torch.no_grad()
@@ -186,107 +271,162 @@ def mean_and_deviation(values, digits=3):
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def tables(results):
-    """Two tables in Markdown: AP after each epoch, and the tasks' figures next to a guess's.
-    results: {row: [its results, one a seed]}."""
-    text, detect, tasks = [], [], []
-    for name, runs in results.items():
+def tables(results, comparisons=()):
+    """Tables in Markdown: AP after each epoch, comparisons, the tasks' figures next to a guess's.
+    results: {row: {seed: its result}}."""
+    detect, tasks, epochs = [], [], set()
+    for name, runs in ((name, [*runs.values()]) for name, runs in results.items()):
         last = [run["log"][-1] for run in runs]
         if "ap" in last[0]:
-            aps = [
+            logs = [
                 {x["epoch"]: 100 * (x["ap"] or 0) for x in run["log"] if "ap" in x} for run in runs
             ]
-            ap50 = mean_and_deviation([100 * (line["ap50"] or 0) for line in last], 1)
-            detect.append((name, aps, ap50))
+            detect.append((name, logs, [100 * (line["ap50"] or 0) for line in last]))
+            epochs |= logs[0].keys()
         if runs[0]["guess"]:
             lines = [{**line, **run["guess"]} for line, run in zip(last, runs)]
             keys = "ssl_loss", "loss", "ssl_acc", "acc", "chance"
             columns = [[line.get(key) for line in lines] for key in keys]
             cells = ["" if None in column else mean_and_deviation(column) for column in columns]
             tasks.append(f"| {name} | {' | '.join(cells)} |")
+    text, epochs = [], sorted(epochs)
     if detect:
-        epochs = sorted({epoch for _, aps, _ in detect for epoch in aps[0]})
-        head = ["AP (%) after epoch", *map(str, epochs), "AP50, last", "runs"]
+        head = ["AP (%) after epoch", *map(str, epochs), "AP50, last", "AP 10 from epoch", "runs"]
         text += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for name, aps, ap50 in detect:
-            cells = [mean_and_deviation([ap[epoch] for ap in aps], 1) if epoch in aps[0] else ""
+        for name, logs, ap50 in detect:
+            cells = [mean_and_deviation([ap[epoch] for ap in logs], 1) if epoch in logs[0] else ""
                      for epoch in epochs]  # fmt: skip
-            text.append(f"| {name} | {' | '.join([*cells, ap50, str(len(aps))])} |")
-        text.append("")
+            first = [min((e for e, ap in log.items() if ap >= 10), default=None) for log in logs]
+            reached = "not by all" if None in first else mean_and_deviation(first, 1)
+            cells += [mean_and_deviation(ap50, 1), reached, str(len(logs))]
+            text.append(f"| {name} | {' | '.join(cells)} |")
+        text += ["", *compare(results, comparisons)]
     if tasks:
         text.append("| task | held-out loss | mean patch | accuracy | most frequent | chance |")
         text += ["|---|---|---|---|---|---|", *tasks]
     return "\n".join(text)
 
 
-def draw(path, results):
-    """AP by epoch, a line for each row with its spread over seeds; a panel for each model."""
-    rows = {name: runs for name, runs in results.items() if "ap" in runs[0]["log"][-1]}
-    rows = {name: runs for name, runs in rows.items() if "-" in name} or rows
-    models = sorted({name.split("-")[0] for name in rows})
-    figure = Figure(figsize=(7 * len(models), 5), layout="constrained")
-    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models):
-        for name, runs in rows.items():
-            if name.split("-")[0] == model:
-                logs = [[line for line in run["log"] if "ap" in line] for run in runs]
-                epochs = [line["epoch"] for line in logs[0]]
-                ap = torch.tensor([[line["ap"] or 0.0 for line in log] for log in logs])
-                style = {"linestyle": "--" if "multitask" in name else "-"}
-                style = {"color": "black"} if name.endswith("scratch") else style
-                label = name.removeprefix(f"{model}-")
-                (line,) = axes.plot(epochs, ap.mean(0), marker=".", label=label, **style)
-                if len(runs) > 1:
-                    low, high = ap.mean(0) - ap.std(0), ap.mean(0) + ap.std(0)
-                    axes.fill_between(epochs, low, high, alpha=0.15, color=line.get_color())
-        axes.set(title=model, xlabel="epoch", ylabel="AP on held-out images")
-        pictures.finish_axes(axes, fontsize=8)
+def curves(runs):
+    """AP after the epochs that all runs were evaluated at: (epochs, (runs, epochs) array)."""
+    logs = [{line["epoch"]: line["ap"] or 0 for line in run["log"] if "ap" in line} for run in runs]
+    epochs = sorted(set.intersection(*map(set, logs)))
+    return epochs, np.array([[log[epoch] for epoch in epochs] for log in logs])
+
+
+def compare(results, comparisons):
+    """Lines of a table in Markdown: differences of AP, paired by seed, with their 95 % interval
+    (Student's t) and the exact p of flipping their signs, Holm's over the family."""
+    measures = {"last epoch": lambda ap: ap[:, -1], "mean of the epochs": lambda ap: ap.mean(1)}
+    found, text = [], []
+    for (family, row, other), measure in itertools.product(comparisons, measures):
+        seeds = sorted(results.get(row, {}).keys() & results.get(other, {}).keys())
+        if len(seeds) > 1:
+            aps = (curves([results[name][seed] for seed in seeds])[1] for name in (row, other))
+            a, b = (100 * measures[measure](ap) for ap in aps)
+            low, high = scipy.stats.ttest_1samp(a - b, 0).confidence_interval()
+            flips = {"permutation_type": "samples", "n_resamples": 2**16}
+            p = scipy.stats.permutation_test((a - b,), np.mean, **flips).pvalue
+            cells = [f"{row} - {other}", measure, f"{np.mean(a - b):+.1f}"]
+            cells += [f"{low:+.1f} to {high:+.1f}", f"{p:.3f}"]
+            found.append(((family, measure), p, cells, len(seeds)))
+    if found:
+        head = "comparison | AP (%) | difference | 95 % interval | p | p, Holm | seeds"
+        text += [f"| {head} |", "|---" * 7 + "|"]
+    for family, p, cells, n in found:
+        ps = sorted(q for other, q, *_ in found if other == family)
+        holm = max(min(1, q * (len(ps) - i)) for i, q in enumerate(ps) if q <= p)
+        text.append(f"| {' | '.join([*cells, f'{holm:.3f}', str(n)])} |")
+    return [*text, ""] if text else []
+
+
+def draw(path, results, comparisons):
+    """A panel for each comparison, what a row is compared with in grey: mean and deviation."""
+    pairs = [(row, other) for _, row, other in comparisons if {row, other} <= results.keys()]
+    columns = min(5, len(pairs))
+    if not pairs:
+        return
+    figure = Figure(figsize=(3 * columns, 2.6 * -(-len(pairs) // columns)), layout="constrained")
+    panels = figure.subplots(-(-len(pairs) // columns), columns, squeeze=False, sharex=False)
+    for axes in panels.flat[len(pairs) :]:
+        axes.remove()
+    for axes, (row, other) in zip(panels.flat, pairs):
+        for name, colour in ((other, "grey"), (row, "tab:blue")):
+            epochs, ap = curves([*results[name].values()])
+            axes.plot(epochs, ap.mean(0), marker=".", color=colour)
+            spread = ap.std(0, ddof=1) if len(ap) > 1 else 0
+            axes.fill_between(
+                epochs, ap.mean(0) - spread, ap.mean(0) + spread, alpha=0.2, color=colour
+            )
+        axes.set(xlabel="epoch", ylabel="AP")
+        axes.set_title(f"{row}\n(grey: {other})", fontsize=7)
+        pictures.finish_axes(axes)
     figure.savefig(path, dpi=110)
 
 
+# ---------------------------------------------------------------- the command
 def make_table(args):
-    """Run what is missing of a table and print it. Raises ValueError."""
-    rows, table = read_table(args.table), Path(args.table).stem
+    """Run what is missing of a table and print it; the exit status. Raises ValueError."""
+    named = RECIPES / f"{args.table}.txt"
+    path = named if named.is_file() else Path(args.table)
+    rows, table = read_table(path), path.stem
+    comparisons = read_comparisons(path, rows)
     chosen = [name for name in rows if not args.rows or any(text in name for text in args.rows)]
     if rows and not chosen:
-        raise ValueError(f"--rows {' '.join(args.rows)}: no row of {args.table} is called so")
-    read_results(table, rows)  # refuses before anything is run
-    wanted = set(chosen)
+        raise ValueError(f"--rows {' '.join(args.rows)}: no row of {path} is called so")
+    if any("{data}" in flags for flags in rows.values()) and not (args.data or args.dry_run):
+        raise ValueError(f"{path}: its rows need --data DIR")
+    wanted, runner = set(chosen), Runner(table, rows, args)
     for name in reversed(rows):  # a row comes after what it starts from
         wanted |= set(starts_of(rows[name])) if name in wanted else set()
-    threads = max(1, torch.get_num_threads() // args.jobs)
-    jobs = [(table, name, rows, seed, threads) for seed in args.seeds or [0] for name in wanted]
-    (RESULTS / table).mkdir(parents=True, exist_ok=True)
-    coco.try_output(RESULTS / table / "table.md")
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for wave in [] if args.no_run else sorted({depth(rows, name) for name in rows}):
-            mine = [job for job in jobs if depth(rows, job[1]) == wave]
-            list(pool.map(lambda job: run_row(*job), mine))
-    everything = read_results(table, rows)
-    found = read_results(table, rows, args.seeds, chosen)
+    wanted = [name for name in rows if name in wanted]
+    if args.dry_run:
+        return runner.dry_run(wanted, args.seeds or [0])
+    read_results(runner.folders, rows)  # refuses before anything is run
+    runner.out.mkdir(parents=True, exist_ok=True)
+    coco.try_output(runner.out / "table.md")
+    if not args.no_run:
+        runner.run_all(wanted, args.seeds or [0])
+    found = read_results(runner.folders, rows, args.seeds, chosen)
     if not found:
-        raise ValueError(f"{RESULTS / table} has no results of these rows and seeds")
-    ours = checkpoint.revision()
+        raise ValueError(f"{runner.out} has no results of these rows and seeds")
     revisions = (run["revision"] for runs in found.values() for run in runs.values())
     for revision, n in collections.Counter(revisions).items():
-        if revision != ours:
-            print(f"{n} results are of revision {revision}, yours is {ours}; they stay as they are")
-    print(tables({name: list(runs.values()) for name, runs in found.items()}))
-    results = {name: list(runs.values()) for name, runs in everything.items()}
-    coco.write_text(RESULTS / table / "table.md", tables(results) + "\n")
-    if any("ap" in runs[0]["log"][-1] for runs in results.values()):
-        draw(RESULTS / table / "curves.png", results)
+        if revision != checkpoint.revision():
+            print(f"{n} results are of revision {revision}, yours is {checkpoint.revision()}")
+    print(tables(found, comparisons))
+    results = read_results(runner.folders, rows)
+    coco.write_text(runner.out / "table.md", tables(results, comparisons) + "\n")
+    draw(runner.out / "curves.png", results, comparisons)
+
+
+def list_tables():
+    """Print the tables there are: rows, how many results are published, what it needs."""
+    for path in sorted(RECIPES.glob("*.txt")):
+        try:
+            rows = read_table(path)
+        except ValueError:  # flags of train.py
+            continue
+        published = len(list((RESULTS / path.stem).glob("*.json")))
+        needs = "; needs --data" if any("{data}" in flags for flags in rows.values()) else ""
+        print(f"{path.stem:20} {len(rows)} rows, {published} results published{needs}")
 
 
 @command
 def main(argv=None):
     parser = Parser(description=__doc__)
     add, natural = parser.add_argument, number(int, zero=True)
-    add("table", help="a text file of rows, `name: flags`")
+    add("table", nargs="?", help="its name, or a file; without it the tables are listed")
+    add("--data", type=os.path.abspath, help="a dataset, for tables that need one")
     add("--seeds", type=natural, nargs="+", help="to run and print (default: 0; print all)")
     add("--rows", nargs="+", metavar="TEXT", help="only rows with one of these in their name")
-    add("--jobs", type=number(int), default=1, help="runs at a time")
+    add("--jobs", type=number(int), default=1, help="runs at a time, each on its GPU if there are")
+    add("--nproc", type=number(int), default=1, help="processes, or GPUs, of each run")
+    add("--out", type=os.path.abspath, help="folder of runs and results; nothing published counts")
+    add("--dry_run", action="store_true", help="print the commands and what they lack")
     add("--no_run", action="store_true", help="print the results that are there, run nothing")
-    make_table(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    sys.exit(make_table(args) if args.table else list_tables())
 
 
 if __name__ == "__main__":

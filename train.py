@@ -32,7 +32,7 @@ import eval as evaluation
 import isaid
 import pictures
 import ssl_tasks
-from flags import Parser, command, number
+from flags import Parser, Sources, command, number
 
 
 # ---------------------------------------------------------------- the losses and the loop
@@ -152,17 +152,15 @@ def stop_if_diverged(loss, run):
     """FloatingPointError if the loss is a hundred times that of the run's first batch."""
     run.first_loss = run.first_loss or max(loss.item(), 1.0)
     if loss > 100 * run.first_loss:
-        grown = f"the loss has grown from {run.first_loss:.1f} to {loss:.1f}"
-        raise FloatingPointError(f"{grown}, so nothing is learnt; start anew with a lower --lr")
+        grown = f"the loss grew from {run.first_loss:.1f} to {loss:.1f}"
+        raise FloatingPointError(f"{grown}: nothing is learnt; start anew with a lower --lr")
 
 
 def train_mode(model, args):
     """Training mode, but frozen parts keep their batch statistics and drop nothing out."""
     model.train()
-    encoder, decoder = model.transformer.encoder, model.transformer.decoder
-    parts = {"backbone": model.backbone, "encoder": encoder, "decoder": decoder}
     for part in args.freeze:
-        parts[part].eval()
+        (model.backbone if part == "backbone" else getattr(model.transformer, part)).eval()
 
 
 def build_optimizer(model, task, args):
@@ -194,8 +192,7 @@ def build_schedule(optimizer, args, steps_per_epoch):
     def drop(step):
         return 0.1 ** (step // (args.lr_drop * steps_per_epoch)) if args.lr_drop else 1.0
 
-    factor = cycle if args.lr_drop == "cycle" else drop
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, cycle if args.lr_drop == "cycle" else drop)
 
 
 # ---------------------------------------------------------------- flags
@@ -217,8 +214,9 @@ def build_parser():
     add("--out", help="run folder, must not exist; default: a new one in runs/")
     add("--resume", action="store_true", help="go on with the run in --out, or start it")
     add("--overfit", type=count, help="smoke test: train and evaluate on the same few images")
-    add("--init", help="start from the weights of a run, or an official checkpoint, file or URL")
-    add("--init_parts", nargs="+", choices=parts, help="only these parts of it; default: all")
+    add("--init", action=Sources, default=[], help="start from a run or an official checkpoint")
+    add("--init_parts", dest="init", nargs="+", choices=parts, action=Sources, default=[],
+        help="only these parts of the --init before it; default: all")  # fmt: skip
     add("--freeze", nargs="+", choices=parts, default=[], help="parts that are not trained")
 
     add = parser.add_argument_group("data").add_argument
@@ -244,6 +242,7 @@ def build_parser():
     add("--num_feature_levels", type=count, default=3, help="strides 8, 16, 32 …; 2: 16, 32; 1: 32")
     add("--with_box_refine", action=switch, default=True, help="layers correct each other's boxes")
     add("--two_stage", action=switch, default=False, help="the encoder proposes the queries")
+    add("--aux_loss", action=switch, default=True, help="losses of all decoder layers")
     add("--attn", choices=deformable_attn.BACKENDS, default="auto", help="kernel or reference")
 
     add = parser.add_argument_group("self-supervised task").add_argument
@@ -251,8 +250,7 @@ def build_parser():
     add("--ssl_on", choices=("features", "image"), default="features", help="what is corrupted")
     add("--ssl_ratio", type=share, default=0.5, help="share of the patches that is corrupted")
     add("--ssl_patch", type=count, help="pixels a side of a patch; default: the largest stride")
-    counted = ("corrupted", "all")
-    add("--ssl_loss_on", choices=counted, default="corrupted", help="patches that count")
+    add("--ssl_loss_on", choices=("corrupted", "all"), default="corrupted", help="what counts")
     add("--ssl_weight", type=factor, default=1.0, help="multitask: of the task's loss")
     add("--vocabulary", type=count, default=64, help="mim-discrete: tokens from k-means")
     add("--tokenizer_weights", help="mim-discrete: DALL-E's encoder.pkl instead of k-means")
@@ -282,13 +280,13 @@ def parse(argv=None):
     given = vars(parser.parse_args(argv, unset))
     given = {name: value for name, value in given.items() if value is not argparse}
     args = argparse.Namespace(**{**defaults, **given})
-    if not args.data:
-        args.image_size = args.image_size or isaid.SCENE_SIZE
+    args.image_size = args.image_size or (None if args.data else isaid.SCENE_SIZE)
     trained = {"backbone", "encoder"} if args.setting == "pretrain" else set(detr.PARTS)
-    weights = args.backbone_weights == "imagenet" or args.init and not args.init_parts
+    started = {part for _, parts in args.init for part in parts or detr.PARTS}
+    started |= {"backbone"} if args.backbone_weights == "imagenet" else set()
     for wrong, message in (
         (trained <= set(args.freeze), "--freeze leaves nothing to train; name fewer parts"),
-        (args.frozen_bn and not weights and "backbone" not in (args.init_parts or ()),
+        (args.frozen_bn and "backbone" not in started,
          "--frozen_bn freezes random layers; add --backbone_weights imagenet or --init"),
         (args.resume and not args.out, "--resume needs --out, the run folder to go on with"),
         (args.augment == "crop" and not args.image_size, "--augment crop needs --image_size N"),
@@ -308,13 +306,13 @@ def unused(args):
     """Flags that have no effect with these."""
     task = ssl_tasks.TASKS[args.ssl_task] if args.setting != "detect" else None
     tokens, detect = task is ssl_tasks.MaskedTokens, args.setting != "pretrain"
-    deformable, whole = args.model == "deformable_detr", args.init and not args.init_parts
+    deformable, whole = args.model == "deformable_detr", any(not x for _, x in args.init)
     used = {"num_feature_levels attn lr_linear_proj_mult": deformable,
             "with_box_refine two_stage": deformable and detect, "backbone_weights": not whole,
             "ssl_on ssl_ratio ssl_loss_on": task and task.corrupts, "ssl_task ssl_patch": task,
             "vocabulary": tokens and not args.tokenizer_weights, "tokenizer_weights": tokens,
-            "ssl_weight": task and detect, "dec_layers num_queries": detect,
-            "limit_train limit_val augment": not args.overfit, "init_parts": args.init,
+            "ssl_weight": task and detect, "dec_layers num_queries aux_loss": detect,
+            "limit_train limit_val augment": not args.overfit,
             "lr_backbone": "backbone" not in args.freeze}  # fmt: skip
     return [name for names, use in used.items() if not use for name in names.split()]
 
@@ -330,28 +328,29 @@ def detector_config(args, num_classes):
 def build_model(config, args):
     """(the detector with the weights it starts from, a note about them). Raises ValueError.
     Parts that are not trained get no gradient; a pretraining never runs the decoder."""
-    imagenet = args.backbone_weights == "imagenet" and (not args.init or args.init_parts)
-    weights, pretrain = "IMAGENET1K_V1" if imagenet else None, args.setting == "pretrain"
+    imagenet = args.backbone_weights == "imagenet" and all(parts for _, parts in args.init)
+    weights = "IMAGENET1K_V1" if imagenet else None
     try:
         model = detr.build_detector(**config, backbone_weights=weights)
     except OSError as error:  # URLError is one
         message = f"the ImageNet weights of {config['backbone']} cannot be downloaded ({error})"
         raise ValueError(f"{message}; put them into {torch.hub.get_dir()}/checkpoints") from None
-    loaded, note = {"backbone"} if imagenet else set(), weights or "random weights"
-    if args.init:
-        path = evaluation.checkpoint_file(args.init)
-        taken, anew = detr.load_weights(model, path, args.init_parts)
-        loaded = (loaded | set(taken)) - {detr.part_of(name) for name in anew}
-        note = f"{' and '.join(taken)} from {args.init}"
-        if anew:
-            note += f"; absent or of another number of classes, start anew: {', '.join(anew)}"
-    frozen = {*args.freeze, "decoder"} if pretrain else set(args.freeze)
-    for part in frozen - loaded - ({"decoder"} if pretrain else set()):
+    source, anew = {"backbone": weights} if imagenet else {}, []
+    for path, parts in args.init:
+        taken, names = detr.load_weights(model, evaluation.checkpoint_file(path), parts)
+        source.update(dict.fromkeys(taken, path))
+        anew = [name for name in anew if detr.part_of(name) not in taken] + names
+    parts = {path: [part for part in source if source[part] == path] for path in source.values()}
+    note = "; ".join(f"{' and '.join(parts)} from {path}" for path, parts in parts.items())
+    if anew:
+        note += f"; absent or of another number of classes, start anew: {', '.join(anew)}"
+    for part in set(args.freeze) - source.keys() | set(args.freeze) & set(map(detr.part_of, anew)):
         raise ValueError(f"--freeze {part} would keep random weights; start it with --init")
+    idle = [*args.freeze, "decoder"] if args.setting == "pretrain" else args.freeze
     for name, parameter in model.named_parameters():
-        if detr.part_of(name) in frozen:
+        if detr.part_of(name) in idle:
             parameter.requires_grad_(False)
-    return model, note
+    return model, note or "random weights"
 
 
 def build_task(args, strides, train_set):
@@ -440,8 +439,7 @@ def main(argv=None):
     metrics = train(run, train_set, val_set, args)
     if metrics and "per_class" in metrics:
         print(f"\n{evaluation.table(metrics)}")
-    out = shlex.quote(args.out)
-    print(f"\nlook at the pictures in {args.out}; evaluate: python eval.py {out}")
+    print(f"\nlook at the pictures; evaluate: python eval.py {shlex.quote(args.out)}")
 
 
 if __name__ == "__main__":

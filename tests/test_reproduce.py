@@ -1,15 +1,21 @@
 """Tables of runs: rows are run once, what others start from first; what is stale is refused."""
 
+import itertools
 import json
+import math
 import os
+import re
 import shutil
 import statistics
+from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
 import checkpoint
+import isaid
 import reproduce
 import train
 
@@ -24,72 +30,139 @@ def table(tmp_path, monkeypatch):
     (tmp_path / "recipe.txt").write_text(f"# small\n{TINY}\n")
     recipe = f"@{os.path.relpath(tmp_path / 'recipe.txt', reproduce.ROOT)}"
     (tmp_path / "small.txt").write_text(f"""deformable-scratch: {recipe} --epochs 2  # a comment
-
+model = deformable
 start: {recipe} --setting pretrain --ssl_task mim-discrete --vocabulary 4
-deformable-after: {recipe} --init {{start}} --freeze backbone""")
+<model>-after: {recipe} --init {{start}} --freeze backbone --epochs 2
+compare few: <model>-after - <model>-scratch""")
     return tmp_path / "small.txt"
 
 
 def test_a_table(table, tmp_path, capsys):
-    results, runs, recipe = (tmp_path / x for x in ("results/small", "runs/small", "recipe.txt"))
-    shown = results / "table.md"
+    runs, shipped, recipe = (tmp_path / x for x in ("runs/small", "results/small", "recipe.txt"))
+    shown = runs / "table.md"
 
     def call(flags):
         """The results that a call makes anew, and what it prints."""
-        before = {path: path.stat().st_mtime_ns for path in results.glob("*.json")}
-        reproduce.main([str(table), *flags.split()])
-        made = {x.stem for x in results.glob("*.json") if x.stat().st_mtime_ns != before.get(x)}
+        before = {path: path.stat().st_mtime_ns for path in runs.glob("*.json")}
+        with pytest.raises(SystemExit) as end:
+            reproduce.main([str(table), *flags.split()])
+        assert not end.value.code, end.value.code
+        made = {x.stem for x in runs.glob("*.json") if x.stat().st_mtime_ns != before.get(x)}
         return made, capsys.readouterr().out
 
     def refused(message):
         with pytest.raises(SystemExit, match=message):
-            call("--no_run")
+            reproduce.main([str(table), "--no_run"])
 
     assert call("--rows scratch")[0] == {"deformable-scratch-0"}
     made, printed = call("--seeds 1 --jobs 2")
     assert made == {"deformable-scratch-1", "start-1", "deformable-after-1"}
-    content = {path.stem: json.loads(path.read_bytes()) for path in results.glob("*.json")}
+    content = {path.stem: json.loads(path.read_bytes()) for path in runs.glob("*.json")}
     after, start = content["deformable-after-1"], content["start-1"]
-    assert "runs/small/start-1 --freeze backbone --seed 1 --out" in after["command"]
+    assert "runs/small/start-1 --freeze backbone --epochs 2 --seed 1 --out" in after["command"]
     assert after["flags"]["starts"] == [start["flags"]] and after["flags"]["hidden_dim"] == 32
     states = [torch.load(runs / f"{x}-1/last.pt") for x in ("deformable-after", "start")]
     frozen = "backbone.0.body.layer1.0.conv1.weight"
     assert torch.equal(*(state["model"][frozen] for state in states))
     whole, guess = shown.read_text(encoding="utf-8"), start["guess"]
     last = [100 * content[f"deformable-scratch-{seed}"]["log"][-1]["ap50"] for seed in (0, 1)]
-    assert f"{sum(last) / 2:.1f} ± {statistics.stdev(last):.1f} | 2 |" in whole
+    assert f"{sum(last) / 2:.1f} ± {statistics.stdev(last):.1f} | not by all | 2 |" in whole
     assert f"| {guess['acc']:.3f} | 0.250 |" in whole and 0.25 <= guess["acc"] <= 1
+    assert not (runs / "curves.png").exists() or (runs / "curves.png").stat().st_size > 1000
 
-    shutil.rmtree(runs)  # the results are enough …
+    for path in filter(Path.is_dir, [*runs.iterdir()]):  # the results are enough …
+        shutil.rmtree(path)
     made, printed = call("--seeds 0 1 --rows scratch")
     assert not made and "± " in printed and shown.read_text(encoding="utf-8") == whole
     (runs / "start-1").mkdir(parents=True)  # … but not to start from, nor is half a run
-    (runs / "start-1/log.jsonl").write_text("")
-    (results / "deformable-after-1.json").unlink()
+    (runs / "deformable-after-1.json").unlink()
     made, printed = call("--seeds 1 --rows after")
     assert made == {"start-1", "deformable-after-1"} and "| start |" not in printed
-    shutil.copy(results / "start-1.json", results / "start-0-0.json")  # of another row, start-0
-    (results / "start-1.json").write_text(json.dumps({**start, "revision": "abc12"}))
+    shutil.copy(runs / "start-1.json", runs / "start-0-0.json")  # of another row, start-0
+    shipped.mkdir(parents=True)  # published results are taken as they are
+    (shipped / "start-1.json").write_text(json.dumps({**start, "revision": "abc12"}))
+    (runs / "start-1.json").unlink()
     recipe.write_text(f"# another comment\n{TINY}")
-    made, printed = call("--no_run --rows start --seeds 1")
+    made, printed = call("--rows start --seeds 1")
     assert not made and "scratch" not in printed and printed.count("| start |") == 1
-    assert f"1 results are of revision abc12, yours is {checkpoint.revision()}; they" in printed
+    assert f"1 results are of revision abc12, yours is {checkpoint.revision()}" in printed
     assert b"| deformable-scratch |" in shown.read_bytes()  # always holds all
     recipe.write_text(f"{TINY} --lr 1e-3")
     refused("scratch-0.json was made with --lr 0.0005, now 0.001; delete it")
     recipe.write_text(TINY)
     table.write_text(table.read_text(encoding="utf-8").replace("--vocabulary 4", "--vocabulary 5"))
     refused("start-1.json was made with --vocabulary 4, now 5; delete it")
-    (results / "start-1.json").unlink()
+    (shipped / "start-1.json").unlink()
     refused("after-1.json .* in what it starts from --vocabulary 4, now 5; delete it")
+
+
+def test_comparisons_by_hand():
+    """Differences paired by seed; the exact p flips all signs; Holm's is over the family."""
+    rng, results = np.random.default_rng(0), {}
+    for row, gain in (("scratch", 0), ("better", 0.05), ("same", 0)):
+        aps = 0.3 + rng.normal(scale=0.01, size=(6, 2)) + gain
+        logs = [[{"epoch": i + 1, "ap": ap} for i, ap in enumerate(run)] for run in aps]
+        results[row] = {seed: {"log": log} for seed, log in enumerate(logs)}
+    pairs = [("few", "better", "scratch"), ("few", "same", "scratch")]
+    lines = [line.split(" | ") for line in reproduce.compare(results, pairs)[2:-1]]
+    assert [line[1] for line in lines] == ["last epoch", "mean of the epochs"] * 2
+    take = {"last epoch": lambda log: log[-1]["ap"],
+            "mean of the epochs": lambda log: (log[0]["ap"] + log[1]["ap"]) / 2}  # fmt: skip
+    ps = {}
+    for name, measure, difference, interval, p, *_ in lines:
+        row, other = name.removeprefix("| ").split(" - ")
+        d = np.array([100 * take[measure](results[row][s]["log"]) - 100 * take[measure](
+            results[other][s]["log"]) for s in range(6)])  # fmt: skip
+        half = 2.5706 * d.std(ddof=1) / 6**0.5  # the quantile of Student's t for 5 degrees
+        assert difference == f"{d.mean():+.1f}"
+        assert interval == f"{d.mean() - half:+.1f} to {d.mean() + half:+.1f}"
+        means = [abs((d * signs).mean()) for signs in itertools.product((1, -1), repeat=6)]
+        ps[row, measure] = np.mean(np.array(means) >= abs(d.mean()) - 1e-12)
+        assert p == f"{ps[row, measure]:.3f}"
+    for line in lines:
+        row, measure = line[0].removeprefix("| ").split(" - ")[0], line[1]
+        low, high = sorted(ps[x, measure] for x in ("better", "same"))
+        mine = ps[row, measure]
+        assert line[5] == f"{min(1, 2 * low) if mine == low else max(min(1, 2 * low), high):.3f}"
+
+
+def test_the_papers_table(tmp_path, capsys):
+    """Each of its rows parses, as does what it starts from; what is missing is said; and each
+    kind of row takes a step, at a small size."""
+    with pytest.raises(SystemExit, match="1"):
+        reproduce.main(["paper", "--dry_run", "--data", str(tmp_path)])
+    out, errors = capsys.readouterr()
+    commands = [line for line in out.splitlines() if line]
+    assert len(commands) == len(reproduce.read_table(reproduce.RECIPES / "paper.txt")) == 16
+    assert errors.count("which is not there") == 2  # the official Deformable DETR, by hand
+    isaid.main(f"scenes {tmp_path}/data --train 2 --val 1 --image_size 64".split())
+    small = "--backbone resnet18 --no-frozen_bn --hidden_dim 32 --enc_layers 1 --dec_layers 1 "
+    small += "--dim_feedforward 32 --num_queries 5 --image_size 64 --batch_size 2 --epochs 1"
+    small += " --vocabulary 4"
+    for n in (1, 2, 3, 4, 5, 10, 13, 14, 15):
+        flags = re.sub(r"--init \S+( --init_parts \w+)?|--resume", "", commands[n]).split()[2:]
+        flags += [*small.split(), "--data", f"{tmp_path}/data", "--out", f"{tmp_path}/{n}"]
+        train.main(flags)
+        log = [json.loads(line) for line in (tmp_path / f"{n}/log.jsonl").open(encoding="utf-8")]
+        assert len(log) == 1 and math.isfinite(log[0]["train_loss"])
+
+
+def test_tables_are_listed(capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main([])
+    out = capsys.readouterr().out
+    assert re.search("paper +16 rows, 0 results published; needs --data", out)
+    assert re.search("tasks +41 rows, 41 results published\n", out) and "detr.txt" not in out
 
 
 @pytest.mark.parametrize("name", ["tasks", "first_epochs"])
 def test_published_results_are_of_their_rows(name):
     rows = reproduce.read_table(reproduce.ROOT / f"recipes/{name}.txt")
-    results = {row: [*runs.values()] for row, runs in reproduce.read_results(name, rows).items()}
+    results = reproduce.read_results([reproduce.RESULTS / name], rows)
     written = (reproduce.RESULTS / name / "table.md").read_text(encoding="utf-8")
-    assert results.keys() == rows.keys() and written.strip() == reproduce.tables(results).strip()
+    comparisons = reproduce.read_comparisons(reproduce.RECIPES / f"{name}.txt", rows)
+    expected = reproduce.tables(results, comparisons)
+    assert results.keys() == rows.keys() and written.strip() == expected.strip()
 
 
 def test_the_mean_patch_by_hand(tmp_path):

@@ -209,7 +209,7 @@ num_feature_levels with_box_refine lr_linear_proj_mult two_stage
 --setting pretrain --two_stage --ssl_weight 2 --dec_layers 4 | two_stage dec_layers ssl_weight
 --setting multitask --ssl_loss_on all --ssl_weight 2 --vocabulary 9 | vocabulary
 --ssl_task mim-discrete --vocabulary 9 --tokenizer_weights x --setting multitask | vocabulary
---overfit 4 --limit_val 3 --init_parts encoder --augment none | augment limit_val init_parts
+--overfit 4 --limit_val 3 --augment none | augment limit_val
 --init x --init_parts backbone --lr_backbone 1 --freeze backbone | lr_backbone
 --init x --backbone_weights imagenet --model detr | backbone_weights
 """
