@@ -57,20 +57,28 @@ class Parser(argparse.ArgumentParser):
     """Mistakes get one line; @FILE stands for the flags in a file, which may have comments."""
 
     def __init__(self, **options):
-        super().__init__(fromfile_prefix_chars="@", formatter_class=Help, **options)
-
-    def convert_arg_line_to_args(self, line):
-        return self.filled(words(line))
+        super().__init__(formatter_class=Help, **options)
 
     def parse_args(self, args=None, namespace=None):
-        args = self.filled(sys.argv[1:] if args is None else args)
-        try:
-            parsed, unknown = self.parse_known_args(args, namespace)
-        except ValueError as error:  # not utf-8, or a quote that is not closed
-            self.error(f"a file named with @ is not a text file of flags ({error})")
+        args = self.expanded(sys.argv[1:] if args is None else args)
+        parsed, unknown = self.parse_known_args(self.filled(args), namespace)
         if unknown:
             self.error(f"unknown: {' '.join(unknown)}{self.nearest(unknown[0])}")
         return parsed
+
+    def expanded(self, args):
+        """The words of a command line with those of a file in the place of @FILE."""
+        found = []
+        for word in args:
+            if not word.startswith("@"):
+                found.append(word)
+                continue
+            try:
+                lines = Path(word[1:]).read_text(encoding="utf-8-sig").splitlines()
+                found += self.expanded([flag for line in lines for flag in words(line)])
+            except (OSError, ValueError, RecursionError) as error:
+                self.error(f"{word}: cannot be read as a file of flags ({error})")
+        return found
 
     def filled(self, args):
         """The words of a command line if none of them is empty, as "$NAME" may turn out."""

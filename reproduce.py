@@ -50,7 +50,7 @@ ELSEWHERE = {"out", "device", "workers", "resume", "seed", "data", "tokenizer_we
 
 # ---------------------------------------------------------------- rows and comparisons
 def lines_of(path):
-    """The lines of a table, one for each value of its lists: (where, name, text behind the colon).
+    """The lines of a table, for each word of its lists: (where, name, text behind the colon or None).
     Raises ValueError that names the line."""
     try:
         lines, lists = Path(path).read_text(encoding="utf-8-sig").splitlines(), {}
@@ -71,7 +71,8 @@ def lines_of(path):
             text = line
             for name, value in zip(used, values):
                 text = text.replace(f"<{name}>", value)
-            yield where, *(part.strip() for part in text.partition(":")[::2])
+            name, colon, text = text.partition(":")
+            yield where, name.strip(), text.strip() if colon else None
 
 
 def read_table(path):
@@ -80,7 +81,7 @@ def read_table(path):
     for where, name, text in lines_of(path):
         if name.startswith("compare "):
             continue
-        if not text or not re.fullmatch(r"[\w-]+", name) or name in rows:
+        if text is None or not re.fullmatch(r"[\w-]+", name) or name in rows:
             expected = "expected is a new name, a colon and flags of train.py"
             raise ValueError(f"{where}: {expected}, not {f'{name}: {text}'!r}")
         rows[name] = words(text)
@@ -94,8 +95,8 @@ def read_comparisons(path, rows):
     """The comparisons of a table: [(family, row, what it is compared with)]. ValueError."""
     found = []
     for where, name, text in lines_of(path):
-        pair = text.split(" - ")
         if name.startswith("compare "):
+            pair = (text or "").split(" - ")
             if len(pair) != 2 or not set(pair) <= rows.keys():
                 raise ValueError(f"{where}: expected are two rows, ROW - ROW, not {text!r}")
             found.append((name.removeprefix("compare "), *pair))
@@ -230,9 +231,11 @@ class Runner:
         missing = []
         for seed, name in itertools.product(seeds, names):
             print(shlex.join(self.command(name, seed)))
-            for path, _ in resolve(self.rows, name)["init"]:
-                there = path.startswith("{") or "://" in path or Path(path).exists()
-                missing += [] if there else [f"{name} starts from {path}, which is not there"]
+            resolve(self.rows, name)  # each row parses
+            for flag, path in itertools.pairwise(self.rows[name]):
+                file = flag in ("--init", "--tokenizer_weights") and not re.search("{|://", path)
+                if file and not (ROOT / path).exists():
+                    missing.append(f"{name}: {flag} {path} is not there")
         print(*dict.fromkeys(missing), sep="\n", file=sys.stderr)
         return int(bool(missing))
 

@@ -214,7 +214,7 @@ def test_flags(file, capsys, parts):
         assert stop.code == 2 and capsys.readouterr().err.startswith("error: ")
         return
     for action in ACTIONS:
-        value = getattr(args, action.dest)
+        value = getattr(args, action.dest) if action.dest != "init" else None
         for one in value if isinstance(value, list) else [value]:
             kind = bool if action.nargs == 0 else action.type or str
             assert one in (None, False) or one == kind(str(one)) in (action.choices or [one])
