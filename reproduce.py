@@ -50,7 +50,7 @@ ELSEWHERE = {"out", "device", "workers", "resume", "seed", "data", "tokenizer_we
 
 # ---------------------------------------------------------------- rows and comparisons
 def lines_of(path):
-    """The lines of a table, for each word of its lists: (where, name, text behind the colon or None).
+    """The lines of a table, for each word of its lists: (where, name, text behind the colon).
     Raises ValueError that names the line."""
     try:
         lines, lists = Path(path).read_text(encoding="utf-8-sig").splitlines(), {}
