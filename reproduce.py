@@ -379,6 +379,8 @@ def make_table(args):
         raise ValueError(f"--rows {' '.join(args.rows)}: no row of {path} is called so")
     if any("{data}" in flags for flags in rows.values()) and not (args.data or args.dry_run):
         raise ValueError(f"{path}: its rows need --data DIR")
+    if args.jobs > 1 and args.nproc > 1:
+        raise ValueError("--jobs and --nproc exclude each other: several runs, or several processes")
     wanted, runner = set(chosen), Runner(table, rows, args)
     for name in reversed(rows):  # a row comes after what it starts from
         wanted |= set(starts_of(rows[name])) if name in wanted else set()
