@@ -175,12 +175,13 @@ class Runner:
 
     def command(self, name, seed):
         """The command of a row, to be called in the folder of this file."""
-        data = self.args.data or "DIR"
-        places = {start: f"{self.out}/{start}-{seed}" for start in self.rows} | {"data": data}
+        out = self.out.relative_to(ROOT) if self.out.is_relative_to(ROOT) else self.out
+        places = {start: f"{out}/{start}-{seed}" for start in self.rows}
+        places["data"] = self.args.data or "DIR"
         flags = [re.sub(r"{(.*?)}", lambda m: places[m[1]], flag) for flag in self.rows[name]]
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
         launch = [*launch, str(self.args.nproc)] if self.args.nproc > 1 else []
-        row = ["--seed", str(seed), "--out", f"{self.out}/{name}-{seed}", "--resume"]
+        row = ["--seed", str(seed), "--out", f"{out}/{name}-{seed}", "--resume"]
         return ["python", *launch, "train.py", *flags, *row]
 
     def run(self, name, seed):
@@ -380,7 +381,7 @@ def make_table(args):
     if any("{data}" in flags for flags in rows.values()) and not (args.data or args.dry_run):
         raise ValueError(f"{path}: its rows need --data DIR")
     if args.jobs > 1 and args.nproc > 1:
-        raise ValueError("--jobs and --nproc exclude each other: several runs, or several processes")
+        raise ValueError("take --jobs, several runs at a time, or --nproc, several processes a run")
     wanted, runner = set(chosen), Runner(table, rows, args)
     for name in reversed(rows):  # a row comes after what it starts from
         wanted |= set(starts_of(rows[name])) if name in wanted else set()
