@@ -193,7 +193,7 @@ def make_folder(args):
         raise ValueError(f"--out {out} exists already; {advice}") from None
     except OSError as error:
         raise ValueError(f"--out {out} cannot be made ({error.strerror})") from None
-    coco.try_output(out / "last.tmp")
+    coco.try_output(out / ".tried")
     return str(out)
 
 

@@ -47,21 +47,36 @@ def read_json(path):
 
 
 def write_text(path, text):
-    """A file that is whole or not there, whenever the process ends."""
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """A file that is whole or not there, whenever the process ends. Links are followed, and what
+    is no ordinary file stays as it is. Raises DataError."""
+    target = ordinary(path)
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def ordinary(path):
+    """Where a file is behind links. DataError if a device, a pipe or a folder is there."""
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise DataError(f"{path}: cannot be written, it is no ordinary file; name another one")
+    return target
 
 
 def try_output(path):
     """Whether a file can be written, before hours of work depend on it. Raises DataError."""
-    there = Path(path).exists()
+    target = ordinary(path)
+    there = target.exists()
     try:
-        open(path, "a").close()
+        open(target, "a").close()
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror})") from None
     if not there:
-        os.remove(path)
+        target.unlink()
 
 
 # ---------------------------------------------------------------- annotations

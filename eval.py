@@ -237,6 +237,7 @@ def evaluate(model, task, data, args, out=None, top=100):
         metrics = {"score": -found["ssl_loss"], **metrics, **found}
         if first and out:
             pictures.draw_ssl(out / "ssl.png", panels, task.patch)
+    metrics.setdefault("score", 0.0)  # without a box to compare with
     metrics["eval_seconds"] = round(time.perf_counter() - start, 2)
     return parallel.gather(metrics)[0], results
 
@@ -308,6 +309,8 @@ def open_run(args):
     if args.split == "test" and not flags.data:
         raise ValueError("--split test is of a dataset on disk; name it with --data")
     data = isaid.open_split(args.split, flags, train=False)
+    if not (data.annotations or args.export or task):
+        raise DataError(f"{data.name}: has nothing to compare with; add --export FILE")
     if args.split == "test" and not data.categories:  # test images need not tell the classes
         data.categories = state["categories"]
     if flags.setting != "pretrain" and data.categories != state["categories"]:

@@ -133,6 +133,7 @@ def command(main):
             sys.stdout.flush()
         except BrokenPipeError:  # as in `… | head -1`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)  # as SIGPIPE would end it
         except (ValueError, OSError, FloatingPointError) as error:
             sys.exit(f"error: {one_line(error)}")
         except KeyboardInterrupt:

@@ -311,7 +311,7 @@ class Scenes:
 
 def write_scenes(out, counts, size, seed):
     """Synthetic scenes as a dataset in the patches layout; counts: {"train": n, "val": n}."""
-    partial = Path(f"{out}.partial")  # a folder that is there is whole
+    partial = Path(f"{Path(out)}.partial")  # a folder that is there is whole
     shutil.rmtree(partial, ignore_errors=True)
     for split, n in counts.items():
         images_dir, json_path = coco.split_files(partial, split)

@@ -141,7 +141,9 @@ def write(out, images, categories, found):
         rows.append([file, names[result["category_id"]], result["score"], *box])
     content = {"images": images, "categories": categories, "annotations": found}
     coco.write_text(out / "predictions.json", json.dumps(content))
-    with open(out / "predictions.csv", "w", newline="", encoding="utf-8") as file:
+    with open(
+        out / "predictions.csv", "w", newline="", encoding="utf-8", errors="backslashreplace"
+    ) as file:
         csv.writer(file).writerows(rows)
 
 
@@ -188,7 +190,7 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     for name in ("predictions.json", "predictions.csv"):
         coco.try_output(out / name)
-    print(f"{path} in windows of {window} pixels that overlap by {overlap}, resized to {size}")
+    text = [f"{path} in windows of {window} pixels that overlap by {overlap}, resized to {size}"]
     how = args.score, args.batch_size, args.device, args.max_dets, args.workers
     images, results, bad = [], [], []
     for file in files:
@@ -202,10 +204,11 @@ def main(argv=None):
         results += evaluation.coco_results(found, len(images), categories, digits=2)
         images.append({"id": len(images), "file_name": name.as_posix(), "width": w, "height": h})
         pictures.draw_objects(out / f"{name}{PICTURE}", image, found, categories)
-        print(f"{name}: {w} x {h}, {len(found['labels'])} objects")
+        text.append(f"{name}: {w} x {h}, {len(found['labels'])} objects")
     if images:
         write(out, images, categories, results)
-        print(f"written: predictions.json, predictions.csv and {len(images)} pictures in {out}")
+        text.append(f"written: predictions.json, predictions.csv, {len(images)} pictures in {out}")
+    print("\n".join(text))  # last: what it is piped to may have closed
     if bad:
         raise ValueError(f"{len(bad)} of {len(files)} images cannot be used: {'; '.join(bad)}")
 

@@ -84,10 +84,12 @@ def read_table(path):
         if text is None or not re.fullmatch(r"[\w-]+", name) or name in rows:
             expected = "expected is a new name, a colon and flags of train.py"
             raise ValueError(f"{where}: {expected}, not {f'{name}: {text}'!r}")
-        rows[name] = words(text)
-        for start in starts_of(rows[name]):
+        for start in starts_of(words(text)):
             if start not in rows:
                 raise ValueError(f"{where}: {{{start}}} is not a row above it")
+        rows[name] = words(text)
+    if not rows:
+        raise ValueError(f"{path}: has no rows")
     return rows
 
 
@@ -110,7 +112,7 @@ def starts_of(flags):
 
 def resolve(rows, name):
     """All flags of a row, recipes and defaults included, and those of what it starts from."""
-    flags = [f"@{ROOT / flag[1:]}" if flag[0] == "@" else flag for flag in rows[name]]
+    flags = [f"@{ROOT / flag[1:]}" if flag.startswith("@") else flag for flag in rows[name]]
     args, _ = train.parse(flags)
     starts = [resolve(rows, start) for start in starts_of(rows[name])]
     return {**{k: v for k, v in vars(args).items() if k not in ELSEWHERE}, "starts": starts}
@@ -373,6 +375,9 @@ def make_table(args):
     """Run what is missing of a table and print it; the exit status. Raises ValueError."""
     named = RECIPES / f"{args.table}.txt"
     path = named if named.is_file() else Path(args.table)
+    if not path.is_file():
+        raise ValueError(f"{args.table}: no such table; without a name they are listed")
+    args.seeds = list(dict.fromkeys(args.seeds or []))
     rows, table = read_table(path), path.stem
     comparisons = read_comparisons(path, rows)
     chosen = [name for name in rows if not args.rows or any(text in name for text in args.rows)]

@@ -124,7 +124,8 @@ def test_a_closed_pipe_loses_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "dup2", Mock())  # the test's own output stays
     monkeypatch.setattr(evaluation, "print", printed, raising=False)
     flags = f"{run} --split train --out {tmp_path} --export {tmp_path}/x.json"
-    evaluation.main(flags.split())
+    with pytest.raises(SystemExit, match="141"):
+        evaluation.main(flags.split())
     assert printed.call_count == 2
     assert coco.read_json(tmp_path / "metrics.json")["images"] == 8
     assert len(coco.read_json(tmp_path / "x.json")) == 800

@@ -365,6 +365,7 @@ def test_wrapped_checkpoints(tmp_path):
             | {f"model.{k}": x for k, x in state.items()}
         },
         "ema": {"ema": {"module": state}, "epoch": 3},
+        "compiled": {f"_orig_mod.{k}": x for k, x in state.items()},
         "headless": {"model": {k: x for k, x in state.items() if k not in heads}},
     }
     for name, content in wraps.items():
@@ -399,6 +400,30 @@ def test_outputs_are_tried_first(run, tmp_path, monkeypatch):
         (predict.main, [run, tmp_path / "a.png", "--out", tmp_path]),
     ):
         assert str(tmp_path) in error_of(main, *arguments)
+
+
+def test_what_is_no_ordinary_file_stays(run, tmp_path):
+    """A pipe is refused at once, a link is followed."""
+    os.mkfifo(tmp_path / "pipe")
+    said = error_of(evaluation.main, run, "--export", tmp_path / "pipe")
+    assert "pipe: cannot be written, it is no ordinary file" in said
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
+    evaluation.main([str(run), "--export", str(tmp_path / "link.json")])
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "target.json").stat().st_size > 9
+
+
+def test_held_out_images_without_boxes(data, tmp_path):
+    """They are no reason to stop training; an evaluation alone has nothing to say of them."""
+    save_coco(data, [f"{i}.png" for i in range(4)], "val", annotations=[])
+    train.main([*TINY, "--data", str(data), "--out", str(tmp_path / "run")])
+    assert (tmp_path / "run/best.pt").exists()
+    assert "nothing to compare with; add --export" in error_of(evaluation.main, tmp_path / "run")
+
+
+def test_a_slash_at_the_end(tmp_path):
+    isaid.main(["scenes", f"{tmp_path}/data/", *"--train 1 --val 1 --image_size 64".split()])
+    assert coco.find_split(tmp_path / "data", "train")
 
 
 def test_a_failed_picture_costs_no_figures(run, tmp_path, monkeypatch, capsys):

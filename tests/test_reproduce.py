@@ -188,7 +188,10 @@ def test_mistakes_get_one_line(table, capsys, monkeypatch):
         ("a: --init {b}", "", "line 1: {b} is not a row above it"),
         ("a: --epochs nine", "", "--epochs: expected is a whole number of at least 1, not 'nine'"),
         ("a: --epochs 1", "--rows b", "--rows b: no row of"),
-        ("", "", "has no results of these rows and seeds"),
+        ("", "", "has no rows"),
+        ("a: --init {a}", "", "line 1: {a} is not a row above it"),
+        ('a: "" --lr 1', "", "an argument is empty"),
+        ("a: --epochs 1", "--no_run", "has no results of these rows and seeds"),
         ("a: --epochs 1", "", "exit status -9"),
     ):
         table.write_text(text)
@@ -196,5 +199,5 @@ def test_mistakes_get_one_line(table, capsys, monkeypatch):
             reproduce.main([str(table), *flags.split()])
         said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
         assert said.startswith("error: ") and message in said and "Traceback" not in said
-    with pytest.raises(SystemExit, match="none.txt: cannot be read as a table"):
+    with pytest.raises(SystemExit, match="none.txt: no such table"):
         reproduce.main([str(table.with_name("none.txt"))])
