@@ -29,7 +29,8 @@ class DataError(ValueError):
 @contextlib.contextmanager
 def reading(path, what):
     """Whatever a library raises while it reads a file becomes a DataError of one line.
-    Only calls of libraries belong into it, so that our own mistakes stay visible."""
+    Only calls of libraries, and looks at what they give, belong into it: our own mistakes elsewhere
+    stay visible."""
     try:
         yield
     except DataError:
@@ -161,9 +162,7 @@ def suspicions(content):
     if again:
         yield (f"{len(again):,} image files have several ids, the first is {again[0]}: each is "
                "trained on with the objects of one id only; join them")  # fmt: skip
-    names = collections.Counter(
-        category["name"].strip().lower() for category in content["categories"]
-    )
+    names = collections.Counter(c["name"].strip().lower() for c in content["categories"])
     for name in (name for name, n in names.items() if n > 1):
         yield f"several categories are called {name!r}; a detector cannot tell them apart"
     sizes = {image["id"]: (image.get("width", 0), image.get("height", 0)) for image in images}
@@ -190,14 +189,10 @@ def clean_boxes(images, annotations):
         W, H = sizes[annotation["image_id"]]
         x, y, w, h = box = [float(v) for v in annotation["bbox"]]
         if w < 0 or h < 0:  # dragged to the left or upwards
-            box = [min(x, x + w), min(y, y + h), abs(w), abs(h)]
+            x, y, w, h = box = [min(x, x + w), min(y, y + h), abs(w), abs(h)]
             done["with negative sides, turned round"] += 1
-        x0, y0, x1, y1 = (
-            max(box[0], 0),
-            max(box[1], 0),
-            min(box[0] + box[2], W),
-            min(box[1] + box[3], H),
-        )
+        x0, y0 = max(x, 0.0), max(y, 0.0)
+        x1, y1 = min(x + w, W), min(y + h, H)
         if not (all(map(math.isfinite, box)) and x1 > x0 and y1 > y0):
             done["without area, removed"] += 1
             continue
@@ -205,16 +200,11 @@ def clean_boxes(images, annotations):
         if max(abs(a - b) for a, b in zip(inside, box)) > 1e-3:
             done["clipped to their image"] += 1
             box = inside
+        same = {key: annotation[key] for key in ("image_id", "category_id")}
         area, iscrowd = annotation.get("area") or box[2] * box[3], annotation.get("iscrowd") or 0
+        # pycocotools takes id 0 for "none"
         kept.append(
-            {
-                "id": len(kept) + 1,
-                "image_id": annotation["image_id"],
-                "bbox": box,
-                "category_id": annotation["category_id"],
-                "area": area,
-                "iscrowd": int(iscrowd),
-            }
+            {"id": len(kept) + 1, **same, "bbox": box, "area": area, "iscrowd": int(iscrowd)}
         )
     return kept, done
 
@@ -351,7 +341,8 @@ def refuse_deep(path, image):
     if image.format == "PPM":  # the largest value stands last
         deep = deep or int((re.findall(r"\d+", codec) or [255])[-1]) > 255
     if image.format == "JPEG2000":  # the depth is in the header of its code stream
-        header = Path(path).read_bytes()[: 2**16].partition(b"\xff\x4f\xff\x51")[2]
+        with open(path, "rb") as file:
+            header = file.read(2**16).partition(b"\xff\x4f\xff\x51")[2]
         deep = deep or len(header) > 38 and header[38] % 128 > 7
     if deep:
         message = f"has more than 8 bits a channel (mode {image.mode}); convert it to 8 first"

@@ -40,7 +40,7 @@ def number(kind, zero=False, most=2**32, words=()):
 
 def words(line):
     """The words of a line of flags: quotes hold spaces; # at the start of a word is a comment."""
-    lexer = shlex.shlex(line.lstrip("\ufeff"), posix=True)
+    lexer = shlex.shlex(line, posix=True)
     lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""
     return list(itertools.takewhile(lambda word: not word.startswith("#"), lexer))
 
@@ -99,10 +99,10 @@ class Parser(argparse.ArgumentParser):
             for option in action.option_strings:
                 meant[option.lstrip("-")] = meant[str(action.help).split(",")[0]] = option
         tidy = word.split("=")[0].lstrip("-")
-        near = difflib.get_close_matches(tidy, meant) or difflib.get_close_matches(
-            tidy.replace("_", " "), meant
-        )
-        return f"; did you mean {meant[near[0]]}?" if near else ""
+        for form in (tidy, tidy.replace("_", " ")):  # as a flag, as in a help text
+            for near in difflib.get_close_matches(form, meant, n=1):
+                return f"; did you mean {meant[near]}?"
+        return ""
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
@@ -112,12 +112,11 @@ class Sources(argparse.Action):
     """`--init A --init_parts x --init B` as [[A, [x]], [B, None]]: what to take of each."""
 
     def __call__(self, parser, namespace, value, option=None):
-        before = namespace.init if isinstance(namespace.init, list) else []
-        if self.nargs and not before:
+        sources = [*namespace.init] if isinstance(namespace.init, list) else []
+        if self.nargs and not sources:
             parser.error(f"{option} stands after the --init that it belongs to")
-        namespace.init = before + [[value, None]]
-        if self.nargs:
-            namespace.init = before[:-1] + [[before[-1][0], value]]
+        path, parts = (sources.pop()[0], value) if self.nargs else (value, None)
+        namespace.init = [*sources, [path, parts]]
 
 
 def command(main):

@@ -128,15 +128,15 @@ def difference(before, now):
     return text or next((f"in what it starts from {text}" for text in starts if text), "")
 
 
-def read_results(folders, rows, seeds=None, chosen=None):
+def read_results(folders, rows):
     """{row: {seed: its result}} in these folders, the first one's before the others'. ValueError
     for a result of other flags."""
     results = collections.defaultdict(dict)
-    for name in chosen or rows:
+    for name in rows:
         wanted = resolve(rows, name)
         for path in (path for folder in folders for path in sorted(folder.glob(f"{name}-*.json"))):
             seed = path.stem.removeprefix(f"{name}-")
-            if not seed.isdecimal() or seeds and int(seed) not in seeds:
+            if not seed.isdecimal():  # of another row, whose name goes on
                 continue
             try:
                 result = coco.read_json(path)
@@ -216,8 +216,9 @@ class Runner:
         """Run what is missing of these rows, those that others start from first."""
         jobs = [(name, seed) for seed in seeds for name in names if not self.finished(name, seed)]
         start, n = time.monotonic(), 0
+        jobs.sort(key=lambda job: self.depth(job[0]))
         with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
-            for _, wave in itertools.groupby(sorted(jobs, key=self.order), key=self.order):
+            for _, wave in itertools.groupby(jobs, key=lambda job: self.depth(job[0])):
                 for future in [pool.submit(self.run, *job) for job in wave]:
                     future.result()
                     n += 1
@@ -225,9 +226,6 @@ class Runner:
                     left = minutes / n * (len(jobs) - n)
                     print(f"{n} of {len(jobs)} runs, {minutes:.0f} min; about {left:.0f} to go",
                           file=sys.stderr, flush=True)  # fmt: skip
-
-    def order(self, job):
-        return self.depth(job[0])
 
     def dry_run(self, names, seeds):
         """Print the commands; the exit status, 1 if something that they start from is not there."""
@@ -284,9 +282,7 @@ def tables(results, comparisons=()):
     for name, runs in ((name, [*runs.values()]) for name, runs in results.items()):
         last = [run["log"][-1] for run in runs]
         if "ap" in last[0]:
-            logs = [
-                {x["epoch"]: 100 * (x["ap"] or 0) for x in run["log"] if "ap" in x} for run in runs
-            ]
+            logs = [ap_of(run) for run in runs]
             detect.append((name, logs, [100 * (line["ap50"] or 0) for line in last]))
             epochs |= logs[0].keys()
         if runs[0]["guess"]:
@@ -313,9 +309,14 @@ def tables(results, comparisons=()):
     return "\n".join(text)
 
 
+def ap_of(run):
+    """AP in % of a result by epoch."""
+    return {line["epoch"]: 100 * (line["ap"] or 0) for line in run["log"] if "ap" in line}
+
+
 def curves(runs):
-    """AP after the epochs that all runs were evaluated at: (epochs, (runs, epochs) array)."""
-    logs = [{line["epoch"]: line["ap"] or 0 for line in run["log"] if "ap" in line} for run in runs]
+    """AP in % after the epochs that all runs were evaluated at: (epochs, (runs, epochs) array)."""
+    logs = [ap_of(run) for run in runs]
     epochs = sorted(set.intersection(*map(set, logs)))
     return epochs, np.array([[log[epoch] for epoch in epochs] for log in logs])
 
@@ -324,28 +325,30 @@ def compare(results, comparisons):
     """Lines of a table in Markdown: differences of AP, paired by seed, with their 95 % interval
     (Student's t) and the exact p of flipping their signs, Holm's over the family."""
     measures = {"last epoch": lambda ap: ap[:, -1], "mean of the epochs": lambda ap: ap.mean(1)}
-    found, text = [], []
+    found = []
     for (family, row, other), measure in itertools.product(comparisons, measures):
         seeds = sorted(results.get(row, {}).keys() & results.get(other, {}).keys())
         if len(seeds) > 1:
             aps = (curves([results[name][seed] for seed in seeds])[1] for name in (row, other))
-            a, b = (100 * measures[measure](ap) for ap in aps)
+            a, b = map(measures[measure], aps)
             low, high = scipy.stats.ttest_1samp(a - b, 0).confidence_interval()
             flips = {"permutation_type": "samples", "n_resamples": 2**16}
             p = scipy.stats.permutation_test((a - b,), np.mean, **flips).pvalue
             cells = [f"{row} - {other}", measure, f"{np.mean(a - b):+.1f}"]
             cells += [f"{low:+.1f} to {high:+.1f}", f"{p:.3f}"]
             found.append(((family, measure), p, cells, len(seeds)))
-    if found:
-        head = "comparison | AP (%) | difference | 95 % interval | p | p, Holm | seeds"
-        text += [f"| {head} |", "|---" * 7 + "|"]
+    if not found:
+        return []
+    head = "comparison | AP (%) | difference | 95 % interval | p | p, Holm | seeds"
+    text = [f"| {head} |", "|---" * 7 + "|"]
     for family, p, cells, n in found:
         ps = sorted(q for other, q, *_ in found if other == family)
         holm = max(min(1, q * (len(ps) - i)) for i, q in enumerate(ps) if q <= p)
         text.append(f"| {' | '.join([*cells, f'{holm:.3f}', str(n)])} |")
-    return [*text, ""] if text else []
+    return [*text, ""]
 
 
+@pictures.costs_no_figures
 def draw(path, results, comparisons):
     """A panel for each comparison, what a row is compared with in grey: mean and deviation."""
     pairs = [(row, other) for _, row, other in comparisons if {row, other} <= results.keys()]
@@ -353,18 +356,16 @@ def draw(path, results, comparisons):
     if not pairs:
         return
     figure = Figure(figsize=(3 * columns, 2.6 * -(-len(pairs) // columns)), layout="constrained")
-    panels = figure.subplots(-(-len(pairs) // columns), columns, squeeze=False, sharex=False)
+    panels = figure.subplots(-(-len(pairs) // columns), columns, squeeze=False)
     for axes in panels.flat[len(pairs) :]:
         axes.remove()
     for axes, (row, other) in zip(panels.flat, pairs):
         for name, colour in ((other, "grey"), (row, "tab:blue")):
             epochs, ap = curves([*results[name].values()])
             axes.plot(epochs, ap.mean(0), marker=".", color=colour)
-            spread = ap.std(0, ddof=1) if len(ap) > 1 else 0
-            axes.fill_between(
-                epochs, ap.mean(0) - spread, ap.mean(0) + spread, alpha=0.2, color=colour
-            )
-        axes.set(xlabel="epoch", ylabel="AP")
+            low, high = ap.mean(0) + np.outer((-1, 1), ap.std(0, ddof=1) if len(ap) > 1 else 0)
+            axes.fill_between(epochs, low, high, alpha=0.2, color=colour)
+        axes.set(xlabel="epoch", ylabel="AP (%)")
         axes.set_title(f"{row}\n(grey: {other})", fontsize=7)
         pictures.finish_axes(axes)
     figure.savefig(path, dpi=110)
@@ -381,7 +382,7 @@ def make_table(args):
     rows, table = read_table(path), path.stem
     comparisons = read_comparisons(path, rows)
     chosen = [name for name in rows if not args.rows or any(text in name for text in args.rows)]
-    if rows and not chosen:
+    if not chosen:
         raise ValueError(f"--rows {' '.join(args.rows)}: no row of {path} is called so")
     if any("{data}" in flags for flags in rows.values()) and not (args.data or args.dry_run):
         raise ValueError(f"{path}: its rows need --data DIR")
@@ -398,7 +399,10 @@ def make_table(args):
     coco.try_output(runner.out / "table.md")
     if not args.no_run:
         runner.run_all(wanted, args.seeds or [0])
-    found = read_results(runner.folders, rows, args.seeds, chosen)
+    results = read_results(runner.folders, rows)
+    found = {name: {seed: run for seed, run in results.get(name, {}).items()
+                    if not args.seeds or seed in args.seeds} for name in chosen}  # fmt: skip
+    found = {name: runs for name, runs in found.items() if runs}
     if not found:
         raise ValueError(f"{runner.out} has no results of these rows and seeds")
     revisions = (run["revision"] for runs in found.values() for run in runs.values())
@@ -406,7 +410,6 @@ def make_table(args):
         if revision != checkpoint.revision():
             print(f"{n} results are of revision {revision}, yours is {checkpoint.revision()}")
     print(tables(found, comparisons))
-    results = read_results(runner.folders, rows)
     coco.write_text(runner.out / "table.md", tables(results, comparisons) + "\n")
     draw(runner.out / "curves.png", results, comparisons)
 

@@ -344,7 +344,8 @@ def build_model(config, args):
     note = "; ".join(f"{' and '.join(parts)} from {path}" for path, parts in parts.items())
     if anew:
         note += f"; absent or of another number of classes, start anew: {', '.join(anew)}"
-    for part in set(args.freeze) - source.keys() | set(args.freeze) & set(map(detr.part_of, anew)):
+    started = source.keys() - {detr.part_of(name) for name in anew}
+    for part in set(args.freeze) - started:
         raise ValueError(f"--freeze {part} would keep random weights; start it with --init")
     idle = [*args.freeze, "decoder"] if args.setting == "pretrain" else args.freeze
     for name, parameter in model.named_parameters():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
 from torch import nn
 
-from coco import unnormalise
+from coco import reading, unnormalise
 
 
 def thumbnails(images, patch):
@@ -85,18 +85,13 @@ def load_dalle(path):
     classes = [f"dall_e.{x}" for x in ("encoder.Encoder", "encoder.EncoderBlock", "utils.Conv2d")]
     names = "container.Sequential", "activation.ReLU", "linear.Identity", "pooling.MaxPool2d"
     classes += [f"torch.nn.modules.{name}" for name in names]
-    try:
+    with reading(path, "OpenAI's encoder.pkl of DALL-E"):
         with torch.serialization.safe_globals([(nn.Module, name) for name in classes]):
             content = torch.load(path, map_location="cpu", weights_only=True)
         state = content if isinstance(content, dict) else content.state_dict()
         state = {name: tensor.detach().float() for name, tensor in state.items()}
         with torch.no_grad():
             dalle_logits(state, torch.zeros(1, 3, 8, 8))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; it takes OpenAI's encoder.pkl") from None
-    except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        message = f"{path}: is not the published encoder of DALL-E, or damaged"
-        raise ValueError(f"{message} ({type(error).__name__})") from None
     return state
 
 

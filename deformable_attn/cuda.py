@@ -48,13 +48,6 @@ def read(name, program):
     return content.raw
 
 
-def supported():
-    """The architectures that this NVRTC compiles for, such as "sm_90"."""
-    found = (ctypes.c_int * 999)()  # more than there are
-    call(nvrtc(), "nvrtcGetSupportedArchs", found)
-    return [f"sm_{arch}" for arch in found if arch]
-
-
 def geometry(dtype, channels):
     """(channels that a thread loads at once, up to 16 bytes; threads that share one head)."""
     wide = 16 // dtype.itemsize

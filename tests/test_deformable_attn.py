@@ -316,7 +316,9 @@ def test_compiler_with_flags_and_cache_that_cannot_be_written(tmp_path):
 @pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
 def test_cuda_kernel_compiles(arch, dtype):
     """For 32 channels without spilling a register; for other numbers at all."""
-    if arch not in cuda.supported():
+    known = (ctypes.c_int * 999)()  # more than there are
+    cuda.call(cuda.nvrtc(), "nvrtcGetSupportedArchs", known)
+    if int(arch.removeprefix("sm_")) not in known:
         pytest.skip(f"this NVRTC does not know {arch}")
     binary, log = cuda.compile_kernel(arch, dtype, 32)
     assert binary[:4] == b"\x7fELF"

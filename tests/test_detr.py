@@ -232,6 +232,14 @@ def test_the_number_given_divides_and_nan_is_reported():
         criterion.set_losses(logits, boxes * float("nan"), targets)
 
 
+@pytest.mark.parametrize("focal", [False, True])
+def test_without_auxiliary_losses_the_last_layer_counts(focal):
+    outputs = {"logits": torch.randn(3, 2, 4, 5), "boxes": torch.rand(3, 2, 4, 4)}
+    last, every = (detr.Criterion(focal, aux_loss)(outputs, some_targets((1, 2)))
+                   for aux_loss in (False, True))  # fmt: skip
+    torch.testing.assert_close(last, {name: loss[-1:] for name, loss in every.items()})
+
+
 def test_perfect_predictions_cost_nothing():
     (target,) = some_targets((3,))
     labels = torch.tensor([5, *target["labels"].flip(0)])  # 5: no object

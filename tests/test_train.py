@@ -185,6 +185,27 @@ def test_init_of_a_run_with_other_classes(run, monkeypatch):
     assert made.content["categories"][15:] == [{"id": 16, "name": "thing"}]
 
 
+def test_init_from_two_sources(run, tmp_path, capsys):
+    """Each part comes from the last --init that holds it, as the first line says."""
+    first = torch.load(run[0] / "best.pt")
+    second = {**first, "model": {k: torch.full_like(x, 7) for k, x in first["model"].items()}}
+    torch.save(second, other := tmp_path / "other.pt")
+    flags = f"--init {run[0]} --init_parts backbone encoder --init {other} --init_parts encoder"
+    made, _, _, notes = train.prepare(train.parse([*TINY, *flags.split()])[0])
+    assert notes["start"] == f"backbone from {run[0]}; encoder from {other}"
+    start = {"backbone": first["model"], "encoder": second["model"]}
+    for name, x in made.model.state_dict().items():
+        part = detr.part_of(name)
+        if x.dim() > 1:  # of the decoder neither
+            sources = [torch.equal(x, source["model"][name]) for source in (first, second)]
+            assert sources == [part == "backbone", part == "encoder"], name
+        if part in start:
+            assert torch.equal(x, start[part][name]), name
+    with pytest.raises(SystemExit, match="2"):
+        train.parse(["--init_parts", "encoder", "--init", str(other)])
+    assert "--init_parts stands after the --init" in capsys.readouterr().err
+
+
 def test_frozen_parts_stay_as_they_are(run, tmp_path):
     """To the bit, batch statistics too; the optimizer holds only the rest."""
     flags = f"--init {run[0]} --freeze backbone encoder --epochs 1 --out {tmp_path}/run"
