@@ -6,9 +6,10 @@
 
 A table is a text file in recipes/ with a row a line, `name: flags of train.py`. {name} in the flags
 is the run folder of another row, {data} the folder of --data; <x> stands for each word of a line
-`x = words`; `compare family: row - other row` names a comparison. What is published is in results/,
-your own runs and results in runs/TABLE or --out: what is there is not run again, a row that was
-interrupted goes on. Delete a result to repeat it.
+`x = words`; `compare family: row - other row` names a comparison, `goal: row / other row, AP50`
+what a row must reach and the row by whose time its own is measured. What is published is in
+results/, your own runs and results in runs/TABLE or --out: what is there is not run again, a row
+that was interrupted goes on. Delete a result to repeat it.
 """
 
 import parallel  # noqa: F401 # isort: skip (before torch)
@@ -79,7 +80,7 @@ def read_table(path):
     """The rows of a table: {name: list of flags}. Raises ValueError naming the line."""
     rows = {}
     for where, name, text in lines_of(path):
-        if name.startswith("compare "):
+        if name.startswith("compare ") or name == "goal":
             continue
         if text is None or not re.fullmatch(r"[\w-]+", name) or name in rows:
             expected = "expected is a new name, a colon and flags of train.py"
@@ -105,17 +106,30 @@ def read_comparisons(path, rows):
     return found
 
 
+def read_goals(path, rows):
+    """The goals of a table: [(row, the row its time is measured by, AP50 in %)]. ValueError."""
+    found = []
+    for where, name, text in lines_of(path):
+        if name == "goal":
+            goal = re.fullmatch(r"([\w-]+) / ([\w-]+), ([\d.]+)", text or "")
+            if not goal or not {goal[1], goal[2]} <= rows.keys():
+                raise ValueError(f"{where}: expected is ROW / OTHER ROW, AP50, not {text!r}")
+            found.append((goal[1], goal[2], float(goal[3])))
+    return found
+
+
 def starts_of(flags):
     """The rows whose runs these flags start from."""
     return [name for name in re.findall(r"{(.*?)}", " ".join(flags)) if name != "data"]
 
 
 def resolve(rows, name):
-    """All flags of a row, recipes and defaults included, and those of what it starts from."""
+    """All flags that a row uses, with those of recipes and defaults, and of what it starts from."""
     flags = [f"@{ROOT / flag[1:]}" if flag.startswith("@") else flag for flag in rows[name]]
     args, _ = train.parse(flags)
     starts = [resolve(rows, start) for start in starts_of(rows[name])]
-    return {**{k: v for k, v in vars(args).items() if k not in ELSEWHERE}, "starts": starts}
+    apart = ELSEWHERE | set(train.unused(args))
+    return {**{k: v for k, v in vars(args).items() if k not in apart}, "starts": starts}
 
 
 def difference(before, now):
@@ -195,6 +209,7 @@ class Runner:
         threads = max(1, torch.get_num_threads() // self.args.jobs)
         environment["OMP_NUM_THREADS"] = str(threads)
         how = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+        start, anew = time.monotonic(), not folder.exists()
         done = subprocess.run([sys.executable, *command[1:]], **how)
         self.slots.put(slot)
         if done.returncode:
@@ -203,6 +218,9 @@ class Runner:
         config, log = coco.read_json(folder / "config.json"), read_log(folder)
         content = {"command": shlex.join(command), "flags": resolve(self.rows, name)}
         content.update(revision=config["revision"], versions=config["versions"], log=log)
+        if anew:  # in one go; evaluations apart
+            evaluations = sum(line.get("eval_seconds", 0) for line in log)
+            content["seconds"] = round(time.monotonic() - start - evaluations, 1)
         content["guess"] = guess(folder) if "ssl_loss" in log[-1] else None
         coco.write_text(self.out / f"{name}-{seed}.json", json.dumps(content, indent=1) + "\n")
 
@@ -275,8 +293,8 @@ def mean_and_deviation(values, digits=3):
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def tables(results, comparisons=()):
-    """Tables in Markdown: AP after each epoch, comparisons, the tasks' figures next to a guess's.
+def tables(results, comparisons=(), goals=()):
+    """Tables in Markdown: AP after each epoch, comparisons, goals, the tasks' figures by a guess's.
     results: {row: {seed: its result}}."""
     detect, tasks, epochs = [], [], set()
     for name, runs in ((name, [*runs.values()]) for name, runs in results.items()):
@@ -302,11 +320,36 @@ def tables(results, comparisons=()):
             reached = "not by all" if None in first else mean_and_deviation(first, 1)
             cells += [mean_and_deviation(ap50, 1), reached, str(len(logs))]
             text.append(f"| {name} | {' | '.join(cells)} |")
-        text += ["", *compare(results, comparisons)]
+        text += ["", *compare(results, comparisons), *speed(results, goals)]
     if tasks:
         text.append("| task | held-out loss | mean patch | accuracy | most frequent | chance |")
         text += ["|---|---|---|---|---|---|", *tasks]
     return "\n".join(text)
+
+
+def speed(results, goals):
+    """Lines of a table in Markdown: whether rows reach their AP50, one-sided by Student's t, and
+    their time as a share of another row's, the mean over seeds with its 95 % interval."""
+    text = []
+    for row, other, goal in goals:
+        pairs = [
+            (results[row][seed], results[other][seed])
+            for seed in sorted(results.get(row, {}).keys() & results.get(other, {}).keys())
+        ]
+        if len(pairs) < 2:
+            continue
+        ap50 = [100 * (run["log"][-1]["ap50"] or 0) for run, _ in pairs]
+        p = scipy.stats.ttest_1samp(ap50, goal, alternative="greater").pvalue
+        shares = [run["seconds"] / base["seconds"] for run, base in pairs]
+        low, high = scipy.stats.ttest_1samp(shares, 0).confidence_interval()
+        minutes = [
+            mean_and_deviation([run["seconds"] / 60 for run in runs], 2) for runs in zip(*pairs)
+        ]
+        cells = [row, mean_and_deviation(ap50, 1), f"{goal:g}", f"{p:.4f}", minutes[0]]
+        cells += [f"{other}: {minutes[1]}", f"{statistics.mean(shares):.2f}"]
+        text.append(f"| {' | '.join([*cells, f'{low:.2f} to {high:.2f}', str(len(pairs))])} |")
+    head = "row | AP50 (%) | goal | p | minutes | minutes of | share | 95 % interval | seeds"
+    return [f"| {head} |", "|---" * 9 + "|", *text, ""] if text else []
 
 
 def ap_of(run):
@@ -380,7 +423,7 @@ def make_table(args):
         raise ValueError(f"{args.table}: no such table; without a name they are listed")
     args.seeds = list(dict.fromkeys(args.seeds or []))
     rows, table = read_table(path), path.stem
-    comparisons = read_comparisons(path, rows)
+    comparisons, goals = read_comparisons(path, rows), read_goals(path, rows)
     chosen = [name for name in rows if not args.rows or any(text in name for text in args.rows)]
     if not chosen:
         raise ValueError(f"--rows {' '.join(args.rows)}: no row of {path} is called so")
@@ -409,8 +452,8 @@ def make_table(args):
     for revision, n in collections.Counter(revisions).items():
         if revision != checkpoint.revision():
             print(f"{n} results are of revision {revision}, yours is {checkpoint.revision()}")
-    print(tables(found, comparisons))
-    coco.write_text(runner.out / "table.md", tables(results, comparisons) + "\n")
+    print(tables(found, comparisons, goals))
+    coco.write_text(runner.out / "table.md", tables(results, comparisons, goals) + "\n")
     draw(runner.out / "curves.png", results, comparisons)
 
 

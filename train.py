@@ -259,11 +259,13 @@ def build_parser():
     add("--batch_size", type=count, default=8, help="images at a time in each process")
     add("--lr", type=rate, default=5e-4, help="learning rate")
     add("--lr_backbone", type=rate, default=5e-4, help="of the CNN")
-    add("--lr_linear_proj_mult", type=rate, default=0.1, help="of offsets, reference points")
+    add("--lr_linear_proj_mult", type=rate, default=1.0,
+        help="factor on the rate of offsets and reference points; officially 0.1")  # fmt: skip
     add("--weight_decay", type=factor, default=1e-4, help="of AdamW")
     add("--clip_max_norm", type=rate, default=0.1, help="largest norm of the gradient")
     add("--accumulate", type=count, default=1, help="batches a step")
-    add("--amp", choices=("no", "bf16"), default="no", help="mixed precision")
+    add("--amp", choices=("auto", "no", "bf16"), default="auto",
+        help="mixed precision; auto: bf16 on a CPU that computes in it, else no")  # fmt: skip
     add("--compile", action=switch, default=False, help="torch.compile: minutes first, then faster")
     add("--lr_drop", type=number(int, zero=True, words=("cycle",)), default="cycle",
         help="a tenth of the rate from this epoch on; 0: constant; cycle: up and down")  # fmt: skip
@@ -296,10 +298,17 @@ def parse(argv=None):
             parser.error(message)
     if args.workers is None:
         args.workers = 0 if args.device == "cpu" else min(8, os.cpu_count() or 1)
+    if args.amp == "auto":
+        args.amp = "bf16" if args.device == "cpu" and bf16_processor() else "no"
     for name in ("data", "tokenizer_weights"):  # eval.py may run elsewhere
         if getattr(args, name):
             setattr(args, name, os.path.abspath(getattr(args, name)))
     return args, [name for name in unused(args) if name in given]
+
+
+def bf16_processor():
+    """Whether this CPU multiplies in bfloat16 itself (AVX-512 BF16, AMX), not only by emulation."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def unused(args):
@@ -416,6 +425,7 @@ def introduce(args, run, train_set, val_set, notes):
         **notes,
         "batch": f"{batch} images a step, {run.steps} steps an epoch, {args.epochs} epochs: "
         f"{run.steps * args.epochs * batch:,} images in all (the paper: 1,400,000)",
+        "precision": args.amp == "bf16" and "bf16 in matrix products and convolutions, else fp32",
         "task": run.task and f"{args.ssl_task}, patches of {run.task.patch} pixels",
         "train": train_set.summary(args.num_queries, args.image_size),
         "val": val_set.summary(args.num_queries, args.image_size),
