@@ -6,7 +6,7 @@ import sys
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 
 def costs_no_figures(draw):
@@ -76,8 +76,9 @@ def save_rows(path, rows, w, h):
     """Save rows {title: [PIL images of at most w x h pixels]} as one picture."""
     columns = max(len(images) for images in rows.values())
     sheet = Image.new("RGB", (columns * (w + 4), len(rows) * (h + 20)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    pen = ImageDraw.Draw(sheet)
     for row, (title, images) in enumerate(rows.items()):
+        font, title = legible(title, title.encode("ascii", "replace").decode(), 14)
         pen.text((4, row * (h + 20) + 1), title, fill="black", font=font)
         for column, image in enumerate(images):
             sheet.paste(image, (column * (w + 4), row * (h + 20) + 18))
@@ -126,6 +127,48 @@ def draw_objects(path, image, found, categories, smallest=800, largest=4000):
         pen.text((width + line / 2, line / 2), "nothing found", fill="black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, quality=90)
+
+
+# ---------------------------------------------------------------- attention
+def draw_look(image, points, weights, mark):
+    """A PIL image, paler, under what is looked at, red where the weights are largest.
+    Either a map of weights (h, w) over the image, points None; or points (n, 2) x, y in pixels
+    with weights (n,), yellow where they are small. mark: x, y of a cross."""
+    grey, share = ImageOps.grayscale(image).convert("RGB"), weights / weights.max()
+    image = Image.blend(grey, image, 0.4)
+    pen, unit = ImageDraw.Draw(image), max(image.size) / 100
+    if points is None:
+        mask = Image.fromarray((170 * share).astype(np.uint8))
+        image.paste("red", mask=mask.resize(image.size, Image.Resampling.NEAREST))
+    else:
+        for k in share.argsort():  # the largest on top
+            size = unit * (0.6 + share[k])
+            x, y = points[k]
+            ink = 255, round(230 * (1 - share[k])), 0
+            pen.ellipse((x - size, y - size, x + size, y + size), fill=ink, outline="black")
+    x, y = mark
+    for ink, width in (("black", 1.6 * unit), ("white", 0.8 * unit)):
+        for slope in (-1, 1):
+            arm = 2 * unit
+            pen.line((x - arm, y - slope * arm, x + arm, y + slope * arm), ink, round(width))
+    return image
+
+
+@costs_no_figures
+def draw_attention(path, image, rows, categories, side=320):
+    """A row for each query: its box in the PIL image, then what attends to what in it.
+    rows: {title: (COCO result, [(points, weights, mark) as draw_look takes them, in 0..1])}."""
+    scale = 2 * side / max(image.size)  # twice as large as it is saved: smooth edges
+    large = image.resize([round(n * scale) for n in image.size], Image.Resampling.BICUBIC)
+    drawn = {}
+    for title, (found, looks) in rows.items():
+        found = {**found, "bbox": [v * scale for v in found["bbox"]]}
+        drawn[title] = [draw_boxes(large, [found], categories, side)]
+        for points, weights, mark in looks:
+            points, mark = (None if x is None else x * large.size for x in (points, mark))
+            drawn[title].append(draw_look(large, points, weights, mark).reduce(2))
+    w, h = (max(image.size[i] for image in sum(drawn.values(), [])) for i in (0, 1))
+    save_rows(path, drawn, w, h)
 
 
 # ---------------------------------------------------------------- self-supervised tasks

@@ -8,6 +8,7 @@ import statistics
 import pytest
 from test_checkpoint import ROOT, log_of
 
+import attention
 import eval as evaluation
 import isaid
 import predict
@@ -66,6 +67,7 @@ def test_commands_parse(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     script, *flags = shlex.split(command.split("#")[0])
     parsers = {"train.py": train.parse, "eval.py": evaluation.parse, "predict.py": predict.parse}
+    parsers["attention.py"] = attention.parse
     if script in parsers:
         assert "block-colours" in flags or parsers[script](flags)
     elif script == "reproduce.py":
