@@ -195,23 +195,33 @@ def draw_ssl(path, panels, patch, n=6):
 
 
 # ---------------------------------------------------------------- curves
-@costs_no_figures
 def draw_curves(path, log):
     """Losses, AP and the self-supervised task by epoch, from the lines of log.jsonl as dicts."""
     there = {key for line in log for key, value in line.items() if value is not None}
-    curves = {
+    names = {
         "training loss (terms: last layer)": sorted(x for x in there if x.startswith("train_")),
         "on held-out images: AP": [x for x in ("ap", "ap50", "ap75") if x in there],
         "on held-out images: task": [x for x in ("ssl_loss", "ssl_acc") if x in there],
     }
-    curves = {label: names for label, names in curves.items() if names}
-    figure = Figure(figsize=(5 * len(curves), 4), layout="constrained")
-    panels = figure.subplots(1, len(curves), squeeze=False)[0]
-    for axes, (label, names) in zip(panels, curves.items()):
-        for name in names:  # the total is drawn broad: it may be the same as its only term
-            points = [(line["epoch"], line[name]) for line in log if line.get(name) is not None]
-            style = {"linewidth": 5, "alpha": 0.4} if name == "train_loss" else {}
-            axes.plot(*zip(*points), marker=".", label=name.removeprefix("train_"), **style)
+    draw_panels(path, {label: {name.removeprefix("train_"): points_of(log, name) for name in mine}
+                       for label, mine in names.items()})  # fmt: skip
+
+
+def points_of(log, name):
+    """(epoch, value) of what a log has of a figure."""
+    return [(line["epoch"], line[name]) for line in log if line.get(name) is not None]
+
+
+@costs_no_figures
+def draw_panels(path, panels):
+    """Curves by epoch, a panel for each label: {label: {name: [(epoch, value)]}}."""
+    panels = {label: curves for label, curves in panels.items() if any(curves.values())}
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (label, curves) in zip(row, panels.items()):
+        for name, points in curves.items():  # the total is broad: it may be like its only term
+            style = {"linewidth": 5, "alpha": 0.4} if name == "loss" else {}
+            axes.plot(*np.reshape(points, (-1, 2)).T, marker=".", label=name, **style)
         axes.set(xlabel="epoch", ylabel=label)
         axes.legend()
         finish_axes(axes)

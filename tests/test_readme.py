@@ -9,6 +9,7 @@ import pytest
 from test_checkpoint import ROOT, log_of
 
 import attention
+import compare
 import eval as evaluation
 import isaid
 import predict
@@ -67,7 +68,7 @@ def test_commands_parse(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     script, *flags = shlex.split(command.split("#")[0])
     parsers = {"train.py": train.parse, "eval.py": evaluation.parse, "predict.py": predict.parse}
-    parsers["attention.py"] = attention.parse
+    parsers |= {"attention.py": attention.parse, "compare.py": compare.parse}
     if script in parsers:
         assert "block-colours" in flags or parsers[script](flags)
     elif script == "reproduce.py":
