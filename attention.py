@@ -29,7 +29,7 @@ import isaid
 import pictures
 from flags import Parser, command, number
 
-COLUMNS = "its box", "what its query looks at", "what the cell in the box's middle looks at"
+COLUMNS = "its box", "decoder: what its query looks at", "encoder: what its middle cell looks at"
 
 
 # ---------------------------------------------------------------- where it looks
@@ -125,16 +125,16 @@ def draw(path, model, image, run, n=4):
         middle = np.array([(column + 0.5) / w, (row + 0.5) / h])
         places = (query, means[query]), (row * w + column, middle)
         title = f"{run['categories'][found['labels'][k]]['name']} {result['score']:.2f}"
-        overlays = [(*overlay(seen, q), mark) for seen, (q, mark) in zip(looks, places)]
+        overlays = [(*overlay(model, seen, q), mark) for seen, (q, mark) in zip(looks, places)]
         rows[f"{k + 1}. {title}: {' | '.join(COLUMNS[: 1 + len(looks)])}"] = result, overlays
     pictures.draw_attention(path, image, rows, run["categories"])
 
 
-def overlay(seen, q):
-    """What query q looks at in the first image: (points (n, 2), weights (n,)) of all heads, or
-    (None, map (h, w)) where it looks at all cells."""
+def overlay(model, seen, q):
+    """What query q looks at in the first image: (points (n, 2), weights (n,)) of all heads, or of
+    DETR (None, map (h, w))."""
     weights = seen.weights[0, q].cpu()  # (M, n)
-    if seen.points.shape[1] == 1:
+    if isinstance(model, detr.DETR):
         return None, weights.mean(0).view(*seen.shapes[0]).numpy()
     return seen.points[0, q].flatten(0, 1).cpu().numpy(), weights.flatten().numpy()
 

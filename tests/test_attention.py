@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from test_checkpoint import TINY
 from test_detr import SMALL, randomise
+from torchvision.ops import box_convert
 
 import attention
 import coco
@@ -59,6 +60,15 @@ def test_what_the_points_hold_by_weight_is_the_layers_output(name, part):
             total = total + (found * weight[:, None]).sum(-1)
         total = project(total.unflatten(0, (B, M)).permute(0, 3, 1, 2).flatten(2))
     torch.testing.assert_close(total, output, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", detr.DETECTORS)
+def test_detections_name_their_queries(name):
+    model = detr.build_detector(name, 3, **SMALL)
+    outputs = {"logits": torch.randn(1, 2, 11, 4), "boxes": torch.rand(1, 2, 11, 4)}
+    for boxes, found in zip(outputs["boxes"][0], model.postprocess(outputs, [(1, 1)] * 2)):
+        own = box_convert(boxes[found["queries"]], "cxcywh", "xyxy")
+        torch.testing.assert_close(own, found["boxes"])
 
 
 def test_the_share_is_of_matched_queries_and_seen_points(monkeypatch):
