@@ -169,9 +169,10 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def postprocess(self, outputs, sizes, top=100):
-        """Detections of the last layer, per image {"scores" (n,), "labels" (n,), "boxes" (n, 4)}.
-        Boxes are xyxy in pixels of `sizes`, the (height, width) of each image. Softmax gives one
-        detection a query; sigmoids the best `top` pairs of query and class, best first."""
+        """Detections of the last layer, per image {"scores" (n,), "labels" (n,), "boxes" (n, 4),
+        "queries" (n,): which one found it}. Boxes are xyxy in pixels of `sizes`, the (height,
+        width) of each image. Softmax gives one detection a query; sigmoids the best `top` pairs of
+        query and class, best first."""
         logits, boxes = outputs["logits"][-1].float(), outputs["boxes"][-1].float()
         if self.focal:
             scores, index = logits.sigmoid().flatten(1).topk(min(top, logits[0].numel()))
@@ -179,9 +180,11 @@ class Detector(nn.Module):
             boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
         else:
             scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+            query = torch.arange(logits.shape[1], device=logits.device).expand_as(labels)
         scale = torch.tensor([(w, h, w, h) for h, w in sizes], dtype=torch.float32).to(boxes.device)
         boxes = box_convert(boxes, "cxcywh", "xyxy") * scale[:, None]
-        return [{"scores": s, "labels": l, "boxes": b} for s, l, b in zip(scores, labels, boxes)]
+        names = "scores", "labels", "boxes", "queries"
+        return [dict(zip(names, found)) for found in zip(scores, labels, boxes, query)]
 
 
 def initialise(transformer):

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 
 def costs_no_figures(draw):
@@ -76,8 +76,9 @@ def save_rows(path, rows, w, h):
     """Save rows {title: [PIL images of at most w x h pixels]} as one picture."""
     columns = max(len(images) for images in rows.values())
     sheet = Image.new("RGB", (columns * (w + 4), len(rows) * (h + 20)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    pen = ImageDraw.Draw(sheet)
     for row, (title, images) in enumerate(rows.items()):
+        font, title = legible(title, title.encode("ascii", "replace").decode(), 14)
         pen.text((4, row * (h + 20) + 1), title, fill="black", font=font)
         for column, image in enumerate(images):
             sheet.paste(image, (column * (w + 4), row * (h + 20) + 18))
@@ -128,6 +129,48 @@ def draw_objects(path, image, found, categories, smallest=800, largest=4000):
     sheet.save(path, quality=90)
 
 
+# ---------------------------------------------------------------- attention
+def draw_look(image, points, weights, mark):
+    """A PIL image, paler, under what is looked at, red where the weights are largest.
+    Either a map of weights (h, w) over the image, points None; or points (n, 2) x, y in pixels
+    with weights (n,), yellow where they are small. mark: x, y of a cross."""
+    grey, share = ImageOps.grayscale(image).convert("RGB"), weights / weights.max()
+    image = Image.blend(grey, image, 0.4)
+    pen, unit = ImageDraw.Draw(image), max(image.size) / 100
+    if points is None:
+        mask = Image.fromarray((170 * share).astype(np.uint8))
+        image.paste("red", mask=mask.resize(image.size, Image.Resampling.NEAREST))
+    else:
+        for k in share.argsort():  # the largest on top
+            size = unit * (0.6 + share[k])
+            x, y = points[k]
+            ink = 255, round(230 * (1 - share[k])), 0
+            pen.ellipse((x - size, y - size, x + size, y + size), fill=ink, outline="black")
+    x, y = mark
+    for ink, width in (("black", 1.6 * unit), ("white", 0.8 * unit)):
+        for slope in (-1, 1):
+            arm = 2 * unit
+            pen.line((x - arm, y - slope * arm, x + arm, y + slope * arm), ink, round(width))
+    return image
+
+
+@costs_no_figures
+def draw_attention(path, image, rows, categories, side=320):
+    """A row for each query: its box in the PIL image, then what attends to what in it.
+    rows: {title: (COCO result, [(points, weights, mark) as draw_look takes them, in 0..1])}."""
+    scale = 2 * side / max(image.size)  # twice as large as it is saved: smooth edges
+    large = image.resize([round(n * scale) for n in image.size], Image.Resampling.BICUBIC)
+    drawn = {}
+    for title, (found, looks) in rows.items():
+        found = {**found, "bbox": [v * scale for v in found["bbox"]]}
+        drawn[title] = [draw_boxes(large, [found], categories, side)]
+        for points, weights, mark in looks:
+            points, mark = (None if x is None else x * large.size for x in (points, mark))
+            drawn[title].append(draw_look(large, points, weights, mark).reduce(2))
+    w, h = (max(image.size[i] for image in sum(drawn.values(), [])) for i in (0, 1))
+    save_rows(path, drawn, w, h)
+
+
 # ---------------------------------------------------------------- self-supervised tasks
 @costs_no_figures
 def draw_ssl(path, panels, patch, n=6):
@@ -152,23 +195,33 @@ def draw_ssl(path, panels, patch, n=6):
 
 
 # ---------------------------------------------------------------- curves
-@costs_no_figures
 def draw_curves(path, log):
     """Losses, AP and the self-supervised task by epoch, from the lines of log.jsonl as dicts."""
     there = {key for line in log for key, value in line.items() if value is not None}
-    curves = {
+    names = {
         "training loss (terms: last layer)": sorted(x for x in there if x.startswith("train_")),
         "on held-out images: AP": [x for x in ("ap", "ap50", "ap75") if x in there],
         "on held-out images: task": [x for x in ("ssl_loss", "ssl_acc") if x in there],
     }
-    curves = {label: names for label, names in curves.items() if names}
-    figure = Figure(figsize=(5 * len(curves), 4), layout="constrained")
-    panels = figure.subplots(1, len(curves), squeeze=False)[0]
-    for axes, (label, names) in zip(panels, curves.items()):
-        for name in names:  # the total is drawn broad: it may be the same as its only term
-            points = [(line["epoch"], line[name]) for line in log if line.get(name) is not None]
-            style = {"linewidth": 5, "alpha": 0.4} if name == "train_loss" else {}
-            axes.plot(*zip(*points), marker=".", label=name.removeprefix("train_"), **style)
+    draw_panels(path, {label: {name.removeprefix("train_"): points_of(log, name) for name in mine}
+                       for label, mine in names.items()})  # fmt: skip
+
+
+def points_of(log, name):
+    """(epoch, value) of what a log has of a figure."""
+    return [(line["epoch"], line[name]) for line in log if line.get(name) is not None]
+
+
+@costs_no_figures
+def draw_panels(path, panels):
+    """Curves by epoch, a panel for each label: {label: {name: [(epoch, value)]}}."""
+    panels = {label: curves for label, curves in panels.items() if any(curves.values())}
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (label, curves) in zip(row, panels.items()):
+        for name, points in curves.items():  # the total is broad: it may be like its only term
+            style = {"linewidth": 5, "alpha": 0.4} if name == "loss" else {}
+            axes.plot(*np.reshape(points, (-1, 2)).T, marker=".", label=name, **style)
         axes.set(xlabel="epoch", ylabel=label)
         axes.legend()
         finish_axes(axes)

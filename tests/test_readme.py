@@ -6,8 +6,12 @@ import shlex
 import statistics
 
 import pytest
-from test_checkpoint import ROOT, log_of
+import torch
+from test_checkpoint import ROOT, TINY, log_of
+from torchvision.ops import box_convert
 
+import attention
+import compare
 import eval as evaluation
 import isaid
 import predict
@@ -24,7 +28,7 @@ COMMANDS += re.findall(r"(?<!python )(train\.py @.*)$", TEXT, re.M)  # by launch
 
 
 def test_it_is_a_front_door():
-    assert len(README.splitlines()) <= 170
+    assert len(README.splitlines()) <= 188
     assert max(map(len, TEXT.splitlines())) <= 120
 
 
@@ -37,6 +41,24 @@ def test_the_training_loop_learns(capsys):
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 5 and losses[-1] < 0.9 * losses[0]
     assert len(names["found"]) == 4 and names["found"][0]["boxes"].shape[1] == 4
+
+
+def test_a_run_from_python(tmp_path, monkeypatch, capsys):
+    """The README's lines for a notebook: each box is its query's; a picture comes last."""
+    (lines,) = (snippet for snippet in SNIPPETS if "load_run" in snippet)
+    monkeypatch.chdir(tmp_path)
+    train.main([*TINY, "--epochs", "1"])
+    capsys.readouterr()
+    names = {}
+    exec(lines, names)
+    printed = capsys.readouterr().out.splitlines()
+    found, boxes = names["found"], names["outputs"]["boxes"][-1, 0]
+    found["boxes"] = box_convert(found["boxes"] / 128, "xyxy", "cxcywh")
+    torch.testing.assert_close(found["boxes"], boxes[found["queries"]])
+    assert len(printed) == 3
+    assert f" {found['scores'][0]:.2f}".rstrip("0") in printed[0]
+    assert names["points"].shape == (2, 12, 2) and names["weights"].shape == (2, 12)
+    assert eval(lines.splitlines()[-1], names).width == 3 * 324
 
 
 def test_the_operator_from_python(capsys):
@@ -66,6 +88,7 @@ def test_commands_parse(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     script, *flags = shlex.split(command.split("#")[0])
     parsers = {"train.py": train.parse, "eval.py": evaluation.parse, "predict.py": predict.parse}
+    parsers |= {"attention.py": attention.parse, "compare.py": compare.parse}
     if script in parsers:
         assert "block-colours" in flags or parsers[script](flags)
     elif script == "reproduce.py":

@@ -1,0 +1,184 @@
+"""Where a detector looks: what its best queries, and the encoder's cells there, attend to.
+
+    python attention.py RUN [IMAGE] [--queries N] [--out FILE]
+
+A row of the picture is a query: its box; what it looks at in the decoder's last layer, with a cross
+at the mean; what the cell in the middle of the box, with a cross, looks at in the encoder's last.
+DETR looks at all cells: a map, the mean of its heads. Deformable DETR looks at points on all
+levels: those of all heads. Without IMAGE the first held-out image with objects is drawn, and the
+run's metrics.json gets "attention", see `share_in_box`. IMAGE is seen whole, resized as the run's
+images are; of a large one give a part.
+"""
+
+import parallel  # noqa: F401 # isort: skip (before torch)
+
+import argparse
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+import coco
+import detr
+import eval as evaluation
+import isaid
+import pictures
+from flags import Parser, command, number
+
+COLUMNS = "its box", "decoder: what its query looks at", "encoder: what its middle cell looks at"
+
+
+# ---------------------------------------------------------------- where it looks
+class Look(NamedTuple):
+    """Where Q queries look with M heads, at n points each; in DETR all queries at the same ones,
+    the centres of the cells, so that Q and M are 1 in `points`."""
+
+    points: Tensor  # (B, Q, M, n, 2): x, y in 0..1 of the unpadded image; outside nothing is seen
+    weights: Tensor  # (B, Q, M, n), of sum 1
+    shapes: list  # (height, width) of each level, finest first
+
+
+@torch.no_grad()
+def look(model, images, padding, part="decoder"):
+    """(outputs of a detector, a Look of the last layer of its "decoder" or "encoder").
+    In the encoder all cells are queries. The model runs as always; what its attention is given is
+    recorded, and from that the same module tells where it looks."""
+    layer, calls = getattr(model.transformer, part).layers[-1], []
+    names = ["self_attn"] if part == "encoder" else ["cross_attn", "multihead_attn"]
+    module = next(getattr(layer, name) for name in names if hasattr(layer, name))
+    hook = module.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    with hook:
+        memory = model.eval().encode(model.features(images, padding))
+        outputs = model.decode(memory)
+    (arguments, options), *_ = calls
+    shapes = [level.features.shape[-2:] for level in memory]
+    if isinstance(model, detr.DeformableDETR):
+        query, reference, _, sizes, _ = arguments
+        points, weights = module.sample(query, reference, sizes)  # (B, Q, M, L, P, 2)
+        points = points / detr.valid_ratios(memory)[:, None, None, :, None]
+        return outputs, Look(points.flatten(3, 4), weights.flatten(3), shapes)
+    options.update(need_weights=True, average_attn_weights=False)
+    weights = module(*arguments, **options)[1].transpose(1, 2)  # (B, Q, M, S)
+    centres = torch.cat(detr.cell_centres(memory), 1)  # (B, S, 2)
+    return outputs, Look(centres[:, None, None], weights, shapes)
+
+
+def mean_point(seen):
+    """The mean of the points that a query looks at, by weight: (B, Q, 2); NaN if all are outside
+    the image, where nothing is seen."""
+    inside = ((seen.points >= 0) & (seen.points <= 1)).all(-1)
+    weights = (seen.weights * inside)[..., None]  # (B, Q, M, n, 1)
+    return (seen.points * weights).sum((2, 3)) / weights.sum((2, 3))
+
+
+@torch.no_grad()
+def share_in_box(model, data, batch_size, device):
+    """{"in_box": the share of the objects in `data` at which their query looks: the mean of its
+    points lies in the object's box; "by_chance": the same of a point anywhere in the image;
+    "objects": how many}. An object's query is the one that the matching of training gives it."""
+    hits, areas = [], []
+    for images, padding, targets in evaluation.held_out(data, batch_size, 0, "attention"):
+        outputs, seen = look(model, images.to(device), padding.to(device))
+        labels, boxes = detr.pad_targets(targets, device)  # (B, T), (B, T, 4)
+        counts = [len(target["labels"]) for target in targets]
+        last = outputs["logits"][-1:], outputs["boxes"][-1:]
+        _, image, query, target = model.criterion.match(*last, labels, boxes, counts)
+        centre, side = boxes[image, target].split(2, -1)  # (pairs, 2)
+        hits += ((mean_point(seen)[image, query] - centre).abs() <= side / 2).all(1).tolist()
+        areas += side.prod(1).tolist()
+    return {"in_box": np.mean(hits), "by_chance": np.mean(areas), "objects": len(hits)}
+
+
+# ---------------------------------------------------------------- a picture of it
+def batch(image, image_size):
+    """A PIL image as the evaluation shows it to a model: images (1, 3, H, W), padding (1, H, W).
+    image_size: the run's flag."""
+    content = {"images": [{"id": 0, "file_name": "", "width": image.width, "height": image.height}]}
+    content.update(annotations=[], categories=[])
+    transform = isaid.transforms(False, image_size)
+    data = isaid.Detection("", content, lambda *_: (image, image.size), transform)
+    return isaid.collate([data[0]])[:2]
+
+
+def draw(path, model, image, run, n=4):
+    """Save a picture of where the n best queries of a model look in a PIL image; of several
+    whose boxes overlap, the best.
+    run: its checkpoint, as evaluation.load_run returns it."""
+    device = next(model.parameters()).device
+    inputs = [x.to(device) for x in batch(image, run["args"]["image_size"])]
+    outputs, seen = look(model, *inputs)
+    looks, means = [seen], mean_point(seen)[0].cpu().numpy()  # (Q, 2)
+    if model.transformer.encoder.layers:
+        looks.append(look(model, *inputs, "encoder")[1])
+    (found,) = model.postprocess(outputs, [image.size[::-1]])
+    best = nms(found["boxes"], found["scores"], 0.3)[:n]  # each of another object, best first
+    found = {name: values[best].cpu() for name, values in found.items()}
+    results, rows = evaluation.coco_results(found, 0, run["categories"]), {}
+    h, w = seen.shapes[0]
+    for k, (query, result) in enumerate(zip(found["queries"].tolist(), results)):
+        x, y = outputs["boxes"][-1, 0, query, :2].tolist()
+        column, row = min(int(x * w), w - 1), min(int(y * h), h - 1)
+        middle = np.array([(column + 0.5) / w, (row + 0.5) / h])
+        places = (query, means[query]), (row * w + column, middle)
+        title = f"{run['categories'][found['labels'][k]]['name']} {result['score']:.2f}"
+        overlays = [(*overlay(model, seen, q), mark) for seen, (q, mark) in zip(looks, places)]
+        rows[f"{k + 1}. {title}: {' | '.join(COLUMNS[: 1 + len(looks)])}"] = result, overlays
+    pictures.draw_attention(path, image, rows, run["categories"])
+
+
+def overlay(model, seen, q):
+    """What query q looks at in the first image: (points (n, 2), weights (n,)) of all heads, or of
+    DETR (None, map (h, w))."""
+    weights = seen.weights[0, q].cpu()  # (M, n)
+    if isinstance(model, detr.DETR):
+        return None, weights.mean(0).view(*seen.shapes[0]).numpy()
+    return seen.points[0, q].flatten(0, 1).cpu().numpy(), weights.flatten().numpy()
+
+
+# ---------------------------------------------------------------- the command
+def parse(argv):
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("run", help="run folder of train.py, or a checkpoint file")
+    add("image", nargs="?", type=Path, help="default: the first held-out image with objects")
+    add("--queries", type=number(int), default=4, help="how many of the best are drawn")
+    add("--out", type=Path, help="picture; default: attention.png, or attention-IMAGE.png, in RUN")
+    device = evaluation.default_device()
+    add("--device", type=evaluation.usable_device, default=device, help="cpu, cuda, mps …")
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv=None):
+    args = parse(argv)
+    model, _, run = evaluation.load_run(args.run, args.device)
+    flags, folder = argparse.Namespace(**run["args"]), run["path"].parent
+    if flags.setting == "pretrain":
+        raise ValueError(f"{run['path']}: is of a pretraining, it detects nothing")
+    name = f"attention-{args.image.stem}.png" if args.image else "attention.png"
+    out, metrics = args.out or folder / name, folder / "metrics.json"
+    coco.try_output(out)
+    if args.image:
+        image, _ = coco.read_image(args.image)
+    else:
+        coco.try_output(metrics)
+        data = isaid.open_split("train" if flags.overfit else "val", flags, train=False)
+        with_objects = (i for i, labels in enumerate(data.labels) if len(labels))
+        if (first := next(with_objects, None)) is None:
+            raise coco.DataError(f"{data.name}: has no objects; name an image")
+        image, _ = data.read(first)
+        share = share_in_box(model, data, flags.batch_size, args.device)
+        before = coco.read_json(metrics) if metrics.exists() else {}
+        coco.write_text(metrics, json.dumps({**before, "attention": share}, indent=1))
+        text = "{in_box:.1%} of {objects:,} objects are looked at (by chance: {by_chance:.1%})"
+        print(text.format(**share))
+    draw(out, model, image, run, args.queries)
+    print(f"written: {out}")
+
+
+if __name__ == "__main__":
+    main()
