@@ -279,7 +279,7 @@ def test_what_systems_leave_behind_is_no_image(tmp_path):
 # ---------------------------------------------------------------- command lines
 LINES = {
     "--data data#2": ["--data", "data#2"],
-    "--data 'my data' --out \"a b\"  # it's a comment": ["--data", "my data", "--out", "a b"],
+    "--data 'my data' --init \"a b\"  # it's a comment": ["--data", "my data", "--init", "a b"],
     "--lr 1  # first line of a file from Windows": ["--lr", "1"],
     "--data C:\\data  #x": ["--data", "C:\\data"],
     "# --epochs 3": [],
@@ -294,7 +294,7 @@ def test_lines_of_recipes_and_tables(tmp_path, line):
     (recipe := tmp_path / "recipe.txt").write_text(f"{bom}{line}\n--epochs 3\n", encoding="utf-8")
     expected = dict(zip(LINES[line][::2], LINES[line][1::2]))
     args, _ = train.parse([f"@{recipe}"])
-    assert args.epochs == 3 and args.out == expected.get("--out")
+    assert args.epochs == 3 and args.init == [[x, None] for x in expected.values() if x == "a b"]
     assert args.data == (os.path.abspath(expected["--data"]) if "--data" in expected else None)
     (table := tmp_path / "table.txt").write_text(f"{bom}row: {line}", encoding="utf-8")
     assert reproduce.read_table(table) == {"row": LINES[line]}

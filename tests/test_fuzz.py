@@ -56,7 +56,9 @@ def file(tmp_path, monkeypatch):
         Image.effect_noise((30, 20), 50).convert("RGB").save(tmp_path / name)
     torch.save(WEIGHTS, tmp_path / "a.pt")
     (tmp_path / "a.json").write_text(json.dumps(COCO))
-    (tmp_path / "a.txt").write_text("a: --epochs 1\nb: --init {a}  # after a\n\nc-1: @x.txt\n")
+    (tmp_path / "a.txt").write_text(
+        "a: --epochs 1\nb: --init {a}  # after a\n\nc: @recipes/detr.txt\n"
+    )
     monkeypatch.chdir(tmp_path)
     good = set(tmp_path.rglob("*"))
     yield tmp_path / "x"
