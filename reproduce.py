@@ -44,7 +44,7 @@ import isaid
 import pictures
 import ssl_tasks
 import train
-from flags import Parser, command, number, words
+from flags import Parser, command, number, one_line, words
 
 ROOT = Path(__file__).resolve().parent
 RUNS, RESULTS, RECIPES = ROOT / "runs", ROOT / "results", ROOT / "recipes"
@@ -58,7 +58,7 @@ def lines_of(path):
     try:
         lines, lists = Path(path).read_text(encoding="utf-8-sig").splitlines(), {}
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as a table ({error})") from None
+        raise ValueError(f"{path}: cannot be read as a table ({one_line(error)})") from None
     for n, line in enumerate(lines, 1):
         where = f"{path}, line {n}"
         try:
@@ -456,13 +456,13 @@ def list_tables():
 @command
 def main(argv=None):
     parser = Parser(description=__doc__)
-    add, natural = parser.add_argument, number(int, zero=True)
+    add, natural, few = parser.add_argument, number(int, zero=True), number(int, most=256)
     add("table", nargs="?", help="its name, or a file; without it the tables are listed")
     add("--data", type=os.path.abspath, help="a dataset, for tables that need one")
     add("--seeds", type=natural, nargs="+", help="to run and print (default: 0; print all)")
     add("--rows", nargs="+", metavar="TEXT", help="only rows with one of these in their name")
-    add("--jobs", type=number(int), default=1, help="runs at a time, each on its GPU if there are")
-    add("--nproc", type=number(int), default=1, help="processes, or GPUs, of each run")
+    add("--jobs", type=few, default=1, help="runs at a time, each on its GPU if there are")
+    add("--nproc", type=few, default=1, help="processes, or GPUs, of each run")
     add("--out", type=os.path.abspath, help="folder of runs and results; nothing published counts")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--dry_run", action="store_true", help="print the commands and what they lack")

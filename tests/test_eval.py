@@ -156,7 +156,7 @@ def test_mistakes_get_one_line(run, tmp_path, capsys):
         (a, {"categories": few}, "_val.json: its classes 1 ship, .* are not the model's 2 stor"),
         (a, {"detector": wide}, "a.pt: its weights do not fit its flags"),
         (f"{a} --export x", {"args": pretrain}, "--export: .*a.pt is a pretraining"),
-        (b, {}, "b.pt: is not a checkpoint of train.py; start from it with train.py --init"),
+        (b, {}, "b.pt: is not a checkpoint of train.py, which has 'args'; start from it with"),
         ("{tmp}/none", {}, "no such checkpoint file"),
         ("{run}/..", {}, "has no best.pt and no last.pt; is it a run folder of train.py"),
         ("{run} --export {tmp}/none/x", {}, "none/x: cannot be written"),

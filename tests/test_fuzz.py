@@ -56,9 +56,7 @@ def file(tmp_path, monkeypatch):
         Image.effect_noise((30, 20), 50).convert("RGB").save(tmp_path / name)
     torch.save(WEIGHTS, tmp_path / "a.pt")
     (tmp_path / "a.json").write_text(json.dumps(COCO))
-    (tmp_path / "a.txt").write_text(
-        "a: --epochs 1\nb: --init {a}  # after a\n\nc: @recipes/detr.txt\n"
-    )
+    (tmp_path / "a.txt").write_text("a: --epochs 1\nb: --init {a}  # after a\n\nc-1: --lr 1\n")
     monkeypatch.chdir(tmp_path)
     good = set(tmp_path.rglob("*"))
     yield tmp_path / "x"
@@ -162,7 +160,7 @@ def test_images_of_all_formats(tmp_path, monkeypatch, capsys):
     assert all(name in said for name in bad)
     unread = {name for name, text in bad.items() if "should have" not in text}
     state = {**RUN, "window": 64, "task": None, "model": MODEL.state_dict()}
-    state["args"] = {**RUN["args"], "setting": "detect", "image_size": 64}
+    state["args"] = vars(train.parse(["--image_size", "64"])[0])
     torch.save({**state, "detector": DETECTOR}, tmp_path / "a.pt")
     nothing = {"boxes": np.zeros((0, 4)), "scores": np.zeros(0), "labels": np.zeros(0, int)}
     monkeypatch.setattr(predict, "find", lambda *_: nothing)
