@@ -133,9 +133,10 @@ def faults(state):
             yield f"is not a checkpoint of train.py, which has {name!r}"
             return
     for name, kind in KINDS.items():
-        value = state["args"].get(name, KeyError)
-        if not isinstance(value, kind) or isinstance(value, int) and value < (name != "seed"):
-            yield f"--{name} of its run, {value!r:.60}, cannot be"
+        value, least = state["args"].get(name), 0 if name == "seed" else 1
+        there = name in state["args"] and isinstance(value, kind)
+        if not there or isinstance(value, int) and value < least:
+            yield f"its 'args' have no usable {name!r}, but {value!r:.60}"
     classes = {"images": [], "annotations": [], "categories": state["categories"]}
     yield from coco.faults(classes, truth=False)
     if max(1, len(state["categories"])) != state["detector"].get("num_classes"):

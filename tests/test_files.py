@@ -454,10 +454,10 @@ CHANGES = [  # of what a checkpoint says of its run
     ("categories", "cars", "has no list 'categories'"),
     ("categories", [{"id": 1, "name": 5}], "entry 0 of 'categories' has name 5, which is not text"),
     ("categories", [{"id": 1, "name": "car"}], "are more or fewer than its detector has classes"),
-    ("args/image_size", ..., "--image_size of its run"),
-    ("args/image_size", -1, "--image_size of its run, -1, cannot be"),
-    ("args/batch_size", None, "--batch_size of its run, None, cannot be"),
-    ("args/seed", "x", "--seed of its run, 'x', cannot be"),
+    ("args/image_size", ..., "its 'args' have no usable 'image_size', but None"),
+    ("args/image_size", -1, "no usable 'image_size', but -1"),
+    ("args/batch_size", None, "no usable 'batch_size', but None"),
+    ("args/seed", "x", "no usable 'seed', but 'x'"),
 ]
 
 
