@@ -335,7 +335,7 @@ MISTAKES = [
     (train.main, ["--limit_train", str(10**7)], "at most 1000000, not '10000000'"),
     (evaluation.main, ["RUN", "--max_dets", str(2**32)], "at most 10000, not '4294967296'"),
     (predict.main, ["RUN", "a.png", "--workers", "999"], "at most 256, not '999'"),
-    (predict.main, ["RUN", "a.png", "--score", "0", "b.png"], "unknown: b.png (--help"),
+    (predict.main, ["RUN", "a.png", "--score", "0", "README.md"], "unknown: README.md (--help"),
     (isaid.main, ["scenes", "x", "--val", str(10**7)], "at most 1000000, not '10000000'"),
     (reproduce.main, ["tasks", "--jobs", str(2**32)], "at most 256, not '4294967296'"),
     (train.main, ["--data", ""], "--data is empty"),
