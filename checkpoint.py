@@ -4,6 +4,7 @@ last.pt holds all it takes to go on exactly; best.pt what others need of the run
 architecture, classes, flags. Both hold tensors and plain values only.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -225,11 +226,15 @@ def make_folder(args):
     return str(out)
 
 
-def remove_unused(out):
-    """Remove the folder of a run that failed before its first checkpoint: its name is free then."""
-    if [path.name for path in Path(out).iterdir()] == ["config.json"]:
-        Path(out, "config.json").unlink()
-        Path(out).rmdir()
+@contextlib.contextmanager
+def kept_if_used(out):
+    """Remove the folder of a run that ends before its first checkpoint: its name is free then."""
+    try:
+        yield
+    finally:
+        if parallel.rank() == 0 and os.listdir(out) == ["config.json"]:
+            Path(out, "config.json").unlink()
+            Path(out).rmdir()
 
 
 def revision():

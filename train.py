@@ -439,11 +439,8 @@ def main(argv=None):
     args.out = parallel.from_first(checkpoint.make_folder, args)
     notes["not used"] = ", ".join(f"--{name}" for name in ignored)
     introduce(args, run, train_set, val_set, notes)
-    try:
+    with checkpoint.kept_if_used(args.out):
         metrics = train(run, train_set, val_set, args)
-    finally:
-        if parallel.rank() == 0:
-            checkpoint.remove_unused(args.out)
     if metrics and "per_class" in metrics:
         print(f"\n{evaluation.table(metrics)}")
     print(f"\nlook at the pictures; evaluate: python eval.py {shlex.quote(args.out)}")
