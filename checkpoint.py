@@ -4,6 +4,7 @@ last.pt holds all it takes to go on exactly; best.pt what others need of the run
 architecture, classes, flags. Both hold tensors and plain values only.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -121,6 +122,31 @@ def open_last(args):
     return state
 
 
+# the flags of a run that others read
+KINDS = {"setting": str, "augment": str, "seed": int, "batch_size": int, "data": str | None}
+KINDS |= dict.fromkeys(("image_size", "overfit", "limit_train", "limit_val"), int | None)
+
+
+def faults(state):
+    """What a checkpoint says of its run that cannot be, one message after the other."""
+    for name in ("args", "detector", "categories", "window", "model", "task"):
+        if name not in state or name in ("args", "detector") and not isinstance(state[name], dict):
+            yield f"is not a checkpoint of train.py, which has {name!r}"
+            return
+    for name, kind in KINDS.items():
+        value, least = state["args"].get(name), 0 if name == "seed" else 1
+        there = name in state["args"] and isinstance(value, kind)
+        if not there or isinstance(value, int) and value < least:
+            yield f"its 'args' have no usable {name!r}, but {value!r:.60}"
+    classes = {"images": [], "annotations": [], "categories": state["categories"]}
+    yield from coco.faults(classes, truth=False)
+    if max(1, len(state["categories"])) != state["detector"].get("num_classes"):
+        yield "'categories' are more or fewer than its detector has classes"
+    window = state["window"]
+    if state["args"]["setting"] != "pretrain" and not (isinstance(window, int) and window > 0):
+        yield f"'window' is {window!r:.60}, not the side of its images in pixels"
+
+
 def load(model, task, state):
     """The weights of a checkpoint into model and task; a pretraining alone lacks the decoder's."""
     pretrain, own = state["args"]["setting"] == "pretrain", model.state_dict()
@@ -145,6 +171,8 @@ def resume(run, state, device):
         run.optimizer.load_state_dict(state["optimizer"])
         run.schedule.load_state_dict(state["schedule"])
         for name in PLAIN:
+            if type(state[name]) is not type(getattr(run, name)):
+                raise TypeError(f"{name!r} is {state[name]!r:.60}")
             setattr(run, name, state[name])
         own = processes[parallel.rank()]
         run.sums = {name: value.to(device) for name, value in own["sums"].items()}
@@ -189,12 +217,24 @@ def make_folder(args):
             config = {"args": vars(args), "versions": versions, "revision": revision()}
             coco.write_text(out / "config.json", json.dumps(config, indent=1))
     except FileExistsError:
-        advice = "name a new folder, or go on with its run: --resume"
-        raise ValueError(f"--out {out} exists already; {advice}") from None
+        advice = ", or go on with its run: --resume" if out.is_dir() else ""
+        raise ValueError(f"--out {out} exists already; name a new folder{advice}") from None
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be made ({error.strerror})") from None
+        why = f"cannot be made ({error.strerror}); name another folder"
+        raise ValueError(f"--out {out} {why}") from None
     coco.try_output(out / ".tried")
     return str(out)
+
+
+@contextlib.contextmanager
+def kept_if_used(out):
+    """Remove the folder of a run that ends before its first checkpoint: its name is free then."""
+    try:
+        yield
+    finally:
+        if parallel.rank() == 0 and os.listdir(out) == ["config.json"]:
+            Path(out, "config.json").unlink()
+            Path(out).rmdir()
 
 
 def revision():

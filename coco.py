@@ -44,7 +44,7 @@ def reading(path, what):
 
 def read_json(path):
     with reading(path, "valid JSON"):
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return json.loads(Path(path).read_bytes())  # in any of Unicode's encodings
 
 
 def write_text(path, text):

@@ -657,6 +657,9 @@ def load_weights(model, path, parts=None):
         raise ValueError(f'{path}: holds no weights under "model"')
     parts = parts or [part for part in PARTS if part in map(part_of, state)]
     state = {name: x for name, x in state.items() if part_of(name) in parts}
+    if bad := [name for name, x in state.items() if not x.isfinite().all()]:
+        message = f"{len(bad)} of these {len(state)} tensors are NaN or infinite, the first is"
+        raise ValueError(f"{path}: {message} {bad[0]}; take another checkpoint")
     other = [name for name, x in state.items() if name in own and x.shape != own[name].shape]
     fitting = {name: x for name, x in state.items() if name not in other}
     absent, unexpected = model.load_state_dict(fitting, strict=False)

@@ -273,9 +273,9 @@ def load_run(run, device):
     The checkpoint is a dict with "args", "categories", "window" … and "path"."""
     path, task = Path(checkpoint_file(run)), None
     state = detr.load_checkpoint(path)
-    if not {"model", "detector", "categories", "args", "task"} <= state.keys():
-        message = f"{path}: is not a checkpoint of train.py"
-        raise ValueError(f"{message}; start from it with train.py --init {shlex.quote(str(path))}")
+    for fault in checkpoint.faults(state):
+        start = f"start from it with train.py --init {shlex.quote(str(path))}"
+        raise ValueError(f"{path}: {fault}; {start}")
     try:
         model = detr.build_detector(**state["detector"])
         if state["task"]:
@@ -320,16 +320,16 @@ def open_run(args):
 
 
 def parse(argv):
-    parser, count = Parser(description=__doc__), number(int)
+    parser, count, size = Parser(description=__doc__), number(int), number(int, most=10_000)
     add = parser.add_argument
     add("run", help="run folder of train.py, or a checkpoint file")
     add("--data", help="a dataset with other images than the run's")
     add("--split", choices=("train", "val", "test"), help="default: what the run held out, val")
     add("--limit_val", type=count, help="only the first images")
     add("--batch_size", type=count, help="images at a time; default: the run's")
-    add("--workers", type=number(int, zero=True), default=0, help="loader processes")
+    add("--workers", type=number(int, True, most=256), default=0, help="loader processes")
     add("--device", type=usable_device, default=default_device(), help="cpu, cuda, mps …")
-    add("--max_dets", type=count, default=100, help="detections an image; iSAID's devkit: 1000")
+    add("--max_dets", type=size, default=100, help="detections an image; iSAID's devkit: 1000")
     add("--areas", choices=tuple(AREAS), default="coco", help="what small, medium, large mean")
     add("--out", type=Path, help="for metrics and pictures; default: the run, of its own images")
     add("--export", type=Path, help="file for what is found, as COCO results")

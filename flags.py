@@ -13,6 +13,8 @@ from pathlib import Path
 
 def one_line(error):
     """The message of an error, without the traceback that a loader process puts before it."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is no UTF-8; save it as UTF-8"
     text = str(error).rpartition("coco.DataError: ")[2]
     return " ".join(text.split()) or repr(error)
 
@@ -39,10 +41,14 @@ def number(kind, zero=False, most=2**32, words=()):
 
 
 def words(line):
-    """The words of a line of flags: quotes hold spaces; # at the start of a word is a comment."""
+    """The words of a line of flags: quotes hold spaces; # at the start of a word is a comment.
+    Raises ValueError."""
     lexer = shlex.shlex(line, posix=True)
     lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""
-    return list(itertools.takewhile(lambda word: not word.startswith("#"), lexer))
+    found = list(itertools.takewhile(lambda word: not word.startswith("#"), lexer))
+    if found[-1:] == ["\\"]:
+        raise ValueError(r"leave out \ at the end of a line; a table's row is one line")
+    return found
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -77,7 +83,7 @@ class Parser(argparse.ArgumentParser):
                 lines = Path(word[1:]).read_text(encoding="utf-8-sig").splitlines()
                 found += self.expanded([flag for line in lines for flag in words(line)])
             except (OSError, ValueError, RecursionError) as error:
-                self.error(f"{word}: cannot be read as a file of flags ({error})")
+                self.error(f"{word}: cannot be read as a file of flags ({one_line(error)})")
         return found
 
     def filled(self, args):
@@ -90,7 +96,7 @@ class Parser(argparse.ArgumentParser):
 
     def nearest(self, word):
         """What an unknown word may have been meant to be, as the end of a message."""
-        if Path(word).is_file():
+        if word.endswith(".txt") and Path(word).is_file():
             return f"; did you mean @{word}?"
         meant, parsers = {}, [self]
         for action in self._actions:
@@ -134,7 +140,10 @@ def command(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)  # as SIGPIPE would end it
         except (ValueError, OSError, FloatingPointError) as error:
-            sys.exit(f"error: {one_line(error)}")
+            text = one_line(error)
+            if getattr(error, "filename", None):
+                text = f"{error.filename}: {error.strerror}; name another file or folder"
+            sys.exit(f"error: {text}")
         except KeyboardInterrupt:
             sys.exit(130)
 

@@ -329,9 +329,9 @@ MOST_FAULTS = 20  # that are printed
 QUERIES = {"DETR": 100, "Deformable DETR": 300}
 
 
-def check(images_dir, json_path):
+def check(images_dir, json_path, train=False):
     """What is in a dataset and what is wrong with it: (text, its classes or None if unusable).
-    Reads every image."""
+    Reads every image. To train on, it must have boxes."""
     content = coco.read_json(json_path)
     wrong, images = list(coco.faults(content)), []
     for image in [] if wrong else content["images"]:
@@ -342,12 +342,16 @@ def check(images_dir, json_path):
             images.append({**image, "width": w, "height": h})
         except DataError as error:
             wrong.append(str(error))
+    data = Detection("", {**content, "images": images}, None, None) if images else None
+    if not wrong and not images:
+        wrong.append("has no images")
+    if not wrong and train and not any(map(len, data.labels)):
+        wrong.append("has no box to train on")
     text = [str(json_path), f"  faults   {len(wrong):,}"]
     text += [f"    {fault}" for fault in wrong[:MOST_FAULTS]]
     if len(wrong) > MOST_FAULTS:
         text.append(f"    … and {len(wrong) - MOST_FAULTS:,} more")
-    if images:
-        data = Detection("", {**content, "images": images}, None, None)
+    if data:
         ids = [str(a["id"]) for a in content["annotations"] if a.get("id") is not None]
         text += statistics(data, len(ids) - len(set(ids)))
         text += [f"  look at this: {suspicion}" for suspicion in data.suspicions]
@@ -392,7 +396,7 @@ def check_dataset(root):
     found = []
     for split in ("train", "val"):
         try:
-            text, classes = check(*coco.find_split(root, split))
+            text, classes = check(*coco.find_split(root, split), train=split == "train")
         except DataError as error:
             text, classes = f"error: {error}", None
         print(f"{text}\n")
@@ -407,6 +411,7 @@ def main(argv=None):
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     count, natural = number(int), number(int, zero=True)
+    images, few = number(int, most=VAL_START), number(int, most=256)
     add = commands.add_parser("prepare", help="cut iSAID's raw release into patches").add_argument
     add("raw", help="a folder with {train,val,test}/images, the masks beside the images")
     add("out", help="folder to write; what an interrupted call has left there is continued")
@@ -414,7 +419,7 @@ def main(argv=None):
     add("--patch", type=count, default=800, help="pixels a side")
     add("--overlap", type=natural, default=200, help="of neighbours")
     cores = min(8, os.cpu_count() or 1)
-    add("--workers", type=count, default=cores, help="processes, up to 2 GB each for large images")
+    add("--workers", type=few, default=cores, help="processes, up to 2 GB each for large images")
     add("--limit", type=count, help="only the first images of each split")
     add("--devkit", action="store_true", help="keep the devkit's oddities, see patches.py")
 
@@ -423,9 +428,9 @@ def main(argv=None):
 
     add = commands.add_parser("scenes", help="write synthetic scenes as a dataset").add_argument
     add("out", help="folder to write")
-    add("--train", type=count, default=100, help="training scenes")
-    add("--val", type=count, default=20, help="held-out scenes")
-    add("--image_size", type=count, default=SCENE_SIZE, help="pixels")
+    add("--train", type=images, default=100, help="training scenes")
+    add("--val", type=images, default=20, help="held-out scenes")
+    add("--image_size", type=number(int, most=10_000), default=SCENE_SIZE, help="pixels")
     add("--seed", type=natural, default=0, help="of the scenes")
     args = parser.parse_args(argv)
     if args.command == "prepare":

@@ -1,6 +1,6 @@
 """Objects in images of any size: windows, and what several windows have seen put together.
 
-    python predict.py RUN IMAGE_OR_FOLDER [--out DIR] [--score 0.3]
+    python predict.py RUN IMAGE_OR_FOLDER … [--out DIR] [--score 0.3]
 
 Writes for each image a picture with the boxes, and for all of them predictions.json (COCO's
 format, with a score) and predictions.csv. Boxes here are xyxy in pixels of the whole image.
@@ -10,6 +10,7 @@ import parallel  # isort: skip (before torch)
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -147,18 +148,32 @@ def write(out, images, categories, found):
         csv.writer(file).writerows(rows)
 
 
+def find_files(places):
+    """(the images at these places and in folders there, the folder that holds all). ValueError."""
+    files, folders = [], []
+    for place in map(Path, places):
+        if not place.exists():
+            raise ValueError(f"{place}: no such image or folder of images")
+        files += coco.image_files(place) if place.is_dir() else [place]
+        folders.append(place if place.is_dir() else place.parent)
+    files = [file for file in dict.fromkeys(files) if not file.name.endswith(PICTURE)]
+    if not files:
+        raise ValueError(f"{places[0]}: is a picture that this command has made")
+    return files, os.path.commonpath(folders)
+
+
 def parse(argv):
     parser, count, natural = Parser(description=__doc__), number(int), number(int, zero=True)
     add, share = parser.add_argument, number(float, zero=True, most=1)
     add("run", help="run folder of train.py, or a checkpoint file")
-    add("images", type=Path, help="an image, or a folder of images and folders")
+    add("images", type=os.path.abspath, nargs="+", help="images, folders of images and folders")
     add("--out", type=Path, help="folder; default: predictions in the run folder")
     add("--score", type=share, default=0.3, help="least score that is kept")
     add("--window", type=count, help="pixels a side; default: as large as the training images")
     add("--overlap", type=natural, help="of windows; default: a quarter of them")
     add("--max_dets", type=count, default=100, help="detections a window")
     add("--batch_size", type=count, default=8, help="windows at a time")
-    add("--workers", type=natural, default=0, help="loader processes")
+    add("--workers", type=number(int, True, most=256), default=0, help="loader processes")
     device = evaluation.default_device()
     add("--device", type=evaluation.usable_device, default=device, help="cpu, cuda, mps …")
     return parser.parse_args(argv)
@@ -178,14 +193,7 @@ def main(argv=None):
     overlap = window // 4 if args.overlap is None else args.overlap
     if overlap >= window:
         raise ValueError(f"--overlap {overlap} must be smaller than the window of {window} pixels")
-    if not args.images.exists():
-        raise ValueError(f"{args.images}: no such image or folder of images")
-    files, folder = [args.images], args.images.parent
-    if args.images.is_dir():
-        files, folder = coco.image_files(args.images), args.images
-    files = [file for file in files if not file.name.endswith(PICTURE)]
-    if not files:
-        raise ValueError(f"{args.images}: is a picture that this command has made")
+    files, folder = find_files(args.images)
     out = args.out or path.parent / "predictions"
     out.mkdir(parents=True, exist_ok=True)
     for name in ("predictions.json", "predictions.csv"):

@@ -17,6 +17,9 @@ import parallel  # noqa: F401 # isort: skip (before torch)
 import argparse
 import collections
 import concurrent.futures
+import contextlib
+import difflib
+import io
 import itertools
 import json
 import os
@@ -42,7 +45,7 @@ import isaid
 import pictures
 import ssl_tasks
 import train
-from flags import Parser, command, number, words
+from flags import Parser, command, number, one_line, words
 
 ROOT = Path(__file__).resolve().parent
 RUNS, RESULTS, RECIPES = ROOT / "runs", ROOT / "results", ROOT / "recipes"
@@ -56,7 +59,7 @@ def lines_of(path):
     try:
         lines, lists = Path(path).read_text(encoding="utf-8-sig").splitlines(), {}
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as a table ({error})") from None
+        raise ValueError(f"{path}: cannot be read as a table ({one_line(error)})") from None
     for n, line in enumerate(lines, 1):
         where = f"{path}, line {n}"
         try:
@@ -82,12 +85,15 @@ def read_table(path):
     for where, name, text in lines_of(path):
         if name.startswith("compare ") or name == "goal":
             continue
+        if name.startswith(("--", "@")):
+            raise ValueError(f"{where}: has flags, as a recipe has: python train.py @{path}")
         if text is None or not re.fullmatch(r"[\w-]+", name) or name in rows:
             expected = "expected is a new name, a colon and flags of train.py"
             raise ValueError(f"{where}: {expected}, not {f'{name}: {text}'!r}")
         for start in starts_of(words(text)):
             if start not in rows:
                 raise ValueError(f"{where}: {{{start}}} is not a row above it")
+        parse(where, words(text))
         rows[name] = words(text)
     if not rows:
         raise ValueError(f"{path}: has no rows")
@@ -123,13 +129,26 @@ def starts_of(flags):
     return [name for name in re.findall(r"{(.*?)}", " ".join(flags)) if name != "data"]
 
 
+def parse(where, flags):
+    """What train.py understands by the flags of a row. Raises ValueError that names its line."""
+    flags = [f"@{ROOT / flag[1:]}" if flag.startswith("@") else flag for flag in flags]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            args, _ = train.parse(flags)
+            given = {word.partition("=")[0] for word in Parser().expanded(flags)}
+    except SystemExit:
+        raise ValueError(f"{where}: {said.getvalue().strip().removeprefix('error: ')}") from None
+    for flag in sorted({"--seed", "--out"} & given):
+        raise ValueError(f"{where}: {flag} is not the row's; reproduce.py has --seeds and --out")
+    return args
+
+
 def resolve(rows, name):
     """All flags that a row uses, with those of recipes and defaults, and of what it starts from."""
-    flags = [f"@{ROOT / flag[1:]}" if flag.startswith("@") else flag for flag in rows[name]]
-    args, _ = train.parse(flags)
-    starts = [resolve(rows, start) for start in starts_of(rows[name])]
+    args = parse(name, rows[name])
     apart = ELSEWHERE | set(train.unused(args))
-    return {**{k: v for k, v in vars(args).items() if k not in apart}, "starts": starts}
+    flags = {k: v for k, v in vars(args).items() if k not in apart}
+    return {**flags, "starts": [resolve(rows, start) for start in starts_of(rows[name])]}
 
 
 def difference(before, now):
@@ -250,9 +269,9 @@ class Runner:
         missing = []
         for seed, name in itertools.product(seeds, names):
             print(shlex.join(self.command(name, seed)))
-            resolve(self.rows, name)  # each row parses
             for flag, path in itertools.pairwise(self.rows[name]):
-                file = flag in ("--init", "--tokenizer_weights") and not re.search("{|://", path)
+                file = flag in ("--init", "--tokenizer_weights", "--data")
+                file = file and not re.search("{|://", path)
                 if file and not (ROOT / path).exists():
                     missing.append(f"{name}: {flag} {path} is not there")
         print(*dict.fromkeys(missing), sep="\n", file=sys.stderr)
@@ -420,7 +439,11 @@ def make_table(args):
     named = RECIPES / f"{args.table}.txt"
     path = named if named.is_file() else Path(args.table)
     if not path.is_file():
-        raise ValueError(f"{args.table}: no such table; without a name they are listed")
+        near = difflib.get_close_matches(path.stem, tables_there(), n=1)
+        meant = f"did you mean {near[0]}?" if near else "without a name they are listed"
+        raise ValueError(f"{args.table}: no such table; {meant}")
+    if args.data and not Path(args.data).exists():
+        raise ValueError(f"--data {args.data}: is not there")
     args.seeds = list(dict.fromkeys(args.seeds or []))
     rows, table = read_table(path), path.stem
     comparisons, goals = read_comparisons(path, rows), read_goals(path, rows)
@@ -457,32 +480,40 @@ def make_table(args):
     draw(runner.out / "curves.png", results, comparisons)
 
 
+def tables_there():
+    """The tables in recipes/: {name: rows}."""
+    tables = {}
+    for path in sorted(RECIPES.glob("*.txt")):
+        with contextlib.suppress(ValueError):  # flags of train.py
+            tables[path.stem] = read_table(path)
+    return tables
+
+
 def list_tables():
     """Print the tables there are: rows, how many results are published, what it needs."""
-    for path in sorted(RECIPES.glob("*.txt")):
-        try:
-            rows = read_table(path)
-        except ValueError:  # flags of train.py
-            continue
-        published = len(list((RESULTS / path.stem).glob("*.json")))
+    for name, rows in tables_there().items():
+        published = len(list((RESULTS / name).glob("*.json")))
         needs = "; needs --data" if any("{data}" in flags for flags in rows.values()) else ""
-        print(f"{path.stem:20} {len(rows)} rows, {published} results published{needs}")
+        print(f"{name:20} {len(rows)} rows, {published} results published{needs}")
 
 
 @command
 def main(argv=None):
     parser = Parser(description=__doc__)
-    add, natural = parser.add_argument, number(int, zero=True)
+    add, natural, few = parser.add_argument, number(int, zero=True), number(int, most=256)
     add("table", nargs="?", help="its name, or a file; without it the tables are listed")
     add("--data", type=os.path.abspath, help="a dataset, for tables that need one")
     add("--seeds", type=natural, nargs="+", help="to run and print (default: 0; print all)")
     add("--rows", nargs="+", metavar="TEXT", help="only rows with one of these in their name")
-    add("--jobs", type=number(int), default=1, help="runs at a time, each on its GPU if there are")
-    add("--nproc", type=number(int), default=1, help="processes, or GPUs, of each run")
+    add("--jobs", type=few, default=1, help="runs at a time, each on its GPU if there are")
+    add("--nproc", type=few, default=1, help="processes, or GPUs, of each run")
     add("--out", type=os.path.abspath, help="folder of runs and results; nothing published counts")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--dry_run", action="store_true", help="print the commands and what they lack")
     add("--no_run", action="store_true", help="print the results that are there, run nothing")
     args = parser.parse_args(argv)
+    if not args.table and args != parser.parse_args([]):
+        parser.error("flags without a table; its name comes first")
     sys.exit(make_table(args) if args.table else list_tables())
 
 

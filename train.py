@@ -199,6 +199,8 @@ def build_schedule(optimizer, args, steps_per_epoch):
 def build_parser():
     """Every flag; defaults are the demonstration's, names the official ones where there are any."""
     count, natural = number(int), number(int, zero=True)
+    size, images = number(int, most=10_000), number(int, most=isaid.VAL_START)
+    few, deep = number(int, True, most=256), number(int, most=256)
     rate, factor, share = number(float), number(float, zero=True), number(float, True, most=1)
     parts, switch = tuple(detr.PARTS), argparse.BooleanOptionalAction
     parser = Parser(description=__doc__)
@@ -213,7 +215,7 @@ def build_parser():
     add("--device", type=evaluation.usable_device, default=device, help="cpu, cuda, cuda:1, mps")
     add("--out", help="run folder, must not exist; default: a new one in runs/")
     add("--resume", action="store_true", help="go on with the run in --out, or start it")
-    add("--overfit", type=count, help="smoke test: train and evaluate on the same few images")
+    add("--overfit", type=images, help="smoke test: train and evaluate on the same few images")
     add("--init", action=Sources, default=[], help="start from a run or an official checkpoint")
     add("--init_parts", dest="init", nargs="+", choices=parts, action=Sources, default=[],
         help="only these parts of the --init before it; default: all")  # fmt: skip
@@ -221,10 +223,10 @@ def build_parser():
 
     add = parser.add_argument_group("data").add_argument
     add("--data", help="a dataset, or to pretrain any folder of images; default: synthetic scenes")
-    add("--image_size", type=count, help="N x N pixels; default: 128 for scenes, else multi-scale")
-    add("--limit_train", type=count, help="the first training images; default: all, 1000 scenes")
-    add("--limit_val", type=count, help="the first held-out images; default: all, 200 scenes")
-    add("--workers", type=natural, help="loader processes; default: 0 on the CPU, else up to 8")
+    add("--image_size", type=size, help="N x N pixels; default: 128 for scenes, else multi-scale")
+    add("--limit_train", type=images, help="the first training images; default: all, 1000 scenes")
+    add("--limit_val", type=images, help="the first held-out images; default: all, 200 scenes")
+    add("--workers", type=few, help="loader processes; default: 0 on the CPU, else up to 8")
     add("--augment", choices=isaid.AUGMENT, default="flip", help="see isaid.transforms")
 
     add = parser.add_argument_group("model").add_argument
@@ -232,14 +234,14 @@ def build_parser():
     add("--backbone_weights", choices=("none", "imagenet"), default="none", help="its start")
     add("--frozen_bn", action=switch, default=False, help="keep batch norm and the first stage")
     add("--dilation", action=switch, default=False, help="DC5: stride 16 instead of 32")
-    add("--hidden_dim", type=count, default=128, help="channels of the transformer")
-    add("--nheads", type=count, default=8, help="attention heads")
-    add("--enc_layers", type=natural, default=2, help="encoder layers")
-    add("--dec_layers", type=count, default=3, help="decoder layers")
-    add("--dim_feedforward", type=count, default=256, help="hidden channels of its layers")
+    add("--hidden_dim", type=size, default=128, help="channels of the transformer")
+    add("--nheads", type=size, default=8, help="attention heads")
+    add("--enc_layers", type=few, default=2, help="encoder layers")
+    add("--dec_layers", type=deep, default=3, help="decoder layers")
+    add("--dim_feedforward", type=size, default=256, help="hidden channels of its layers")
     add("--dropout", type=share, default=0.0, help="in the transformer")
-    add("--num_queries", type=count, default=30, help="objects an image that can be found")
-    add("--num_feature_levels", type=count, default=3, help="strides 8, 16, 32 …; 2: 16, 32; 1: 32")
+    add("--num_queries", type=size, default=30, help="objects an image that can be found")
+    add("--num_feature_levels", type=deep, default=3, help="strides 8, 16, 32 …; 2: 16, 32; 1: 32")
     add("--with_box_refine", action=switch, default=True, help="layers correct each other's boxes")
     add("--two_stage", action=switch, default=False, help="the encoder proposes the queries")
     add("--aux_loss", action=switch, default=True, help="losses of all decoder layers")
@@ -249,10 +251,10 @@ def build_parser():
     add("--ssl_task", choices=tuple(ssl_tasks.TASKS), default="mim-continuous", help="which one")
     add("--ssl_on", choices=("features", "image"), default="features", help="what is corrupted")
     add("--ssl_ratio", type=share, default=0.5, help="share of the patches that is corrupted")
-    add("--ssl_patch", type=count, help="pixels a side of a patch; default: the largest stride")
+    add("--ssl_patch", type=size, help="pixels a side of a patch; default: the largest stride")
     add("--ssl_loss_on", choices=("corrupted", "all"), default="corrupted", help="what counts")
     add("--ssl_weight", type=factor, default=1.0, help="multitask: of the task's loss")
-    add("--vocabulary", type=count, default=64, help="mim-discrete: tokens from k-means")
+    add("--vocabulary", type=size, default=64, help="mim-discrete: tokens from k-means")
     add("--tokenizer_weights", help="mim-discrete: DALL-E's encoder.pkl instead of k-means")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -447,7 +449,8 @@ def main(argv=None):
     args.out = parallel.from_first(checkpoint.make_folder, args)
     notes["not used"] = ", ".join(f"--{name}" for name in ignored)
     introduce(args, run, train_set, val_set, notes)
-    metrics = train(run, train_set, val_set, args)
+    with checkpoint.kept_if_used(args.out):
+        metrics = train(run, train_set, val_set, args)
     if metrics and "per_class" in metrics:
         print(f"\n{evaluation.table(metrics)}")
     print(f"\nlook at the pictures; evaluate: python eval.py {shlex.quote(args.out)}")

@@ -218,3 +218,4 @@ def test_nothing_is_filled_in(kind, undisturbed, tmp_path):
     refused("cannot", **({"task_state": {}} if run.task else {"model": {}}))
     for name in {*checkpoint.PLAIN, "model", "optimizer", "schedule"} - {"steps"}:
         refused(f"cannot be gone on from .'{name}'", without=name)
+    refused("cannot be gone on from .'log' is 'x'", log="x")

@@ -148,15 +148,16 @@ def test_attention_and_collapse(run, tmp_path):
 def test_mistakes_get_one_line(run, tmp_path, capsys):
     state = torch.load(run / "best.pt", weights_only=True)
     nan = {**state["model"], "class_embed.1.bias": torch.full((15,), float("nan"))}
-    few, wide = state["categories"][1:], {**state["detector"], "hidden_dim": 64}
+    other = [*state["categories"][1:], {"id": 99, "name": "other"}]
+    wide = {**state["detector"], "hidden_dim": 64}
     pretrain, a, b = {**state["args"], "setting": "pretrain"}, "{tmp}/a.pt", "{tmp}/b.pt"
     torch.save({"weight": torch.ones(1)}, tmp_path / "b.pt")
     for flags, content, message in (
         (a, {"model": nan}, "_val.json: what the model finds is NaN or infinite; its training"),
-        (a, {"categories": few}, "_val.json: its classes 1 ship, .* are not the model's 2 stor"),
+        (a, {"categories": other}, "_val.json: its classes 1 ship, .* are not the model's 2 stor"),
         (a, {"detector": wide}, "a.pt: its weights do not fit its flags"),
         (f"{a} --export x", {"args": pretrain}, "--export: .*a.pt is a pretraining"),
-        (b, {}, "b.pt: is not a checkpoint of train.py; start from it with train.py --init"),
+        (b, {}, "b.pt: is not a checkpoint of train.py, which has 'args'; start from it with"),
         ("{tmp}/none", {}, "no such checkpoint file"),
         ("{run}/..", {}, "has no best.pt and no last.pt; is it a run folder of train.py"),
         ("{run} --export {tmp}/none/x", {}, "none/x: cannot be written"),

@@ -247,11 +247,30 @@ def test_files_without_truth(data, run, tmp_path):
         assert {r["image_id"] for r in json.loads(out.read_text(encoding="utf-8"))} == {0}
 
 
-def test_nothing_to_train_on(data, tmp_path):
+def test_annotations_in_any_unicode(data):
+    path = coco.split_files(data, "train")[1]
+    text = path.read_text(encoding="utf-8").replace("car", "größer")
+    for encoding in ("utf-8-sig", "utf-16", "utf-16-le"):
+        path.write_text(text, encoding=encoding)
+        assert coco.load_json(path)["categories"] == [{"id": 1, "name": "größer"}]
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(coco.DataError, match="is not valid JSON, .* no UTF-8; save it as UTF-8"):
+        coco.load_json(path)
+
+
+def test_nothing_to_train_on(data, tmp_path, capsys):
     zero = [{"image_id": 0, "category_id": 1, "bbox": [1, 1, 0, 5]}]
     save_coco(data, [f"{i}.png" for i in range(4)], annotations=zero)
     said = error_of(train.main, *TINY, "--data", data, "--out", tmp_path / "out")
     assert "has no box to train on; 1 boxes without area, removed" in said
+    assert isaid.check_dataset(data) == 1
+    assert capsys.readouterr().out.count("    has no box to train on\n") == 1
+    shutil.copytree(data / "val", data / "train", dirs_exist_ok=True)
+    (data / "train/instancesonly_filtered_val.json").rename(coco.split_files(data, "train")[1])
+    save_coco(data, [f"{i}.png" for i in range(4)], "val", annotations=[])
+    assert isaid.check_dataset(data) == 0  # held-out images may have none
+    save_coco(data, [])
+    assert isaid.check_dataset(data) == 1 and "    has no images\n" in capsys.readouterr().out
     said = error_of(train.main, *TINY, "--setting", "pretrain", "--ssl_ratio", 0.001)
     assert "patches" in said and not (tmp_path / "out").exists()
 
@@ -279,7 +298,7 @@ def test_what_systems_leave_behind_is_no_image(tmp_path):
 # ---------------------------------------------------------------- command lines
 LINES = {
     "--data data#2": ["--data", "data#2"],
-    "--data 'my data' --out \"a b\"  # it's a comment": ["--data", "my data", "--out", "a b"],
+    "--data 'my data' --init \"a b\"  # it's a comment": ["--data", "my data", "--init", "a b"],
     "--lr 1  # first line of a file from Windows": ["--lr", "1"],
     "--data C:\\data  #x": ["--data", "C:\\data"],
     "# --epochs 3": [],
@@ -294,7 +313,7 @@ def test_lines_of_recipes_and_tables(tmp_path, line):
     (recipe := tmp_path / "recipe.txt").write_text(f"{bom}{line}\n--epochs 3\n", encoding="utf-8")
     expected = dict(zip(LINES[line][::2], LINES[line][1::2]))
     args, _ = train.parse([f"@{recipe}"])
-    assert args.epochs == 3 and args.out == expected.get("--out")
+    assert args.epochs == 3 and args.init == [[x, None] for x in expected.values() if x == "a b"]
     assert args.data == (os.path.abspath(expected["--data"]) if "--data" in expected else None)
     (table := tmp_path / "table.txt").write_text(f"{bom}row: {line}", encoding="utf-8")
     assert reproduce.read_table(table) == {"row": LINES[line]}
@@ -308,9 +327,17 @@ MISTAKES = [
     (train.main, ["--batch_size", "0"], "expected is a whole number of at least 1, not '0'"),
     (train.main, ["--lr", "0"], "expected is a number greater than 0, not '0'"),
     (train.main, ["--lr", "nan"], "expected is a number greater than 0, not 'nan'"),
-    (train.main, ["--workers", "-1"], "expected is a whole number of at least 0, not '-1'"),
+    (train.main, ["--workers", "-1"], "a whole number of at least 0 and at most 256, not '-1'"),
     (train.main, ["--lr_drop", "x"], "expected is a whole number of at least 0 or cycle, not 'x'"),
     (train.main, ["--dropout", "2"], "expected is a number of at least 0 and at most 1, not '2'"),
+    (train.main, ["--num_queries", str(2**32)], "least 1 and at most 10000, not '4294967296'"),
+    (train.main, ["--enc_layers", "257"], "a whole number of at least 0 and at most 256, not"),
+    (train.main, ["--limit_train", str(10**7)], "at most 1000000, not '10000000'"),
+    (evaluation.main, ["RUN", "--max_dets", str(2**32)], "at most 10000, not '4294967296'"),
+    (predict.main, ["RUN", "a.png", "--workers", "999"], "at most 256, not '999'"),
+    (predict.main, ["RUN", "a.png", "--score", "0", "README.md"], "unknown: README.md (--help"),
+    (isaid.main, ["scenes", "x", "--val", str(10**7)], "at most 1000000, not '10000000'"),
+    (reproduce.main, ["tasks", "--jobs", str(2**32)], "at most 256, not '4294967296'"),
     (train.main, ["--data", ""], "--data is empty"),
     (train.main, ["--init", ""], "--init is empty"),
     (train.main, ["--init="], "--init is empty"),
@@ -338,6 +365,40 @@ def test_mistakes_are_answered_at_once(main, arguments, message, monkeypatch, ca
         main(arguments)
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+FLAGS_IN_FILES = [  # contents, and what is wrong with them
+    (b"--lr 1 \\\r\n--epochs 2", r"leave out \ at the end of a line"),
+    ("--lr 1".encode("utf-16"), "byte 0 is no UTF-8; save it as UTF-8"),
+    ("--lr 1 # größer".encode("latin-1"), "byte 11 is no UTF-8; save it as UTF-8"),
+]
+
+
+@pytest.mark.parametrize("content, message", FLAGS_IN_FILES)
+def test_files_of_flags_from_windows(tmp_path, capsys, content, message):
+    (tmp_path / "flags.txt").write_bytes(content)
+    assert error_of(train.main, f"@{tmp_path}/flags.txt") == "2"
+    assert message in capsys.readouterr().err
+    (tmp_path / "table.txt").write_bytes(b"row: " + content if b"\\" in content else content)
+    assert message in error_of(reproduce.main, tmp_path / "table.txt", "--dry_run")
+
+
+def test_names_that_no_file_can_have(run, tmp_path):
+    """A name that is too long, or a file where a folder should be: what to do is said."""
+    (wall := tmp_path / "wall").write_text("a file")
+    for name in (wall, tmp_path / ("x" * 300)):
+        image = run / "detections.png"
+        for main, arguments in (
+            (train.main, [*TINY, "--out", name]),
+            (train.main, [*TINY, "--out", name, "--resume"]),
+            (evaluation.main, [run, "--out", name]),
+            (predict.main, [run, image, "--out", name]),
+            (reproduce.main, ["tasks", "--no_run", "--out", name]),
+            (isaid.main, ["scenes", name / "x"]),
+        ):
+            said = error_of(main, *arguments)
+            assert str(name) in said and "name a" in said, said
+            assert "Errno" not in said and "--resume" not in said
 
 
 def test_a_pipe_that_closes_is_no_error():
@@ -382,6 +443,48 @@ def test_wrapped_checkpoints(tmp_path):
     )
     with pytest.raises(ValueError, match="missing input_proj.*unexpected xinput_proj"):
         detr.load_weights(start, tmp_path / "x")
+
+
+CHANGES = [  # of what a checkpoint says of its run
+    ("args", None, "is not a checkpoint of train.py, which has 'args'"),
+    ("detector", [], "is not a checkpoint of train.py, which has 'detector'"),
+    ("window", ..., "is not a checkpoint of train.py, which has 'window'"),
+    ("window", "64", "'window' is '64', not the side of its images in pixels"),
+    ("window", 0, "'window' is 0, not the side"),
+    ("categories", "cars", "has no list 'categories'"),
+    ("categories", [{"id": 1, "name": 5}], "entry 0 of 'categories' has name 5, which is not text"),
+    ("categories", [{"id": 1, "name": "car"}], "are more or fewer than its detector has classes"),
+    ("args/image_size", ..., "its 'args' have no usable 'image_size', but None"),
+    ("args/image_size", -1, "no usable 'image_size', but -1"),
+    ("args/batch_size", None, "no usable 'batch_size', but None"),
+    ("args/seed", "x", "no usable 'seed', but 'x'"),
+]
+
+
+@pytest.mark.parametrize("place, value, message", CHANGES)
+def test_checkpoints_that_say_odd_things(run, tmp_path, place, value, message):
+    state = torch.load(run / "best.pt")
+    *holders, key = place.split("/")
+    holder = state[holders[0]] if holders else state
+    holder[key] = value
+    if value is ...:
+        del holder[key]
+    torch.save(state, path := tmp_path / "odd.pt")
+    for main, more in ((evaluation.main, []), (predict.main, [run / "detections.png"])):
+        said = error_of(main, path, *more)
+        assert said.startswith(f"error: {path}: ") and message in said and "--init" in said
+
+
+def test_weights_that_are_not_finite(run, tmp_path):
+    """They are refused when they are loaded, not laid to the learning rate."""
+    state = torch.load(run / "best.pt")
+    for value in (torch.nan, torch.inf):
+        state["model"]["class_embed.0.bias"][0] = value
+        torch.save(state, path := tmp_path / "bad.pt")
+        said = error_of(train.main, *TINY, "--init", path, "--out", tmp_path / "out")
+        assert f"{path}: 1 of these" in said and "the first is class_embed.0.bias" in said
+    train.main([*TINY, "--init", str(path), "--init_parts", "backbone", "--limit_train", "2",
+                "--limit_val", "1", "--out", str(tmp_path / "out")])  # fmt: skip
 
 
 # ---------------------------------------------------------------- outputs
@@ -474,6 +577,17 @@ def test_letters_are_drawn_or_replaced():
 
 
 # ---------------------------------------------------------------- training that is of no use
+def test_a_start_that_fails_leaves_nothing(data, tmp_path):
+    """The same --out is free again; a folder with anything else in it stays."""
+    command = [*TINY, "--data", data, "--out", tmp_path / "run"]
+    (data / "train/images/2.png").write_bytes(b"nonsense")
+    for there in (False, True):
+        assert "2.png" in error_of(train.main, *command, *["--resume"] * there)
+        assert (tmp_path / "run").exists() == there
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run/notes.txt").write_text("mine")
+
+
 def test_a_loss_that_explodes_ends_the_run(tmp_path):
     flags = [*TINY, "--limit_train", "8", "--epochs", "30", "--lr", "10", "--lr_drop", "0"]
     said = error_of(train.main, *flags, "--clip_max_norm", 1000, "--out", tmp_path / "run")

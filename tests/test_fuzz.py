@@ -36,14 +36,14 @@ PICTURES = ["a.png", "a.jpg", "a.webp", "a.tif", "a.bmp"]
 SIZE = {"width": 30, "height": 20}
 IMAGES = [{"id": i, "file_name": PICTURES[i], **SIZE} for i in range(2)]
 BOX = {"id": 1, "image_id": 0, "category_id": 3, "bbox": [1, 1, 3, 3], "area": 9, "iscrowd": 0}
-CLASSES = [{"id": 3, "name": "ship"}, {"id": 5, "name": "plane"}]
+CLASSES = [{"id": 3, "name": "ship"}, {"id": 5, "name": "plane"}, {"id": 9, "name": "car"}]
 COCO = {"images": IMAGES, "annotations": [BOX], "categories": CLASSES}
 SMALL = {"backbone": "resnet18", "hidden_dim": 32, "enc_layers": 1, "dec_layers": 1}
 DETECTOR = {"name": "detr", "num_classes": 3, **SMALL}
 MODEL = detr.build_detector("detr", 3, **SMALL)
 WEIGHTS = {"model": {k: x[:2] for k, x in MODEL.state_dict().items() if "norm" in k}, "args": 1}
-RUN = {"model": {}, "args": {"setting": "pretrain", "attn": "auto"}, "task": {"name": "x"}}
-RUN.update(task_state={}, categories=CLASSES)
+RUN = {"model": {}, "args": {**vars(train.parse([])[0]), "setting": "pretrain"}, "window": 64}
+RUN.update(task={"name": "x"}, task_state={}, categories=CLASSES)
 READERS = dict.fromkeys(PICTURES, lambda path: coco.read_image(path, 8))
 READERS.update({"a.json": coco.load_json, "a.txt": reproduce.read_table})
 READERS["a.pt"] = lambda path: detr.load_weights(MODEL, path)
@@ -56,7 +56,7 @@ def file(tmp_path, monkeypatch):
         Image.effect_noise((30, 20), 50).convert("RGB").save(tmp_path / name)
     torch.save(WEIGHTS, tmp_path / "a.pt")
     (tmp_path / "a.json").write_text(json.dumps(COCO))
-    (tmp_path / "a.txt").write_text("a: --epochs 1\nb: --init {a}  # after a\n\nc-1: @x.txt\n")
+    (tmp_path / "a.txt").write_text("a: --epochs 1\nb: --init {a}  # after a\n\nc-1: --lr 1\n")
     monkeypatch.chdir(tmp_path)
     good = set(tmp_path.rglob("*"))
     yield tmp_path / "x"

@@ -126,6 +126,9 @@ def test_the_command(run, tmp_path, capsys):
     assert all(path.read_bytes() == content for path, content in files.items())
     predict.main(f"{run} {source}/a.png --score 1".split())
     assert coco.read_json(run / "predictions/predictions.json")["annotations"] == []
+    predict.main(f"{run} {source}/deep {source}/a.png {source}/./a.png".split())
+    images = coco.read_json(run / "predictions/predictions.json")["images"]
+    assert [image["file_name"] for image in images] == ["deep/b.jpg", "a.png"]
 
 
 def test_mistakes_get_one_line(run, tmp_path):

@@ -192,17 +192,25 @@ def test_the_mean_patch_by_hand(tmp_path):
 
 
 def test_mistakes_get_one_line(table, capsys, monkeypatch):
+    """Those of a row name its line, also where nothing would be run."""
     died = Mock(return_value=Mock(returncode=-9, stderr=""))
     monkeypatch.setattr(reproduce.subprocess, "run", died)
+    table.with_name("more.txt").write_text("--out x")
     for text, flags, message in (
         ("a --epochs 1", "", "line 1: expected is a new name"),
-        ("a: x\na: y", "", "line 2: expected is a new name"),
+        ("a: --lr 1\na: --lr 1", "", "small.txt, line 2: expected is a new name"),
         ("a: --init {b}", "", "line 1: {b} is not a row above it"),
-        ("a: --epochs nine", "", "--epochs: expected is a whole number of at least 1, not 'nine'"),
+        ("a: --epochs nine", "--dry_run", "small.txt, line 1: argument --epochs: expected is a"),
+        ("# a\na: --epochz 1", "--no_run", "line 2: unknown: --epochz 1; did you mean --epochs?"),
+        ("a: --lr 1\nb: --seed=1", "--dry_run", "line 2: --seed is not the row's; reproduce.py"),
+        (f"a: @{table.with_name('more.txt')}", "--no_run", "line 1: --out is not the row's"),
+        ("# detr\n--lr 1", "", "line 2: has flags, as a recipe has: python train.py @"),
+        ("a: --data {data}", "--dry_run --data gone", f"--data {os.path.abspath('gone')}: is not"),
+        ("a: --lr 1", "--dry_run --no_run", "--no_run: not allowed with argument --dry_run"),
         ("a: --epochs 1", "--rows b", "--rows b: no row of"),
         ("", "", "has no rows"),
         ("a: --init {a}", "", "line 1: {a} is not a row above it"),
-        ('a: "" --lr 1', "", "an argument is empty"),
+        ('a: "" --lr 1', "", "line 1: an argument is empty"),
         ("a: --epochs 1", "--no_run", "has no results of these rows and seeds"),
         ("a: --epochs 1", "", "exit status -9"),
     ):
@@ -211,5 +219,13 @@ def test_mistakes_get_one_line(table, capsys, monkeypatch):
             reproduce.main([str(table), *flags.split()])
         said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
         assert said.startswith("error: ") and message in said and "Traceback" not in said
-    with pytest.raises(SystemExit, match="none.txt: no such table"):
-        reproduce.main([str(table.with_name("none.txt"))])
+    for name, message in (("none", "without a name"), ("first_epoch", "did you mean first_epochs")):
+        with pytest.raises(SystemExit, match=f"{name}: no such table; {message}"):
+            reproduce.main([name])
+    table.write_text("a: --data gone --init nowhere")
+    with pytest.raises(SystemExit, match="^1$"):
+        reproduce.main([str(table), "--dry_run"])
+    assert "--data gone is not there\na: --init nowhere is not" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        reproduce.main(["--seeds", "3"])
+    assert "error: flags without a table" in capsys.readouterr().err
