@@ -118,6 +118,12 @@ def unflatten(features, levels):
     return [x._replace(features=part.view_as(x.features)) for x, part in zip(levels, parts)]
 
 
+def full_precision(levels):
+    """Levels behind mixed precision in fp32, for the decoder, the tasks and the losses: there, the
+    matrices are so small that converting them costs more than it saves."""
+    return [level._replace(features=level.features.float()) for level in levels]
+
+
 # ---------------------------------------------------------------- parts that both share
 class Layer(nn.Module):
     """What all transformer layers have in common: feed-forward network and residual updates."""

@@ -247,6 +247,12 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def default_amp(device):
+    """bf16 on a CPU that multiplies in it (AVX-512 BF16, AMX) and does not only emulate it."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device == "cpu" and fast else "no"
+
+
 def usable_device(name):
     """An argparse type: a device that exists here; "cuda" is the GPU of this process."""
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name

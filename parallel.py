@@ -7,9 +7,9 @@ import os
 import sys
 
 # OpenMP's threads spin while they wait: two trainings on the same cores made 2 images/s each, one
-# alone 25. If they sleep after 2,000 turns, two make 13 each. OpenMP reads this as torch loads it.
+# alone 25. If they sleep after 20,000 turns, two make 13 each. OpenMP reads this as torch loads it.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "2000"
+    os.environ["GOMP_SPINCOUNT"] = "20000"
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402

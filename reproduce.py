@@ -210,7 +210,8 @@ class Runner:
 
     def command(self, name, seed):
         """The command of a row, to be called in the folder of this file."""
-        out = self.out.relative_to(ROOT) if self.out.is_relative_to(ROOT) else self.out
+        inside = self.out.is_relative_to(self.args.code)
+        out = self.out.relative_to(self.args.code) if inside else self.out
         places = {start: f"{out}/{start}-{seed}" for start in self.rows}
         places["data"] = self.args.data or "DIR"
         flags = [re.sub(r"{(.*?)}", lambda m: places[m[1]], flag) for flag in self.rows[name]]
@@ -227,7 +228,7 @@ class Runner:
             environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
         threads = max(1, torch.get_num_threads() // self.args.jobs)
         environment["OMP_NUM_THREADS"] = str(threads)
-        how = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+        how = {"cwd": self.args.code, "env": environment, "capture_output": True, "text": True}
         start, anew = time.monotonic(), not folder.exists()
         done = subprocess.run([sys.executable, *command[1:]], **how)
         self.slots.put(slot)
@@ -509,6 +510,7 @@ def main(argv=None):
     add("--nproc", type=few, default=1, help="processes, or GPUs, of each run")
     add("--out", type=os.path.abspath, help="folder of runs and results; nothing published counts")
     add = parser.add_mutually_exclusive_group().add_argument
+    add("--code", type=os.path.abspath, default=ROOT, help="of another revision, to compare speed")
     add("--dry_run", action="store_true", help="print the commands and what they lack")
     add("--no_run", action="store_true", help="print the results that are there, run nothing")
     args = parser.parse_args(argv)

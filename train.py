@@ -63,14 +63,12 @@ def compute_losses(model, task, images, padding, targets, args):
                 clean = [level._make(x[B:] for x in level) for level in memory]
             else:
                 corrupted = model.encode(corrupted)
-        if detect:
-            outputs = model.decode(clean)
-    if task:  # losses are computed in full precision
-        memory = [level._replace(features=level.features.float()) for level in corrupted]
+    if task:
+        memory = detr.full_precision(corrupted)
         num_patches = parallel.mean(task.loss_mask(corruption).sum())
         losses["loss_ssl"] = task.loss(memory, images, corruption, num_patches)[None]
     if detect:
-        outputs = {name: tensor.float() for name, tensor in outputs.items()}
+        outputs = model.decode(detr.full_precision(clean))
         stop_if_not_finite(outputs, targets)
         num_boxes = parallel.mean(sum(len(target["labels"]) for target in targets))
         losses.update(model.criterion(outputs, targets, num_boxes))
@@ -209,7 +207,7 @@ def build_parser():
     settings = ("detect", "pretrain", "multitask")
     add("--setting", choices=settings, default="detect", help="detection, a task, or both")
     add("--model", choices=tuple(detr.DETECTORS), default="deformable_detr", help="the detector")
-    add("--epochs", type=count, default=9, help="passes over the training images")
+    add("--epochs", type=count, default=7, help="passes over the training images")
     add("--seed", type=natural, default=0, help="of weights, order, augmentation and scenes")
     device = evaluation.default_device()
     add("--device", type=evaluation.usable_device, default=device, help="cpu, cuda, cuda:1, mps")
@@ -261,13 +259,11 @@ def build_parser():
     add("--batch_size", type=count, default=8, help="images at a time in each process")
     add("--lr", type=rate, default=5e-4, help="learning rate")
     add("--lr_backbone", type=rate, default=5e-4, help="of the CNN")
-    add("--lr_linear_proj_mult", type=rate, default=1.0,
-        help="factor on the rate of offsets and reference points; officially 0.1")  # fmt: skip
+    add("--lr_linear_proj_mult", type=rate, default=1.0, help="of sampling offsets; officially 0.1")
     add("--weight_decay", type=factor, default=1e-4, help="of AdamW")
     add("--clip_max_norm", type=rate, default=0.1, help="largest norm of the gradient")
     add("--accumulate", type=count, default=1, help="batches a step")
-    add("--amp", choices=("auto", "no", "bf16"), default="auto",
-        help="mixed precision; auto: bf16 on a CPU that computes in it, else no")  # fmt: skip
+    add("--amp", choices=("auto", "no", "bf16"), default="auto", help="auto: bf16 on CPUs with it")
     add("--compile", action=switch, default=False, help="torch.compile: minutes first, then faster")
     add("--lr_drop", type=number(int, zero=True, words=("cycle",)), default="cycle",
         help="a tenth of the rate from this epoch on; 0: constant; cycle: up and down")  # fmt: skip
@@ -300,17 +296,11 @@ def parse(argv=None):
             parser.error(message)
     if args.workers is None:
         args.workers = 0 if args.device == "cpu" else min(8, os.cpu_count() or 1)
-    if args.amp == "auto":
-        args.amp = "bf16" if args.device == "cpu" and bf16_processor() else "no"
+    args.amp = evaluation.default_amp(args.device) if args.amp == "auto" else args.amp
     for name in ("data", "tokenizer_weights"):  # eval.py may run elsewhere
         if getattr(args, name):
             setattr(args, name, os.path.abspath(getattr(args, name)))
     return args, [name for name in unused(args) if name in given]
-
-
-def bf16_processor():
-    """Whether this CPU multiplies in bfloat16 itself (AVX-512 BF16, AMX), not only by emulation."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def unused(args):
