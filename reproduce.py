@@ -348,28 +348,31 @@ def tables(results, comparisons=(), goals=()):
 
 
 def speed(results, goals):
-    """Lines of a table in Markdown: whether rows reach their AP50, one-sided by Student's t, and
-    their time as a share of another row's, the mean over seeds with its 95 % interval."""
+    """Lines of a table in Markdown: whether a row reaches its AP50, one-sided by Student's t, and
+    its time as a share of another row's, over the seeds that both have run, in one go each."""
     text = []
     for row, other, goal in goals:
-        pairs = [
-            (results[row][seed], results[other][seed])
-            for seed in sorted(results.get(row, {}).keys() & results.get(other, {}).keys())
-        ]
-        if len(pairs) < 2:
+        runs = results.get(row, {})
+        times = {
+            seed: (run["seconds"], results[other][seed]["seconds"])
+            for seed, run in runs.items()
+            if "seconds" in run and "seconds" in results.get(other, {}).get(seed, {})
+        }
+        if len(runs) < 2 or len(times) < 2:
             continue
-        ap50 = [100 * (run["log"][-1]["ap50"] or 0) for run, _ in pairs]
+        ap50 = [100 * (run["log"][-1]["ap50"] or 0) for run in runs.values()]
         p = scipy.stats.ttest_1samp(ap50, goal, alternative="greater").pvalue
-        shares = [run["seconds"] / base["seconds"] for run, base in pairs]
-        low, high = scipy.stats.ttest_1samp(shares, 0).confidence_interval()
-        minutes = [
-            mean_and_deviation([run["seconds"] / 60 for run in runs], 2) for runs in zip(*pairs)
-        ]
-        cells = [row, mean_and_deviation(ap50, 1), f"{goal:g}", f"{p:.4f}", minutes[0]]
-        cells += [f"{other}: {minutes[1]}", f"{statistics.mean(shares):.2f}"]
-        text.append(f"| {' | '.join([*cells, f'{low:.2f} to {high:.2f}', str(len(pairs))])} |")
-    head = "row | AP50 (%) | goal | p | minutes | minutes of | share | 95 % interval | seeds"
-    return [f"| {head} |", "|---" * 9 + "|", *text, ""] if text else []
+        minutes = np.array([*times.values()]) / 60  # (seeds, 2)
+        share = minutes[:, 0] / minutes[:, 1]
+        low, high = scipy.stats.ttest_1samp(share, 0).confidence_interval()
+        cells = [row, f"{mean_and_deviation(ap50, 1)} ({len(ap50)})", f"{goal:g}", f"{p:.4f}"]
+        cells += [mean_and_deviation(column, 2) for column in minutes.T]
+        cells.append(f"{share.mean():.2f}, {low:.2f} to {high:.2f} ({len(share)})")
+        text.append(f"| {' | '.join(cells)} |")
+    head = (
+        "row | AP50 (%) (seeds) | goal | p | minutes | of the other | share, 95 % interval (seeds)"
+    )
+    return [f"| {head} |", "|---" * 7 + "|", *text, ""] if text else []
 
 
 def ap_of(run):

@@ -12,6 +12,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import checkpoint
@@ -124,6 +125,51 @@ def test_comparisons_by_hand():
         low, high = sorted(ps[x, measure] for x in ("better", "same"))
         mine = ps[row, measure]
         assert line[5] == f"{min(1, 2 * low) if mine == low else max(min(1, 2 * low), high):.3f}"
+
+
+def test_goals_by_hand(tmp_path):
+    """AP50 over all seeds, time over those that both rows have run in one go."""
+    now = {0: (0.82, 60), 1: (0.83, 66), 2: (0.81, None)}
+    results = {"now": {}, "first": {seed: {"seconds": 120} for seed in (0, 1, 2)}}
+    for seed, (ap50, seconds) in now.items():
+        results["now"][seed] = {
+            "log": [{"ap50": ap50}],
+            **({"seconds": seconds} if seconds else {}),
+        }
+    (line,) = reproduce.speed(results, [("now", "first", 80.0)])[2:-1]
+    p = scipy.stats.t.sf(2.0 / (1.0 / 3**0.5), 2)  # mean 82, deviation 1, three seeds
+    half = 12.7062 * (0.05 / 2**0.5) / 2**0.5  # shares 0.50 and 0.55; the quantile for 1 degree
+    share = f"0.53, {0.525 - half:.2f} to {0.525 + half:.2f} (2)"
+    cells = ["now", "82.0 ± 1.0 (3)", "80", f"{p:.4f}", "1.05 ± 0.07", "2.00 ± 0.00", share]
+    assert line == f"| {' | '.join(cells)} |"
+    (table := tmp_path / "t.txt").write_text("a: --lr 1\nb: --lr 1\ngoal: b / a, 75.5\n")
+    rows = reproduce.read_table(table)
+    assert reproduce.read_goals(table, rows) == [("b", "a", 75.5)]
+    table.write_text("a: --lr 1\ngoal: a / c, 80\n")
+    with pytest.raises(ValueError, match="line 2: expected is ROW / OTHER ROW, AP50, not 'a / c"):
+        reproduce.read_goals(table, reproduce.read_table(table))
+
+
+def test_a_row_with_the_code_of_another_revision(table, tmp_path, capsys):
+    """--code: another folder's train.py is run, the result comes here, with the time it took."""
+    (code := tmp_path / "code").mkdir()
+    (code / "train.py").write_text(OTHER_CODE)
+    table.write_text("quick: --epochs 1")
+    with pytest.raises(SystemExit, match="None"):
+        reproduce.main([str(table), "--code", str(code), "--out", str(tmp_path / "out")])
+    result = json.loads((tmp_path / "out" / "quick-0.json").read_text())
+    assert result["revision"] == "another" and 0 < result["seconds"] < 60
+    assert result["log"] == [{"epoch": 1, "ap": 0.5, "ap50": 0.5, "eval_seconds": 0.01}]
+
+
+OTHER_CODE = """
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir(parents=True)
+(out / "config.json").write_text(json.dumps({"revision": "another", "versions": {}}))
+line = {"epoch": 1, "ap": 0.5, "ap50": 0.5, "eval_seconds": 0.01}
+(out / "log.jsonl").write_text(json.dumps(line))
+"""
 
 
 def test_the_papers_table(tmp_path, capsys):

@@ -358,7 +358,7 @@ def test_idle_threads_sleep_in_every_command_unless_told_otherwise():
     for module in commands:
         code = f"import os, sys; sys.modules['torch'] = None\ntry: import {module}\n"
         code += f"except ImportError: print(os.environ.get('{name}'))"
-        for given, then in (({}, 2000), ({name: "7"}, 7), ({policy: "passive"}, None)):
+        for given, then in (({}, 20000), ({name: "7"}, 7), ({policy: "passive"}, None)):
             call, env = [sys.executable, "-c", code], {**plain, **given}
             said = subprocess.check_output(call, cwd=ROOT, env=env, text=True)
             assert said == f"{then}\n", (module, given)
