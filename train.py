@@ -256,9 +256,9 @@ def build_parser():
     add("--tokenizer_weights", help="mim-discrete: DALL-E's encoder.pkl instead of k-means")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch_size", type=count, default=8, help="images at a time in each process")
-    add("--lr", type=rate, default=5e-4, help="learning rate")
-    add("--lr_backbone", type=rate, default=5e-4, help="of the CNN")
+    add("--batch_size", type=count, default=16, help="images at a time in each process")
+    add("--lr", type=rate, default=1e-3, help="learning rate")
+    add("--lr_backbone", type=rate, default=1e-3, help="of the CNN")
     add("--lr_linear_proj_mult", type=rate, default=1.0, help="of sampling offsets; officially 0.1")
     add("--weight_decay", type=factor, default=1e-4, help="of AdamW")
     add("--clip_max_norm", type=rate, default=0.1, help="largest norm of the gradient")
