@@ -37,31 +37,40 @@ from coco import DataError
 from flags import Parser, command, number
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
-LOGGED = *METRICS, "ssl_loss", "ssl_acc", "collapsed", "eval_seconds"  # of an epoch
+SSL = "ssl_loss", "ssl_acc", "ssl_guess", "ssl_chance"
+LOGGED = *METRICS, "val_loss", *SSL, "collapsed", "eval_seconds"  # of an epoch
+GUESSED = 200
 AREAS = {"coco": (0, 32, 96, 1e5), "isaid": (10, 144, 512, 1e5)}  # sides: small, medium, large
 
 
 # ---------------------------------------------------------------- detection
-def predict(model, data, batch_size, workers=0, device="cpu", top=100):
+def predict(model, data, batch_size, workers=0, device="cpu", top=100, losses=None):
     """What the model finds in every image of a dataset, as COCO results with the dataset's ids;
-    in every process those of all. Raises FloatingPointError if it is NaN."""
+    in every process those of all. losses: see `detections`. Raises FloatingPointError if NaN."""
     batches, results = held_out(data, batch_size, workers, "evaluating"), []
-    for target, found in detections(model, batches, device, top, data.name):
+    for target, found in detections(model, batches, device, top, data.name, losses):
         results += coco_results(found, target["image_id"], data.categories)
     return sum(parallel.gather(results), [])
 
 
 @torch.no_grad()
-def detections(model, batches, device, top, name):
+def detections(model, batches, device, top, name, losses=None):
     """Pairs of an image's target and what the model's postprocess finds in it, on the CPU.
-    Raises FloatingPointError, with the name of the data, if that is NaN."""
+    losses: a list that gets (images, the loss of training, weighted and summed) of each batch.
+    Raises FloatingPointError, with the name of the data, if what is found is NaN."""
     model.eval()
     for images, padding, targets in batches:
-        outputs = model(images.to(device), padding.to(device))
-        outputs = {key: outputs[key][-1:].cpu() for key in ("logits", "boxes")}
+        every = model(images.to(device), padding.to(device))
+        outputs = {key: every[key][-1:].cpu() for key in ("logits", "boxes")}
         if not all(output.isfinite().all() for output in outputs.values()):
             message = "what the model finds is NaN or infinite; its training diverged"
             raise FloatingPointError(f"{name}: {message}, or its file is damaged")
+        if losses is not None:
+            terms = model.criterion(every, targets).items()
+            loss = sum(
+                model.criterion.weights[term] * values.sum().item() for term, values in terms
+            )
+            losses.append((len(targets), loss))
         sizes = [target["size"] for target in targets]
         yield from zip(targets, model.postprocess(outputs, sizes, top))
 
@@ -153,9 +162,12 @@ def _mean(values):
 def ssl_metrics(model, task, data, batch_size, workers, device):
     """How well a task is solved on every image of a dataset, each always corrupted in one way.
     Returns {"ssl_loss": mean over all counted patches, "ssl_acc": share of them that is right,
-    None for pixels} and the panels of the first batch. Raises DataError if no patch counts."""
+    None for pixels; "ssl_guess", "ssl_chance": what is reached without looking, see task.guess,
+    by about the first GUESSED images} and the panels of the first batch. Raises DataError if no
+    patch counts."""
     model.eval()
     sums, panels = torch.zeros(3, dtype=torch.float64), None  # errors, right ones, patches
+    taken = []
     for images, padding, targets in held_out(data, batch_size, workers, "evaluating the task"):
         corruption = task.draw(padding, [target["seed"] for target in targets]).to(device)
         images, padding = images.to(device), padding.to(device)
@@ -168,6 +180,8 @@ def ssl_metrics(model, task, data, batch_size, workers, device):
         counted = task.loss_mask(corruption)
         hits = counted if right is None else right & counted
         sums += torch.stack([(error * counted).sum(), hits.sum(), counted.sum()]).double().cpu()
+        if len(taken) * batch_size < GUESSED:
+            taken.append(task.taken(target, counted).cpu())
         if not panels:
             panels = task.panels(images, prediction, target, corruption)
             for title, (x, *marks) in panels.items():
@@ -177,7 +191,9 @@ def ssl_metrics(model, task, data, batch_size, workers, device):
         message = "no patch was corrupted; take larger images or smaller patches"
         raise DataError(f"{data.name}: {message}")
     accuracy = hits / patches if isinstance(task, ssl_tasks.ClassTask) else None
-    return {"ssl_loss": error / patches, "ssl_acc": accuracy}, panels
+    guess, chance = task.guess(torch.cat(taken)) if sum(map(len, taken)) else (None, None)
+    found = {"ssl_loss": error / patches, "ssl_acc": accuracy}
+    return {**found, "ssl_guess": guess, "ssl_chance": chance}, panels
 
 
 # ---------------------------------------------------------------- text
@@ -186,8 +202,11 @@ def show(value):
 
 
 def ssl_text(metrics):
-    loss, accuracy = metrics["ssl_loss"], metrics["ssl_acc"]
-    return f"loss {loss:.3f}" + ("" if accuracy is None else f", accuracy {accuracy:.3f}")
+    """How well the task is solved, and how well without looking."""
+    loss, accuracy, guess, chance = map(show, (metrics[name] for name in SSL))
+    if metrics["ssl_acc"] is None:
+        return f"loss {loss} (mean patch {guess})"
+    return f"loss {loss}, accuracy {accuracy} (most frequent {guess}, chance {chance})"
 
 
 def totals(metrics):
@@ -209,6 +228,7 @@ def epoch_text(line, epochs):
     """An epoch in one line of text."""
     text = f"epoch {line['epoch']:>3}/{epochs}  loss {line['train_loss']:.3f}"
     if "ap" in line:
+        text += f" (held out {line['val_loss']:.3f})"
         text += "".join(f"  {key.upper()} {show(line[key])}" for key in ("ap", "ap50", "ap75"))
     if "ssl_loss" in line:
         text += "  held-out task: " + ssl_text(line)
@@ -226,9 +246,13 @@ def evaluate(model, task, data, args, out=None, top=100):
     metrics, results = {}, None
     parallel.share_buffers(model)
     if args.setting != "pretrain":
-        results = predict(model, data, args.batch_size, args.workers, args.device, top)
+        losses = []
+        what = args.batch_size, args.workers, args.device, top
+        results = predict(model, data, *what, losses if data.annotations else None)
+        losses = np.array(sum(parallel.gather(losses), [])).reshape(-1, 2)  # images, loss
         if first and data.annotations:
             metrics = {**coco_metrics(data, results), "collapsed": collapsed(data, results)}
+            metrics["val_loss"] = float(np.average(losses[:, 1], weights=losses[:, 0]))
             metrics["score"] = metrics["ap"] or 0.0
             if out:
                 pictures.draw_detections(out / "detections.png", data, results)
@@ -236,7 +260,7 @@ def evaluate(model, task, data, args, out=None, top=100):
         found, panels = ssl_metrics(model, task, data, args.batch_size, args.workers, args.device)
         metrics = {"score": -found["ssl_loss"], **metrics, **found}
         if first and out:
-            pictures.draw_ssl(out / "ssl.png", panels, task.patch)
+            pictures.draw_ssl(out / "ssl.png", panels, task.patch, ssl_text(found))
     metrics.setdefault("score", 0.0)  # without a box to compare with
     metrics["eval_seconds"] = round(time.perf_counter() - start, 2)
     return parallel.gather(metrics)[0], results

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from pycocotools.mask import iou
 
 
 def costs_no_figures(draw):
@@ -50,15 +51,16 @@ def colour(label, n):
     return ImageColor.getrgb(f"hsv({360 * label // n}, {80 if label % 2 else 100}%, 100%)")
 
 
-def draw_boxes(image, entries, categories, side):
-    """A PIL image, resized to `side`, with boxes and names of COCO annotations or results."""
+def draw_boxes(image, entries, categories, side, inks=None):
+    """A PIL image, resized to `side`, with boxes and names of COCO annotations or results.
+    inks: RGB of each of them, else the colour of its class."""
     scale = side / max(image.size)
     size = [round(n * scale) for n in image.size]
     image = image.resize(size, Image.Resampling.BICUBIC)
     pen, ids = ImageDraw.Draw(image), [category["id"] for category in categories]
-    for entry in entries:
+    for i, entry in enumerate(entries):
         label = ids.index(entry["category_id"])
-        ink = colour(label, len(ids))
+        ink = inks[i] if inks else colour(label, len(ids))
         font, text = legible(categories[label]["name"], f"class {ids[label]}", 11)
         text += f" {entry['score']:.2f}" if "score" in entry else ""
         x, y, w, h = (v * scale for v in entry["bbox"])
@@ -85,19 +87,44 @@ def save_rows(path, rows, w, h):
     sheet.save(path)
 
 
+def match(found, truth):
+    """Which COCO results hit an object of their class (IoU 0.5, best first, each object once) and
+    which objects are hit: two lists of bool."""
+    right, hit = [], [False] * len(truth)
+    boxes = ([entry["bbox"] for entry in entries] for entries in (found, truth))
+    overlaps = iou(*boxes, [0] * len(truth)) if found and truth else [()] * len(found)
+    for result, overlap in zip(found, overlaps):  # overlap: with each object
+        free = [j for j, object in enumerate(truth)
+                if not hit[j] and object["category_id"] == result["category_id"]]  # fmt: skip
+        best = max(free, key=lambda j: overlap[j], default=None)
+        right.append(best is not None and overlap[best] >= 0.5)
+        if right[-1]:
+            hit[best] = True
+    return right, hit
+
+
+GREEN, RED = (0, 200, 0), (230, 0, 0)
+
+
 @costs_no_figures
 def draw_detections(path, data, results, n=6, score=0.3, side=320):
-    """The first n images that hold objects: the truth above, COCO results of `score` below."""
+    """The first n images that hold objects: the truth above, below it the COCO results of at least
+    `score`, or the three best where there is none; green what is found, red what is not."""
     chosen = ([i for i, labels in enumerate(data.labels) if len(labels)] or range(len(data)))[:n]
     truth = [a for a in data.annotations if not a["iscrowd"]]
-    found = [r for r in results if r["score"] >= score]
-    entries = {"ground truth": truth, f"found, score at least {score}": found}
-    rows = {title: [] for title in entries}
+    rows = {f"ground truth; red: not found with a score of {score}": [],
+            f"found with a score of {score}, else the best three; red: wrong": []}  # fmt: skip
     for i in chosen:
         image, _ = data.read(i)
-        for title, row in rows.items():
-            mine = [e for e in entries[title] if e["image_id"] == data.images[i]["id"]]
-            row.append(draw_boxes(image, mine, data.categories, side))
+        there, mine = ([e for e in x if e["image_id"] == data.images[i]["id"]]
+                       for x in (truth, results))  # fmt: skip
+        mine.sort(key=lambda result: -result["score"])
+        good = [result for result in mine if result["score"] >= score]
+        right, _ = match(mine := good or mine[:3], there)
+        _, hit = match(good, there)
+        for row, entries, so in zip(rows.values(), (there, mine), (hit, right)):
+            inks = [GREEN if yes else RED for yes in so]
+            row.append(draw_boxes(image, entries, data.categories, side, inks))
     save_rows(path, rows, side, side)
 
 
@@ -173,8 +200,9 @@ def draw_attention(path, image, rows, categories, side=320):
 
 # ---------------------------------------------------------------- self-supervised tasks
 @costs_no_figures
-def draw_ssl(path, panels, patch, n=6):
-    """What a self-supervised task does to the first n images, a row for each panel.
+def draw_ssl(path, panels, patch, text, n=6):
+    """What a self-supervised task does to the first n images, a row for each panel; `text`, how
+    well it is solved on all held-out images, is added to the last row's title.
     panels: {title: (images (B, 3, H, W) in 0..1, patches to frame (B, P) or None, right or not
     (B, P) or None)}; frames are white, or green where right and red where wrong."""
     H, W = next(iter(panels.values()))[0].shape[-2:]
@@ -191,6 +219,7 @@ def draw_ssl(path, panels, patch, n=6):
                 frame = x, y, x + step - 1, y + step - 1
                 ImageDraw.Draw(image).rectangle(frame, outline=ink)
             rows[title].append(image)
+    rows[f"{title}; all held-out images: {text}"] = rows.pop(title)
     save_rows(path, rows, w, h)
 
 
@@ -198,12 +227,15 @@ def draw_ssl(path, panels, patch, n=6):
 def draw_curves(path, log):
     """Losses, AP and the self-supervised task by epoch, from the lines of log.jsonl as dicts."""
     there = {key for line in log for key, value in line.items() if value is not None}
+    guessed = ("ssl_guess", "ssl_chance")  # a loss of pixels, a share of classes
     names = {
-        "training loss (terms: last layer)": sorted(x for x in there if x.startswith("train_")),
-        "on held-out images: AP": [x for x in ("ap", "ap50", "ap75") if x in there],
-        "on held-out images: task": [x for x in ("ssl_loss", "ssl_acc") if x in there],
+        "loss (terms: last layer)": sorted(x for x in there if x.startswith(("train_", "val_"))),
+        "on held-out images: AP": ("ap", "ap50", "ap75"),
+        "on held-out images: task's loss": ("ssl_loss", *guessed * ("ssl_acc" not in there)),
+        "on held-out images: accuracy": ("ssl_acc", *guessed) if "ssl_acc" in there else (),
     }
-    draw_panels(path, {label: {name.removeprefix("train_"): points_of(log, name) for name in mine}
+    draw_panels(path, {label: {name.removeprefix("train_"): points_of(log, name)
+                               for name in mine if name in there}
                        for label, mine in names.items()})  # fmt: skip
 
 

@@ -14,7 +14,6 @@ that was interrupted goes on. Delete a result to repeat it.
 
 import parallel  # noqa: F401 # isort: skip (before torch)
 
-import argparse
 import collections
 import concurrent.futures
 import contextlib
@@ -35,15 +34,11 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import checkpoint
 import coco
-import eval as evaluation
-import isaid
 import pictures
-import ssl_tasks
 import train
 from flags import Parser, command, number, one_line, words
 
@@ -241,7 +236,6 @@ class Runner:
         if anew:  # in one go; evaluations apart
             evaluations = sum(line.get("eval_seconds", 0) for line in log)
             content["seconds"] = round(time.monotonic() - start - evaluations, 1)
-        content["guess"] = guess(folder) if "ssl_loss" in log[-1] else None
         coco.write_text(self.out / f"{name}-{seed}.json", json.dumps(content, indent=1) + "\n")
 
     def finished(self, name, seed):
@@ -286,26 +280,6 @@ def read_log(run):
     return [json.loads(line) for line in lines]
 
 
-@torch.no_grad()
-def guess(run):
-    """How well a task is solved without looking at the image, on the first 200 held-out ones.
-    For pixels {"loss": the L1 error of predicting the mean patch}, for classes {"acc": the share
-    of the most frequent answer, "chance": one in K}."""
-    _, task, state = evaluation.load_run(run, "cpu")
-    data = isaid.open_split("val", argparse.Namespace(**state["args"]), train=False)
-    batch = [data[i] for i in range(min(len(data), 200))]
-    images, padding, targets = isaid.collate(batch)
-    corruption = task.draw(padding, [target["seed"] for target in targets])
-    counted, target = task.loss_mask(corruption), task.target(images, corruption)
-    if isinstance(task, ssl_tasks.PixelTask):
-        H, W, p = *images.shape[-2:], task.patch
-        target = F.pad(target, (0, -W % p, 0, -H % p)).unfold(2, p, p).unfold(3, p, p)
-        patches = target.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)[counted]  # (n, 3, p, p)
-        return {"loss": (patches - patches.mean(0)).abs().mean().item()}
-    answers = target.flatten(1)[counted]
-    return {"acc": answers.bincount().max().item() / len(answers), "chance": 1 / task.outputs()}
-
-
 # ---------------------------------------------------------------- tables and curves
 def mean_and_deviation(values, digits=3):
     """Mean ± standard deviation over seeds."""
@@ -323,11 +297,12 @@ def tables(results, comparisons=(), goals=()):
             logs = [ap_of(run) for run in runs]
             detect.append((name, logs, [100 * (line["ap50"] or 0) for line in last]))
             epochs |= logs[0].keys()
-        if runs[0]["guess"]:
-            lines = [{**line, **run["guess"]} for line, run in zip(last, runs)]
-            keys = "ssl_loss", "loss", "ssl_acc", "acc", "chance"
-            columns = [[line.get(key) for line in lines] for key in keys]
-            cells = ["" if None in column else mean_and_deviation(column) for column in columns]
+        if "ssl_loss" in last[0]:
+            loss, guess, accuracy, likely, chance = "ssl_loss", "ssl_guess", None, None, None
+            if last[0]["ssl_acc"] is not None:
+                guess, accuracy, likely, chance = None, "ssl_acc", "ssl_guess", "ssl_chance"
+            cells = [mean_and_deviation([line[key] for line in last]) if key else ""
+                     for key in (loss, guess, accuracy, likely, chance)]  # fmt: skip
             tasks.append(f"| {name} | {' | '.join(cells)} |")
     text, epochs = [], sorted(epochs)
     if detect:

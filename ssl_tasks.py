@@ -84,6 +84,8 @@ class Task(nn.Module):
         predict(x (B, C, H/s, W/s), (H, W)) -> the prediction, from the memory through self.head
         target(images, corruption)   -> (B, 3, H, W) pixels, or (B, h, w) int64 classes
         errors(prediction, target)   -> error of each patch (B, P), right or not (B, P) or None
+        taken(target, counted)       -> what is right at the n counted patches (B, P): (n, ...)
+        guess(what taken returns)    -> (what is reached without looking, by chance), or None each
         answers(images, prediction, target, corruption) -> {title: (picture, right or not)}"""
 
     corrupts = True  # else the clean images will do, and every patch counts
@@ -145,6 +147,9 @@ class Task(nn.Module):
     def loss_mask(self, corruption):
         """Patches that the loss counts: (B, P) bool."""
         return corruption.whole & (corruption.changed() | self.count_all)
+
+    def taken(self, target, counted):
+        return target[:0]
 
     def compare(self, memory, images, corruption):
         """(prediction, target): what is predicted from the memory and what is right."""
@@ -213,6 +218,15 @@ class PixelTask(Task):
         error = (prediction - target).abs().mean(1, keepdim=True)  # (B, 1, H, W)
         return F.avg_pool2d(error, self.patch, ceil_mode=True).flatten(1), None
 
+    def taken(self, target, counted):  # (B, 3, H, W), (B, P) -> (n, 3, p, p)
+        p, (H, W) = self.patch, target.shape[-2:]
+        patches = F.pad(target, (0, -W % p, 0, -H % p)).unfold(2, p, p).unfold(3, p, p)
+        return patches.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)[counted]
+
+    def guess(self, patches):
+        """The error of predicting the mean patch everywhere, without looking; no chance level."""
+        return (patches - patches.mean(0)).abs().mean().item(), None
+
     def answers(self, images, prediction, target, corruption):
         counted = self.loss_mask(corruption).unflatten(1, corruption.grid)
         here = spread(counted, self.patch, images.shape[-2:])[:, None]
@@ -229,6 +243,13 @@ class ClassTask(Task):
     def errors(self, prediction, target):
         error = F.cross_entropy(prediction, target, reduction="none")
         return error.flatten(1), (prediction.argmax(1) == target).flatten(1)
+
+    def taken(self, target, counted):  # (B, h, w), (B, P) -> (n,)
+        return target.flatten(1)[counted]
+
+    def guess(self, classes):
+        """The share of the most frequent answer, and that of any: one in K."""
+        return classes.bincount().max().item() / len(classes), 1 / self.outputs()
 
     def answers(self, images, prediction, target, corruption):
         right = self.errors(prediction, target)[1]
