@@ -15,6 +15,7 @@ import deformable_attn
 import detr
 import eval as evaluation
 import isaid
+import pictures
 import train
 
 PERFECT = [*[pytest.approx(1)] * 5, None, pytest.approx(1)]  # of METRICS, without large objects
@@ -54,6 +55,33 @@ def test_truth_scores_one_and_nothing_zero(data, evaluator):
     for key, value in (("image_id", 4040), ("category_id", 99)):
         with pytest.raises(coco.DataError, match=f"the results have {key} {value}, which"):
             evaluation.coco_metrics(data, [{**data.truth[0], key: value}])
+
+
+@pytest.mark.parametrize("model", detr.DETECTORS)
+def test_the_held_out_loss_is_that_of_training(model):
+    """Of each batch, all terms of all layers, weighted: what the training loop would add up."""
+    args, _ = train.parse(f"--model {model} --hidden_dim 32 --dec_layers 2 --amp no".split())
+    torch.manual_seed(0)
+    made = detr.build_detector(**train.detector_config(args, 15)).eval()
+    data, losses = isaid.synthetic("val", 5, 64, isaid.transforms(False, 64)), []
+    evaluation.predict(made, data, 3, losses=losses)
+    assert [images for images, _ in losses] == [3, 2]
+    for (_, loss), batch in zip(losses, isaid.loader(data, 0, batch_size=3)):
+        terms = train.compute_losses(made, None, *batch, args)
+        total = sum(made.criterion.weights[name] * x.sum() for name, x in terms.items())
+        assert loss == pytest.approx(total.item(), rel=1e-4)
+
+
+def test_right_wrong_and_missed():
+    """A hit is of the same class with IoU 0.5, each object once, the best first."""
+    plane, ship = {"category_id": 1}, {"category_id": 2}
+    truth = [{**plane, "bbox": [0, 0, 10, 10]}, {**ship, "bbox": [20, 0, 10, 10]}]
+    found = [{**plane, "bbox": [0, 0, 10, 9]}, {**plane, "bbox": [0, 0, 10, 10]},
+             {**plane, "bbox": [20, 0, 10, 10]}, {**ship, "bbox": [25, 0, 10, 10]}]  # fmt: skip
+    assert pictures.match(found, truth) == ([True, False, False, False], [True, False])
+    assert pictures.match(found[1:2], truth) == ([True], [True, False])
+    assert pictures.match(found, []) == ([False] * 4, [])
+    assert pictures.match([], truth) == ([], [False, False])
 
 
 def test_results_load_in_pycocotools_as_they_are(data, evaluator):
@@ -107,7 +135,8 @@ def test_own_images_and_others(run, tmp_path):
     """Of others nothing is written into the run; the figures of its own are those of training."""
     before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
     metrics, logged = (coco.read_json(run / name) for name in ("metrics.json", "log.jsonl"))
-    assert [metrics[key] for key in evaluation.METRICS] == [logged[k] for k in evaluation.METRICS]
+    same = *evaluation.METRICS, "val_loss"
+    assert [metrics[key] for key in same] == [logged[key] for key in same]
     data = f"--data {run}/../data"
     other = f"{data} --split train --limit_val 5 --max_dets 1000 --areas isaid"
     for flags, n in ((data, 3), ("--split train", 8), ("--limit_val 2", 2), (other, 5)):
