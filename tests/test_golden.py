@@ -64,7 +64,8 @@ def test_losses_and_gradients(case):
     assert grads.keys() == golden["grad_norms"].keys()
     floor = 1e-6 * max(golden["grad_norms"].values())  # below it there is only rounding
     wanted = {name: norm for name, norm in golden["grad_norms"].items() if norm > floor}
-    assert {name: grads[name].norm().item() for name in wanted} == pytest.approx(wanted, rel=1e-3)
+    rel = 2e-3 if getattr(model, "two_stage", False) else 1e-3  # sensitive to rounding
+    assert {name: grads[name].norm().item() for name in wanted} == pytest.approx(wanted, rel=rel)
 
 
 def test_detections(case):
