@@ -34,17 +34,20 @@ class Corruption(NamedTuple):
     whole: Tensor  # (B, P) bool, lies wholly inside its image; all others are left alone
     masked: Tensor  # (B, P) bool, its content is hidden
     source: Tensor  # (B, P) int64, a permutation: the patch whose content stands here
+    turns: Tensor | None  # (B, P) int64, left quarter turns of what stands here; None: no task's
 
     def changed(self):
-        """(B, P) bool: masked, or moved; a patch permuted to its own place is neither."""
-        return self.masked | (self.source != torch.arange(self.source.shape[1]).to(self.source))
+        """(B, P) bool: masked, moved or turned; a patch permuted to its own place is not."""
+        changed = self.masked | (self.source != torch.arange(self.source.shape[1]).to(self.source))
+        return changed if self.turns is None else changed | (self.turns > 0)
 
     def undone(self):
         """The corruption that puts moved patches back."""
         return self._replace(source=self.source.argsort(1))
 
     def to(self, device):
-        return Corruption(self.grid, *(x.to(device, non_blocking=True) for x in self[1:]))
+        there = (x if x is None else x.to(device, non_blocking=True) for x in self[1:])
+        return Corruption(self.grid, *there)
 
 
 def whole_patches(padding, patch):
@@ -65,6 +68,9 @@ def corrupt_map(x, corruption, cells, fill):
     H, W = x.shape[2:]
     patches = F.pixel_unshuffle(F.pad(x, (0, -W % cells, 0, -H % cells)), cells).flatten(2)
     patches = patches.gather(2, corruption.source[:, None].expand_as(patches))  # (B, C', P)
+    for k in () if corruption.turns is None else (1, 2, 3):
+        turned = patches.unflatten(1, (-1, cells, cells)).rot90(k, (2, 3)).flatten(1, 3)
+        patches = torch.where(corruption.turns[:, None] == k, turned, patches)
     fill = fill.repeat_interleave(cells * cells)[:, None]  # (C', 1), C' = C * cells * cells
     patches = torch.where(corruption.masked[:, None], fill, patches)
     return F.pixel_shuffle(patches.unflatten(2, corruption.grid), cells)[..., :H, :W]
@@ -80,6 +86,7 @@ class Task(nn.Module):
 
         mask(rng, patches, grid)     -> the patches that are hidden, of `patches`, the whole ones
         permute(rng, patches, grid)  -> (places, the patches whose content comes there)
+        turn(rng, patches, grid)     -> (places, by how many quarter turns each is turned)
         outputs()                    -> how many numbers the head predicts at each cell
         predict(x (B, C, H/s, W/s), (H, W)) -> the prediction, from the memory through self.head
         target(images, corruption)   -> (B, 3, H, W) pixels, or (B, h, w) int64 classes
@@ -114,17 +121,25 @@ class Task(nn.Module):
     def permute(self, rng, patches, grid):
         return [], []
 
+    def turn(self, rng, patches, grid):
+        return [], []
+
     def draw(self, padding, seeds):
         """The corruption of a batch, of each image from its own seed alone: padding (B, H, W)."""
         whole = whole_patches(padding.cpu(), self.patch).numpy()  # (B, h, w)
         grid, whole = whole.shape[1:], whole.reshape(len(whole), -1)
         masked, source = np.zeros_like(whole), np.indices(whole.shape)[1]
+        turns = np.zeros_like(source)
         for i, seed in enumerate(seeds):
             rng, patches = np.random.default_rng(seed), whole[i].nonzero()[0]
             masked[i, self.mask(rng, patches, grid)] = True
             places, sources = self.permute(rng, patches, grid)
             source[i, places] = sources
-        return Corruption(grid, *map(torch.from_numpy, (whole, masked, source)))
+            places, quarters = self.turn(rng, patches, grid)
+            turns[i, places] = quarters
+        whole, masked, source, turns = map(torch.from_numpy, (whole, masked, source, turns))
+        turns = None if type(self).turn is Task.turn else turns
+        return Corruption(grid, whole, masked, source, turns)
 
     def corrupt_images(self, images, corruption):
         return corrupt_map(images, corruption, self.patch, images.new_zeros(3))  # the mean colour

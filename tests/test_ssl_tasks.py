@@ -290,6 +290,45 @@ def blues(tmp_path_factory):
     return folder
 
 
+class Rotation(ssl_tasks.ClassTask):
+    """Turn a share of the patches; by how much is asked."""
+
+    def turn(self, rng, patches, grid):
+        places = ssl_tasks.MaskedPixels.mask(self, rng, patches, grid)
+        return places, rng.integers(1, 4, len(places))
+
+    def outputs(self):
+        return 4
+
+    def target(self, images, corruption):  # (B, h, w)
+        return corruption.turns.unflatten(1, corruption.grid)
+
+
+def test_a_task_that_turns_patches(monkeypatch, tmp_path):
+    """Each patch is turned as numpy turns it, in images and in maps; it is trained as any task."""
+    monkeypatch.setitem(ssl_tasks.TASKS, "rotation", Rotation)
+    for on in ("image", "features"):
+        images, padding, model, task, corruption = given("deformable_detr", "rotation", on=on)
+        stack = [(images, task.corrupt_images(images, corruption), task.patch)]
+        if on == "features":
+            levels = model.features(images, padding)
+            pairs = zip(levels, task.corrupt_levels(levels, corruption), task.strides)
+            stack = [(a.features, b.features, task.patch // s) for a, b, s in pairs]
+        assert 0 < (corruption.turns > 0).sum() < corruption.whole.sum()
+        assert torch.equal(task.loss_mask(corruption), corruption.turns > 0)
+        for before, after, p in stack:
+            for b, i in np.ndindex(*corruption.turns.shape):
+                y, x = (n * p for n in divmod(i, corruption.grid[1]))
+                here = (b, slice(None), slice(y, y + p), slice(x, x + p))
+                if corruption.whole[b, i]:
+                    turned = np.rot90(before[here].detach(), corruption.turns[b, i], (1, 2))
+                    np.testing.assert_array_equal(after[here].detach(), turned)
+                else:
+                    assert torch.equal(before[here], after[here])
+    line = trained(tmp_path / "run", f"{TINY} --setting multitask --ssl_task rotation --epochs 1")
+    assert line["ssl_chance"] == 0.25 and 0 <= line["ssl_acc"] <= 1
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("setting", ["pretrain", "multitask"])
 @pytest.mark.parametrize("task", ssl_tasks.TASKS)

@@ -1,0 +1,147 @@
+"""Checks of the exercises in COURSE.md: red before, green after. One by one: -k NAME."""
+
+import answers
+import pytest
+import torch
+
+import deformable_attn
+import detr
+import reproduce
+import ssl_tasks
+import train
+from deformable_attn.reference import ms_deform_attn_reference
+
+
+def demonstration():
+    args, _ = train.parse([])
+    return detr.build_detector(**train.detector_config(args, 15)).eval()
+
+
+def test_shapes():
+    model, seen = demonstration(), {}
+    module = model.transformer.encoder.layers[0].self_attn
+    sample = module.sample
+    module.sample = lambda *inputs: seen.setdefault("sampled", sample(*inputs))
+    images, padding = torch.zeros(2, 3, 96, 128), torch.zeros(2, 96, 128, dtype=torch.bool)
+    levels = model.features(images, padding)
+    outputs = model.decode(model.encode(levels))
+    assert [tuple(level.features.shape) for level in levels] == answers.LEVELS
+    assert seen["sampled"][0].shape == answers.LOCATIONS
+    assert outputs["logits"].shape == answers.LOGITS
+
+
+def test_star():
+    bias = deformable_attn.MSDeformAttn(128, 3, 8, 4).sampling_offsets.bias.view(8, 3, 4, 2)
+    assert answers.POINT is not None
+    assert bias[2, 0, 2].tolist() == pytest.approx(answers.POINT, abs=1e-4)
+
+
+def test_share():
+    for ratio, number in answers.MASKED.items():
+        task = ssl_tasks.build_task("mim-continuous", dim=8, strides=[32], patch=32, ratio=ratio)
+        corruption = task.draw(torch.zeros(1, 128, 128, dtype=torch.bool), [0])
+        assert int(corruption.masked.sum()) == number
+
+
+def test_null():
+    rows = reproduce.read_table(reproduce.RECIPES / "first_epochs.txt")
+    results = reproduce.read_results([reproduce.RESULTS / "first_epochs"], rows)
+    pair = [("detr", "detr-after-mim-continuous", "detr-scratch")]
+    interval = reproduce.compare(results, pair)[2].split(" | ")[3]
+    assert "{:+.1f} to {:+.1f}".format(*answers.INTERVAL) == interval
+
+
+def test_matcher():
+    """A worked example: the costs of two queries with two objects, as both detectors have them."""
+    logits = torch.tensor([[0.0, 2.0, 1.0], [1.0, -1.0, 0.0]])[None, None]  # (1, 1, 2, 3)
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.6, 0.4, 0.2]])
+    objects = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.3, 0.5, 0.2, 0.2]])
+    labels = torch.tensor([[1, 0]])
+    for focal, expected in ((False, SOFTMAX), (True, FOCAL)):
+        costs = detr.Criterion(focal).costs(logits, boxes[None, None], labels, objects[None])
+        torch.testing.assert_close(costs[0, 0], torch.tensor(expected), rtol=1e-3, atol=1e-3)
+
+
+SOFTMAX = [[-0.6652, 0.91], [3.7243, 0.7681]]
+FOCAL = [[-2.4742, 0.8267], [4.1312, 0.3919]]
+
+
+def test_schedule():
+    """Up to the full rate in a tenth of the steps, down to nearly nothing; or drops by ten."""
+    for drop, expected in (("cycle", [0.1, 0.5, 1.0, 0.75, 0.25]), (4, [1, 1, 1, 1, 0.01])):
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([parameter], lr=1.0)
+        args, _ = train.parse(["--epochs", "10", "--lr_drop", str(drop)])
+        schedule, rates = train.build_schedule(optimizer, args, 10), []
+        for _ in range(100):
+            rates.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        at = [rates[step] for step in (0, 4, 9, 40, 70)]
+        if drop != "cycle":
+            at = [rates[step] for step in (0, 10, 20, 39, 80)]
+        assert at == pytest.approx(expected, abs=1e-3), drop
+
+
+def test_operator():
+    """A map that is a plane, sampled bilinearly, gives the plane at the points; zeros outside."""
+    y, x = torch.meshgrid(torch.arange(8.0) + 0.5, torch.arange(6.0) + 0.5, indexing="ij")
+    value = (2 * x + 5 * y).reshape(1, 48, 1, 1)  # one head, one channel, one level of 8 x 6
+    points = torch.tensor([[1.2, 3.4], [4.9, 6.1], [-9.0, 3.0]])  # x, y in cells
+    locations = (points / torch.tensor([6.0, 8.0])).reshape(1, 1, 1, 1, 3, 2)
+    weights = torch.tensor([0.2, 0.3, 0.5]).reshape(1, 1, 1, 1, 3)
+    expected = 0.2 * (2.4 + 17) + 0.3 * (9.8 + 30.5)
+    found = ms_deform_attn_reference(value, [(8, 6)], locations, weights)
+    assert found.shape == (1, 1, 1) and found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_backward():
+    """The gradients that autograd finds, in two levels with two heads, some points outside."""
+    torch.manual_seed(0)
+    shapes = [(4, 3), (2, 5)]
+    inputs = (torch.randn(2, 22, 2, 3), torch.rand(2, 4, 2, 2, 3, 2) * 1.4 - 0.2,
+              torch.rand(2, 4, 2, 2, 3))  # fmt: skip
+    value, locations, weights = (x.double().requires_grad_() for x in inputs)
+    output = ms_deform_attn_reference(value, shapes, locations, weights)
+    grad = torch.randn_like(output)
+    expected = torch.autograd.grad(output, (value, locations, weights), grad)
+    with torch.no_grad():
+        found = answers.backward(grad, value, shapes, locations, weights)
+    for mine, right in zip(found, expected):
+        torch.testing.assert_close(mine, right)
+
+
+def test_inverted():
+    """Only what moved counts, and all of it; a patch permuted to its own place did not move."""
+    task = ssl_tasks.build_task("jigsaw-continuous", dim=8, strides=[32], patch=32, ratio=1)
+    corruption = task.draw(torch.zeros(8, 128, 128, dtype=torch.bool), range(8))
+    moved = corruption.source != torch.arange(16)
+    assert 0 < (~moved).sum() and torch.equal(task.loss_mask(corruption), moved)
+
+
+def test_rotation(tmp_path):
+    """Your task: a share of the patches turned by one to three quarters, which is asked."""
+    task = ssl_tasks.build_task("rotation", dim=8, strides=[32], patch=32, on="image")
+    corruption = task.draw(torch.zeros(4, 128, 128, dtype=torch.bool), range(4))
+    counted = task.loss_mask(corruption)
+    assert counted.sum(1).tolist() == [8, 8, 8, 8]
+    images = torch.randn(4, 3, 128, 128)
+    corrupted, target = task.corrupt_images(images, corruption), task.target(images, corruption)
+    for b, i in counted.nonzero().tolist():
+        y, x = (32 * n for n in divmod(i, 4))
+        patch = images[b, :, y : y + 32, x : x + 32]
+        turned = corrupted[b, :, y : y + 32, x : x + 32]
+        turns = [k for k in (1, 2, 3) if torch.equal(patch.rot90(k, (1, 2)), turned)]
+        assert turns and target[b].flatten()[i].item() in (turns[0], turns[0] - 1)
+    train.main(f"--setting pretrain --ssl_task rotation --ssl_on image --limit_train 32 --epochs 1 "
+               f"--limit_val 8 --out {tmp_path}/run".split())  # fmt: skip
+
+
+def test_backbone():
+    """A CNN of another kind: both detectors take it, with three strides."""
+    small = dict(hidden_dim=32, nheads=2, enc_layers=1, dec_layers=1, frozen_bn=False)
+    for name, strides in (("detr", [32]), ("deformable_detr", [8, 16, 32, 64])):
+        model = detr.build_detector(name, 3, backbone="mobilenet_v3_large", **small).eval()
+        assert model.strides == strides
+        levels = model.features(torch.zeros(1, 3, 64, 96), torch.zeros(1, 64, 96, dtype=torch.bool))
+        assert [level.features.shape[-1] for level in levels] == [-(-96 // s) for s in strides]
