@@ -30,8 +30,8 @@ def prepare(name):
     if name not in REMOVED | PLANTED:
         sys.exit(f"error: {name!r} is none of {', '.join(REMOVED | PLANTED)}")
     file = (REMOVED | PLANTED)[name][0]
-    changed = ["git", "diff", "--quiet", "HEAD", "--", file]
-    if subprocess.run(changed, cwd=ROOT, stderr=subprocess.DEVNULL).returncode == 1:
+    status = ["git", "status", "--porcelain", "--", file]  # prints nothing where git is not
+    if subprocess.run(status, cwd=ROOT, capture_output=True).stdout:
         sys.exit(f"error: {file} has changes of yours; commit them, or: git checkout {file}")
     code = (ROOT / file).read_text(encoding="utf-8")
     if name in REMOVED:

@@ -9,7 +9,7 @@ from typing import List, Tuple  # noqa: UP035  (torch 2.6 knows no list[int] in 
 
 # OpenMP's threads spin while they wait and starve a second process; see parallel.py
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "2000"
+    os.environ["GOMP_SPINCOUNT"] = "20000"
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402

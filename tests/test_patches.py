@@ -202,7 +202,7 @@ MISTAKES = """none out | none: has no train/images
 raw out --splits test | raw/test/images: holds no images
 raw out --overlap 80 | --overlap 80 must be smaller than --patch 80
 raw raw | is where the images come from
-raw raw/train/images/P0001.png | error: [Errno"""
+raw raw/train/images/P0001.png | P0001.png/train/images: Not a directory; name another"""
 
 
 @pytest.mark.parametrize("line", MISTAKES.splitlines())

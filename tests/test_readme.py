@@ -106,7 +106,7 @@ def test_tables_parse(monkeypatch):
     """Every row of every table is a command that train.py takes; the 40 combinations are there."""
     monkeypatch.chdir(ROOT)
     rows = reproduce.read_table(ROOT / "recipes/tasks.txt")
-    found = [reproduce.resolve(rows, name) for name in rows if name != "backbone"]
+    found = [vars(reproduce.parse(name, rows[name])) for name in rows if name != "backbone"]
     kinds = {tuple(row[key] for key in ("model", "setting", "ssl_task", "ssl_on")) for row in found}
     assert len(kinds) == len(found) == 40
     rows = reproduce.read_table(ROOT / "recipes/first_epochs.txt")

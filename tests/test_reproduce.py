@@ -88,8 +88,8 @@ def test_a_table(table, tmp_path, capsys):
     assert not made and "scratch" not in printed and printed.count("| start |") == 1
     assert f"1 results are of revision abc12, yours is {checkpoint.revision()}" in printed
     assert b"| deformable-scratch |" in shown.read_bytes()  # always holds all
-    recipe.write_text(f"{TINY} --lr 1e-3")
-    refused("scratch-0.json was made with --lr 0.0005, now 0.001; delete it")
+    recipe.write_text(f"{TINY} --lr 2e-3")
+    refused("scratch-0.json was made with --lr 0.001, now 0.002; delete it")
     recipe.write_text(TINY)
     table.write_text(table.read_text(encoding="utf-8").replace("--vocabulary 4", "--vocabulary 5"))
     refused("start-1.json was made with --vocabulary 4, now 5; delete it")
@@ -230,7 +230,7 @@ def test_the_mean_patch_by_hand(tmp_path):
     """The loss of a guess is that of predicting the mean of all counted patches."""
     flags = TINY.replace("64", "80")  # a border of 16 pixels belongs to no whole patch
     train.main(f"{flags} --setting pretrain --ssl_task reconstruct --out {tmp_path}/run".split())
-    data = reproduce.isaid.synthetic("val", 2, 80, reproduce.isaid.transforms(False, 80))
+    data = isaid.synthetic("val", 2, 80, isaid.transforms(False, 80))
     images = torch.stack([data[i][0][:, :64, :64] for i in range(2)])
     patches = images.unfold(2, 32, 32).unfold(3, 32, 32).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
     expected = float((patches - patches.mean(0)).abs().mean())
