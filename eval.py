@@ -273,7 +273,8 @@ def default_device():
 
 def default_amp(device):
     """bf16 on a CPU that multiplies in it (AVX-512 BF16, AMX) and does not only emulate it."""
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    units = "_is_avx512_bf16_supported", "_is_amx_tile_supported"  # not in every version of torch
+    fast = any(getattr(torch.cpu, unit, bool)() for unit in units)
     return "bf16" if device == "cpu" and fast else "no"
 
 
