@@ -487,8 +487,8 @@ def main(argv=None):
     add("--jobs", type=few, default=1, help="runs at a time, each on its GPU if there are")
     add("--nproc", type=few, default=1, help="processes, or GPUs, of each run")
     add("--out", type=os.path.abspath, help="folder of runs and results; nothing published counts")
-    add = parser.add_mutually_exclusive_group().add_argument
     add("--code", type=os.path.abspath, default=ROOT, help="of another revision, to compare speed")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--dry_run", action="store_true", help="print the commands and what they lack")
     add("--no_run", action="store_true", help="print the results that are there, run nothing")
     args = parser.parse_args(argv)
