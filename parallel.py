@@ -6,9 +6,8 @@ import ctypes
 import os
 import sys
 
-# OpenMP's threads spin while they wait. If they sleep after 2,000 turns, a training alone loses a
-# fifth; if they never do, two on the same cores make 2 images/s each. OpenMP reads this as torch
-# loads it.
+# OpenMP's threads spin while they wait. If they sleep too soon, a training alone is slower; if they
+# never do, two on the same cores starve each other. OpenMP reads this as torch loads it.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "20000"
 
