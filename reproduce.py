@@ -213,6 +213,8 @@ class Runner:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
         launch = [*launch, str(self.args.nproc)] if self.args.nproc > 1 else []
         row = ["--seed", str(seed), "--out", f"{out}/{name}-{seed}", "--resume"]
+        if self.args.jobs > 1 and torch.cuda.is_available():  # the runs share the processor's cores
+            row += ["--workers", str(max(1, (os.cpu_count() or 1) // self.args.jobs))]
         return ["python", *launch, "train.py", *flags, *row]
 
     def run(self, name, seed):
