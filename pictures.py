@@ -4,9 +4,9 @@ import functools
 import sys
 
 import numpy as np
-from matplotlib import font_manager
+from matplotlib import colormaps, font_manager
 from matplotlib.figure import Figure
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools.mask import iou
 
 
@@ -47,8 +47,9 @@ def legible(text, otherwise, size):
 
 # ---------------------------------------------------------------- detections
 def colour(label, n):
-    """A colour of its own for each of n classes."""
-    return ImageColor.getrgb(f"hsv({360 * label // n}, {80 if label % 2 else 100}%, 100%)")
+    """A colour of its own for each of n classes, RGB: neighbours in the list differ most."""
+    table, place = ("tab20", (2 * label + label // 10) % 20) if n <= 20 else ("hsv", label / n)
+    return tuple(round(255 * share) for share in colormaps[table](place)[:3])
 
 
 def draw_boxes(image, entries, categories, side, inks=None):
@@ -67,11 +68,16 @@ def draw_boxes(image, entries, categories, side, inks=None):
         pen.rectangle((x, y, x + w, y + h), outline=ink, width=2)
         room = image.width - pen.textlength(text, font=font) - 2
         corner = max(0, min(x + 1, room)), max(y - 13, 0)  # inside the picture
-        left, top, right, bottom = pen.textbbox(corner, text, font=font)
-        pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=ink)
-        bright = 0.3 * ink[0] + 0.59 * ink[1] + 0.11 * ink[2] > 90
-        pen.text(corner, text, fill="black" if bright else "white", font=font)
+        write(pen, pen.textbbox(corner, text, font=font), text, font, ink)
     return image
+
+
+def write(pen, place, text, font, ink):
+    """Text in the rectangle that it fills, on a ground of the colour `ink`."""
+    left, top, right, bottom = place
+    pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=ink)
+    bright = 0.3 * ink[0] + 0.59 * ink[1] + 0.11 * ink[2] > 90
+    pen.text((left, bottom), text, fill="black" if bright else "white", font=font, anchor="ld")
 
 
 def save_rows(path, rows, w, h):
@@ -130,8 +136,9 @@ def draw_detections(path, data, results, n=6, score=0.3, side=320):
 
 @costs_no_figures
 def draw_objects(path, image, found, categories, smallest=800, largest=4000):
-    """A whole image of a side between the two, with boxes and a legend of the classes found.
-    found: {"boxes" (n, 4) xyxy in pixels, "labels" (n,)}."""
+    """A whole image of a side between the two, with boxes, names and scores where there is room
+    for them, best first, and a legend of the classes found.
+    found: {"boxes" (n, 4) xyxy in pixels, "labels" (n,), "scores" (n,)}."""
     scale = min(max(1, smallest / max(image.size)), largest / max(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
     line, counts = max(16, max(width, height) // 60), np.bincount(found["labels"])
@@ -139,9 +146,19 @@ def draw_objects(path, image, found, categories, smallest=800, largest=4000):
     sheet = Image.new("RGB", (width + 12 * line, max(height, line * (len(shown) + 1))), "white")
     sheet.paste(image.resize((width, height)))
     pen = ImageDraw.Draw(sheet)
-    for box, label in zip(found["boxes"] * scale, found["labels"]):
-        ink = colour(label, number)
-        pen.rectangle(tuple(box), outline=ink, width=max(2, line // 12))
+    boxes = found["boxes"] * scale
+    for box, label in zip(boxes, found["labels"]):
+        pen.rectangle(tuple(box), outline=colour(label, number), width=max(2, line // 12))
+    fonts = {k: legible(categories[k]["name"], f"class {categories[k]['id']}", 0.6 * line)
+             for k in shown}  # fmt: skip
+    for box, label, score in zip(boxes, found["labels"], found["scores"]):
+        font, name = fonts[label]
+        text, (x, y) = f"{name} {score:.2f}", box[:2]
+        place = pen.textbbox((x, y - 2), text, font=font, anchor="ld")
+        overlap = np.minimum(place[2:], boxes[:, 2:]) > np.maximum(place[:2], boxes[:, :2])
+        if place[1] >= 0 and place[2] <= width and not overlap.all(1).any():
+            boxes = np.concatenate([boxes, [place]])
+            write(pen, place, text, font, colour(label, number))
     for row, label in enumerate(shown):
         x, y, ink = width + line / 2, line * (row + 0.5), colour(label, number)
         pen.rectangle((x, y, x + line * 0.7, y + line * 0.7), fill=ink)
@@ -229,14 +246,17 @@ def draw_curves(path, log):
     there = {key for line in log for key, value in line.items() if value is not None}
     guessed = ("ssl_guess", "ssl_chance")  # a loss of pixels, a share of classes
     names = {
-        "loss (terms: last layer)": sorted(x for x in there if x.startswith(("train_", "val_"))),
+        "loss, by its weighted terms": ("train_loss", "val_loss"),
         "on held-out images: AP": ("ap", "ap50", "ap75"),
         "on held-out images: task's loss": ("ssl_loss", *guessed * ("ssl_acc" not in there)),
         "on held-out images: accuracy": ("ssl_acc", *guessed) if "ssl_acc" in there else (),
     }
-    draw_panels(path, {label: {name.removeprefix("train_"): points_of(log, name)
-                               for name in mine if name in there}
-                       for label, mine in names.items()})  # fmt: skip
+    panels = {
+        label: {x.removeprefix("train_"): points_of(log, x) for x in mine if x in there}
+        for label, mine in names.items()
+    }
+    terms = sorted(x for x in there if x.startswith("train_loss_"))
+    draw_panels(path, panels, {x.removeprefix("train_loss_"): points_of(log, x) for x in terms})
 
 
 def points_of(log, name):
@@ -245,15 +265,19 @@ def points_of(log, name):
 
 
 @costs_no_figures
-def draw_panels(path, panels):
-    """Curves by epoch, a panel for each label: {label: {name: [(epoch, value)]}}."""
+def draw_panels(path, panels, terms=()):
+    """Curves by epoch, a panel for each label: {label: {name: [(epoch, value)]}}; in the first one
+    on bars of the terms {name: [(epoch, value)]} that add up to it."""
     panels = {label: curves for label, curves in panels.items() if any(curves.values())}
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
-    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    row, bottom = figure.subplots(1, len(panels), squeeze=False)[0], 0
+    for name, points in dict(terms).items():
+        epochs, values = np.reshape(points, (-1, 2)).T
+        row[0].bar(epochs, values, bottom=bottom, label=name, alpha=0.4)
+        bottom = bottom + values
     for axes, (label, curves) in zip(row, panels.items()):
-        for name, points in curves.items():  # the total is broad: it may be like its only term
-            style = {"linewidth": 5, "alpha": 0.4} if name == "loss" else {}
-            axes.plot(*np.reshape(points, (-1, 2)).T, marker=".", label=name, **style)
+        for name, points in curves.items():
+            axes.plot(*np.reshape(points, (-1, 2)).T, marker=".", label=name)
         axes.set(xlabel="epoch", ylabel=label)
         axes.legend()
         finish_axes(axes)

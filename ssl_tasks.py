@@ -81,8 +81,9 @@ class Task(nn.Module):
     """Corrupts patches and predicts something of each from the finest level of the memory.
     dim, strides: of the detector's maps, finest first. patch: pixels a side. ratio: share of an
     image's patches that is corrupted. on: "features" or "image". loss_on: "corrupted" or "all"
-    patches count. image_size: pixels a side if all images have one size. Values that do not go
-    together raise ValueError. A task overrides what it does differently, and has its name in TASKS:
+    patches count. image_size: pixels a side if all images have one size. hidden: the head has a
+    hidden layer, as the authors' has in multi-task learning. Values that do not go together raise
+    ValueError. A task overrides what it does differently, and has its name in TASKS:
 
         mask(rng, patches, grid)     -> the patches that are hidden, of `patches`, the whole ones
         permute(rng, patches, grid)  -> (places, the patches whose content comes there)
@@ -98,9 +99,9 @@ class Task(nn.Module):
     corrupts = True  # else the clean images will do, and every patch counts
 
     def __init__(self, dim, strides, patch, ratio=0.5, on="features", loss_on="corrupted",
-                 image_size=None):  # fmt: skip
+                 image_size=None, hidden=False):  # fmt: skip
         super().__init__()
-        self.strides, self.patch, self.ratio, self.on = strides, patch, ratio, on
+        self.dim, self.strides, self.patch, self.ratio, self.on = dim, strides, patch, ratio, on
         self.count_all, self.image_size = loss_on == "all" or not self.corrupts, image_size
         if patch % strides[0] or any(patch % s and s % patch for s in strides):
             fault = f"a patch of {patch} pixels does not cover whole cells of the maps"
@@ -111,9 +112,10 @@ class Task(nn.Module):
             raise ValueError(f"{fault}; take larger images, smaller patches or a larger ratio")
         if on == "features" and self.corrupts:  # what stands in a masked cell of each level
             self.mask_token = nn.Parameter(torch.randn(len(strides), dim) * 0.02)
-        self.head = nn.Conv2d(dim, self.outputs(), 1)
-        nn.init.normal_(self.head.weight, std=0.02)  # at first: the mean colour, all classes alike
-        nn.init.zeros_(self.head.bias)
+        head = nn.Conv2d(dim, self.outputs(), 1)
+        nn.init.normal_(head.weight, std=0.02)  # at first: the mean colour, all classes alike
+        nn.init.zeros_(head.bias)
+        self.head = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.ReLU(), head) if hidden else head
 
     def mask(self, rng, patches, grid):
         return []
@@ -168,8 +170,8 @@ class Task(nn.Module):
 
     def compare(self, memory, images, corruption):
         """(prediction, target): what is predicted from the memory and what is right."""
-        finest = memory[0].features + memory[0].position  # as the detector's own layers see it
-        return self.predict(finest, images.shape[-2:]), self.target(images, corruption)
+        prediction = self.predict(memory[0].features, images.shape[-2:])
+        return prediction, self.target(images, corruption)
 
     def loss(self, memory, images, corruption, num_patches=None):
         """The mean error of the counted patches; num_patches: divide by this instead."""
@@ -195,7 +197,7 @@ class Task(nn.Module):
         expect("target", f"{tuple(target.shape)} instead of {wanted}", target.shape == wanted)
         inside = not classes or 0 <= target.min() and target.max() < self.outputs()
         expect("target", f"classes beyond the {self.outputs()} of outputs", inside)
-        memory = torch.zeros(B, self.head.in_channels, -(-H // s), -(-W // s))
+        memory = torch.zeros(B, self.dim, -(-H // s), -(-W // s))
         for result in self.errors(self.predict(memory, (H, W)), target):
             fits = result is None or result.shape == (B, h * w)
             expect("errors", f"not the shape {(B, h * w)} of the patches", fits)

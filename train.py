@@ -92,13 +92,13 @@ def train(run, train_set, val_set, args):
             for i, (images, padding, targets) in enumerate(run.clocked(loader), done + 1):
                 images, padding = images.to(args.device), padding.to(args.device)
                 losses = compute_losses(model, task, images, padding, targets, args)
-                loss = sum(weights[name] * values.sum() for name, values in losses.items())
+                terms = {name: weights[name] * values.sum() for name, values in losses.items()}
+                loss = sum(terms.values())
                 stop_if_not_finite({**losses, "the total": loss}, targets)
                 stop_if_diverged(loss, run)
-                for name, values in {**losses, "loss": loss[None]}.items():  # of the last layer
-                    run.sums[name] = run.sums.get(name, 0) + values[-1].detach() / args.accumulate
-                loss = loss / args.accumulate
-                loss.backward()
+                for name, value in {**terms, "loss": loss}.items():
+                    run.sums[name] = run.sums.get(name, 0) + value.detach() / args.accumulate
+                (loss / args.accumulate).backward()
                 if i % args.accumulate:
                     continue
                 parallel.average_gradients(parameters)
@@ -277,8 +277,7 @@ def parse(argv=None):
     parser = build_parser()
     defaults = vars(parser.parse_args([]))
     unset = argparse.Namespace(**dict.fromkeys(defaults, argparse))  # any value that no flag has
-    given = vars(parser.parse_args(argv, unset))
-    given = {name: value for name, value in given.items() if value is not argparse}
+    given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not argparse}
     args = argparse.Namespace(**{**defaults, **given})
     args.image_size = args.image_size or (None if args.data else isaid.SCENE_SIZE)
     trained = {"backbone", "encoder"} if args.setting == "pretrain" else set(detr.PARTS)
@@ -362,6 +361,7 @@ def build_task(args, strides, train_set):
     config = {"name": args.ssl_task, "dim": args.hidden_dim, "strides": list(strides)}
     config.update(patch=args.ssl_patch or max(strides), image_size=args.image_size)
     config.update(ratio=args.ssl_ratio, on=args.ssl_on, loss_on=args.ssl_loss_on)
+    config["hidden"] = args.setting == "multitask"
     if ssl_tasks.TASKS[args.ssl_task] is ssl_tasks.MaskedTokens:
         config.update(vocabulary=args.vocabulary, tokenizer_weights=args.tokenizer_weights)
     task = ssl_tasks.build_task(**config)
