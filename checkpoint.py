@@ -55,6 +55,11 @@ class Run:
             yield batch
             self.seconds, start = self.seconds + time.perf_counter() - start, time.perf_counter()
 
+    def add(self, terms, share):
+        """Count the losses of a batch, which is a share of a step."""
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + share * value.detach()
+
     def log_line(self, batch):
         """The log's line of this epoch; losses are means over batches and processes."""
         losses = {f"train_{name}": parallel.mean(x) / self.steps for name, x in self.sums.items()}

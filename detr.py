@@ -17,6 +17,7 @@ rounding. Departures from it:
 
 import argparse
 import copy
+import functools
 import hashlib
 import math
 import zipfile
@@ -34,7 +35,8 @@ from torchvision.ops import box_convert
 
 from deformable_attn import MSDeformAttn, backend
 
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+BACKBONES = RESNETS + tuple(f"{name}-{how}" for how in ("circular", "patches") for name in RESNETS)
 
 
 # ---------------------------------------------------------------- features: CNN and positions
@@ -54,12 +56,16 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
 
 
 class Backbone(nn.Module):
-    """ResNet; returns the maps of its last `stages` stages, finest first: strides 8, 16, 32."""
+    """ResNet; returns the maps of its last `stages` stages, finest first: strides 8, 16, 32.
+    Two variants show what it carries into a map beside the content of a cell. "…-circular": what is
+    beyond a border is the opposite side instead of zeros, which tell where a cell is. "…-patches":
+    each square that becomes a cell of the last map goes through it alone."""
 
     def __init__(self, name, stages, dilation, frozen_bn, weights):
         super().__init__()
         if name not in BACKBONES:
             raise ValueError(f"backbone {name!r} is not one of {', '.join(BACKBONES)}")
+        name, _, self.variant = name.partition("-")
         norm = FrozenBatchNorm2d if frozen_bn else nn.BatchNorm2d
         resnet = torchvision.models.get_model(name, weights=weights, norm_layer=norm)
         if dilation:  # DC5: the last stage is not halved, its later blocks reach twice as far
@@ -75,9 +81,28 @@ class Backbone(nn.Module):
         if frozen_bn:  # a pretrained network: its first, generic layers stay as they are
             for layer in (self.body.conv1, self.body.layer1):
                 layer.requires_grad_(False)
+        for module in self.body.modules() if self.variant == "circular" else ():
+            if isinstance(module, (nn.Conv2d, nn.MaxPool2d)):
+                p = module.padding if isinstance(module.padding, int) else module.padding[0]
+                module.padding = (0, 0)
+                module.register_forward_pre_hook(functools.partial(wrap, 4 * (p,)))
 
-    def forward(self, images):
-        return list(self.body(images).values())
+    def forward(self, images):  # (B, 3, H, W)
+        if self.variant != "patches":
+            return list(self.body(images).values())
+        s, (B, _, H, W) = self.strides[-1], images.shape
+        images = F.pad(images, (0, -W % s, 0, -H % s))
+        h, w = (n // s for n in images.shape[2:])
+        x = images.unflatten(3, (w, s)).unflatten(2, (h, s))  # (B, 3, h, s, w, s)
+        maps = self.body(x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)).values()  # (B h w, C, s/k, s/k)
+        maps = (x.unflatten(0, (B, h, w)).permute(0, 3, 1, 4, 2, 5) for x in maps)
+        maps = (x.flatten(4, 5).flatten(2, 3) for x in maps)
+        return [x[..., : -(-H // k), : -(-W // k)] for x, k in zip(maps, self.strides)]
+
+
+def wrap(sides, module, inputs):
+    """A hook before a layer: pads its input with the opposite sides."""
+    return F.pad(inputs[0], sides, mode="circular")
 
 
 def sine(x, channels):

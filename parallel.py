@@ -27,6 +27,8 @@ def start(device):
         atexit.register(dist.destroy_process_group)
         if rank():
             sys.stdout = open(os.devnull, "w")
+    if device == "cpu":
+        keep_memory()
     return device
 
 

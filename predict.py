@@ -213,6 +213,9 @@ def main(argv=None):
         images.append({"id": len(images), "file_name": name.as_posix(), "width": w, "height": h})
         pictures.draw_objects(out / f"{name}{PICTURE}", image, found, categories)
         text.append(f"{name}: {w} x {h}, {len(found['labels'])} objects")
+        if max(w, h) > window and len(found["labels"]) * window**2 < w * h / 10:
+            larger = "if objects look larger here than in the images trained on"
+            text[-1] += f", fewer than in every tenth window; {larger}, try --window {2 * window}"
     if images:
         write(out, images, categories, results)
         text.append(f"written: predictions.json, predictions.csv, {len(images)} pictures in {out}")

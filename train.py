@@ -96,9 +96,9 @@ def train(run, train_set, val_set, args):
                 loss = sum(terms.values())
                 stop_if_not_finite({**losses, "the total": loss}, targets)
                 stop_if_diverged(loss, run)
-                for name, value in {**terms, "loss": loss}.items():
-                    run.sums[name] = run.sums.get(name, 0) + value.detach() / args.accumulate
-                (loss / args.accumulate).backward()
+                run.add({**terms, "loss": loss}, 1 / args.accumulate)
+                loss = loss / args.accumulate
+                loss.backward()
                 if i % args.accumulate:
                     continue
                 parallel.average_gradients(parameters)
@@ -228,7 +228,7 @@ def build_parser():
     add("--augment", choices=isaid.AUGMENT, default="flip", help="see isaid.transforms")
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", choices=detr.BACKBONES, default="resnet18", help="the CNN")
+    add("--backbone", choices=detr.BACKBONES, default="resnet18", help="the CNN, see detr.Backbone")
     add("--backbone_weights", choices=("none", "imagenet"), default="none", help="its start")
     add("--frozen_bn", action=switch, default=False, help="keep batch norm and the first stage")
     add("--dilation", action=switch, default=False, help="DC5: stride 16 instead of 32")
@@ -411,6 +411,7 @@ def introduce(args, run, train_set, val_set, notes):
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
     batch = args.batch_size * args.accumulate * parallel.world()
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
+    slow = args.model == "detr" and args.setting != "pretrain" and notes["start"][:6] == "random"
     lines = {
         "run": f"{args.out}, seed {args.seed}, revision {checkpoint.revision()}, on {device}",
         "model": f"{args.model}, {args.backbone}, {trained:.1f} M parameters are trained",
@@ -419,6 +420,7 @@ def introduce(args, run, train_set, val_set, notes):
         f"{run.steps * args.epochs * batch:,} images in all (the paper: 1,400,000)",
         "precision": args.amp == "bf16" and "bf16 in matrix products and convolutions, else fp32",
         "task": run.task and f"{args.ssl_task}, patches of {run.task.patch} pixels",
+        "expect": slow and args.image_size != 64 and "no object for many epochs; see --init",
         "train": train_set.summary(args.num_queries, args.image_size),
         "val": val_set.summary(args.num_queries, args.image_size),
         "classes": ", ".join(f"{c['id']} {c['name']} ({n:,})"
@@ -433,8 +435,6 @@ def introduce(args, run, train_set, val_set, notes):
 def main(argv=None):
     args, ignored = parse(argv)
     args.device = parallel.start(args.device)
-    if args.device == "cpu":
-        parallel.keep_memory()
     run, train_set, val_set, notes = parallel.everywhere(prepare, args)
     args.out = parallel.from_first(checkpoint.make_folder, args)
     notes["not used"] = ", ".join(f"--{name}" for name in ignored)

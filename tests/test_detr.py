@@ -303,3 +303,23 @@ def test_init_of_bad_files(tmp_path, official, capsys):
     with pytest.raises(ValueError, match="cannot be downloaded"):
         detr.load_checkpoint(f"file://{tmp_path}/absent.pth")
     assert "executed" not in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_backbones_without_a_cue_of_place():
+    """With circular padding a map moves as the image does; patch by patch, patches are apart."""
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 64, 96)
+    moved = images.roll((32, 64), (2, 3))
+    for name, same in (("resnet18-circular", True), ("resnet18", False)):
+        cnn = detr.Backbone(name, 3, False, False, None).eval()
+        for x, y, s in zip(cnn(images), cnn(moved), cnn.strides):
+            assert torch.allclose(x.roll((32 // s, 64 // s), (2, 3)), y, atol=1e-5) == same
+    cnn = detr.Backbone("resnet18-patches", 3, False, False, None).eval()
+    other = cnn(torch.cat([images[..., :32], torch.randn(2, 3, 64, 64)], 3))
+    for x, y, alone, s in zip(cnn(images), other, cnn(images[..., 32:64, :32]), cnn.strides):
+        assert x.shape == (2, *alone.shape[1:2], 64 // s, 96 // s)
+        assert torch.allclose(x[..., : 32 // s], y[..., : 32 // s], atol=1e-5)
+        assert torch.allclose(x[..., 32 // s :, : 32 // s], alone, atol=1e-5)
+        assert not torch.allclose(x[..., 32 // s :], y[..., 32 // s :], atol=1e-2)
+    assert [x.shape[2:] for x in cnn(images[..., :50, :70])] == [(7, 9), (4, 5), (2, 3)]

@@ -124,7 +124,9 @@ def test_the_command(run, tmp_path, capsys):
         predict.main(f"{run} {source} --out {source}".split())
         assert len(coco.read_json(source / "predictions.json")["images"]) == 3
     assert all(path.read_bytes() == content for path, content in files.items())
+    capsys.readouterr()
     predict.main(f"{run} {source}/a.png --score 1".split())
+    assert "fewer than in every tenth window; if objects look larger" in capsys.readouterr().out
     assert coco.read_json(run / "predictions/predictions.json")["annotations"] == []
     predict.main(f"{run} {source}/deep {source}/a.png {source}/./a.png".split())
     images = coco.read_json(run / "predictions/predictions.json")["images"]

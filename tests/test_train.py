@@ -90,6 +90,8 @@ def test_what_a_run_leaves(run):
     losses = {f"train_{x}" for x in ("loss", "loss_ce", "loss_bbox", "loss_giou")}
     times = {"seconds", "data_wait", "images_per_second", "eval_seconds"}
     assert log[0].keys() == losses | times | {*evaluation.METRICS, "val_loss", "epoch", "collapsed"}
+    terms = (sum(line[name] for name in losses - {"train_loss"}) for line in log)
+    assert [*terms] == pytest.approx([line["train_loss"] for line in log])
     assert all(0 <= line["data_wait"] <= 1 and 0 <= line["ap"] <= 1 for line in log)
     config = json.loads((out / "config.json").read_bytes())
     assert config["args"]["hidden_dim"] == 32 and config["versions"]["torch"] == torch.__version__
@@ -566,3 +568,13 @@ def test_a_bad_image_is_named(folder, tmp_path):
     flags = [sys.executable, *launch, *flags, str(tmp_path / "run")]
     done = subprocess.run(flags, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and done.stderr.count(message) == 1
+
+
+def test_a_slow_start_is_said(tmp_path, capsys):
+    """DETR from random weights on more than the smallest scenes."""
+    for n, (flags, said) in enumerate((
+        ("--model detr", False), ("--model detr --image_size 96", True),
+        ("--image_size 96", False), ("--model detr --image_size 96 --setting pretrain", False),
+    )):  # fmt: skip
+        train.main([*TINY, *f"{flags} --epochs 1 --out {tmp_path / str(n)}".split()])
+        assert ("\nexpect " in capsys.readouterr().out) == said, flags
