@@ -7,9 +7,10 @@
 A table is a text file in recipes/ with a row a line, `name: flags of train.py`. {name} in the flags
 is the run folder of another row, {data} the folder of --data; <x> stands for each word of a line
 `x = words`; `compare family: row - other row` names a comparison, `goal: row / other row, AP50`
-what a row must reach and the row by whose time its own is measured. What is published is in
-results/, your own runs and results in runs/TABLE or --out: what is there is not run again, a row
-that was interrupted goes on. Delete a result to repeat it.
+what a row must reach and the row by whose time its own is measured, `authors NAME: EPOCH:AP ...` a
+curve of theirs, shown beside. What is published is in results/, your own runs and results in
+runs/TABLE or --out: what is there is not run again, a row that was interrupted goes on. Delete a
+result to repeat it.
 """
 
 import parallel  # noqa: F401 # isort: skip (before torch)
@@ -78,7 +79,7 @@ def read_table(path):
     """The rows of a table: {name: list of flags}. Raises ValueError naming the line."""
     rows = {}
     for where, name, text in lines_of(path):
-        if name.startswith("compare ") or name == "goal":
+        if name.startswith(("compare ", "authors ")) or name == "goal":
             continue
         if name.startswith(("--", "@")):
             raise ValueError(f"{where}: has flags, as a recipe has: python train.py @{path}")
@@ -116,6 +117,19 @@ def read_goals(path, rows):
             if not goal or not {goal[1], goal[2]} <= rows.keys():
                 raise ValueError(f"{where}: expected is ROW / OTHER ROW, AP50, not {text!r}")
             found.append((goal[1], goal[2], float(goal[3])))
+    return found
+
+
+def read_authors(path):
+    """The authors' curves in a table, as results of one run: {"authors NAME": {0: its result}}."""
+    found = {}
+    for where, name, text in lines_of(path):
+        if name.startswith("authors "):
+            if not re.fullmatch(r"\d+:[\d.]+( \d+:[\d.]+)*", text or ""):
+                raise ValueError(f"{where}: expected are EPOCH:AP ..., in %, not {text!r}")
+            points = (point.split(":") for point in text.split())
+            log = [{"epoch": int(epoch), "ap": float(ap) / 100} for epoch, ap in points]
+            found[name] = {0: {"log": log}}
     return found
 
 
@@ -297,7 +311,8 @@ def tables(results, comparisons=(), goals=()):
         last = [run["log"][-1] for run in runs]
         if "ap" in last[0]:
             logs = [ap_of(run) for run in runs]
-            detect.append((name, logs, [100 * (line["ap50"] or 0) for line in last]))
+            ap50 = [100 * (line["ap50"] or 0) for line in last if "ap50" in line]
+            detect.append((name, logs, ap50))
             epochs |= logs[0].keys()
         if "ssl_loss" in last[0]:
             loss, guess, accuracy, likely, chance = "ssl_loss", "ssl_guess", None, None, None
@@ -307,6 +322,7 @@ def tables(results, comparisons=(), goals=()):
                      for key in (loss, guess, accuracy, likely, chance)]  # fmt: skip
             tasks.append(f"| {name} | {' | '.join(cells)} |")
     text, epochs = [], sorted(epochs)
+    epochs = epochs if len(epochs) <= 12 else [e for e in epochs if e <= 5 or e % 10 == 0]
     if detect:
         head = ["AP (%) after epoch", *map(str, epochs), "AP50, last", "AP 10 from epoch", "runs"]
         text += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -315,7 +331,7 @@ def tables(results, comparisons=(), goals=()):
                      for epoch in epochs]  # fmt: skip
             first = [min((e for e, ap in log.items() if ap >= 10), default=None) for log in logs]
             reached = "not by all" if None in first else mean_and_deviation(first, 1)
-            cells += [mean_and_deviation(ap50, 1), reached, str(len(logs))]
+            cells += [mean_and_deviation(ap50, 1) if ap50 else "", reached, str(len(logs))]
             text.append(f"| {name} | {' | '.join(cells)} |")
         text += ["", *compare(results, comparisons), *speed(results, goals)]
     if tasks:
@@ -393,23 +409,29 @@ def compare(results, comparisons):
 
 @pictures.costs_no_figures
 def draw(path, results, comparisons):
-    """A panel for each comparison, what a row is compared with in grey: mean and deviation."""
+    """A panel for each comparison, what a row is compared with in grey: mean and deviation; one
+    for the authors' curves."""
     pairs = [(row, other) for _, row, other in comparisons if {row, other} <= results.keys()]
-    columns = min(5, len(pairs))
-    if not pairs:
+    panels = [(f"{row}\n(grey: {other})", {other: "grey", row: "tab:blue"}) for row, other in pairs]
+    theirs = {
+        name: f"C{i}" for i, name in enumerate(x for x in results if x.startswith("authors "))
+    }
+    panels += [("\n".join(theirs), theirs)] if theirs else []
+    columns = min(5, len(panels))
+    if not panels:
         return
-    figure = Figure(figsize=(3 * columns, 2.6 * -(-len(pairs) // columns)), layout="constrained")
-    panels = figure.subplots(-(-len(pairs) // columns), columns, squeeze=False)
-    for axes in panels.flat[len(pairs) :]:
+    figure = Figure(figsize=(3 * columns, 2.6 * -(-len(panels) // columns)), layout="constrained")
+    places = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat
+    for axes in places[len(panels) :]:
         axes.remove()
-    for axes, (row, other) in zip(panels.flat, pairs):
-        for name, colour in ((other, "grey"), (row, "tab:blue")):
+    for axes, (title, shown) in zip(places, panels):
+        for name, colour in shown.items():
             epochs, ap = curves([*results[name].values()])
             axes.plot(epochs, ap.mean(0), marker=".", color=colour)
             low, high = ap.mean(0) + np.outer((-1, 1), ap.std(0, ddof=1) if len(ap) > 1 else 0)
             axes.fill_between(epochs, low, high, alpha=0.2, color=colour)
         axes.set(xlabel="epoch", ylabel="AP (%)")
-        axes.set_title(f"{row}\n(grey: {other})", fontsize=7)
+        axes.set_title(title, fontsize=7)
         pictures.finish_axes(axes)
     figure.savefig(path, dpi=110)
 
@@ -427,7 +449,11 @@ def make_table(args):
         raise ValueError(f"--data {args.data}: is not there")
     args.seeds = list(dict.fromkeys(args.seeds or []))
     rows, table = read_table(path), path.stem
-    comparisons, goals = read_comparisons(path, rows), read_goals(path, rows)
+    comparisons, goals, theirs = (
+        read_comparisons(path, rows),
+        read_goals(path, rows),
+        read_authors(path),
+    )
     chosen = [name for name in rows if not args.rows or any(text in name for text in args.rows)]
     if not chosen:
         raise ValueError(f"--rows {' '.join(args.rows)}: no row of {path} is called so")
@@ -456,7 +482,8 @@ def make_table(args):
     for revision, n in collections.Counter(revisions).items():
         if revision != checkpoint.revision():
             print(f"{n} results are of revision {revision}, yours is {checkpoint.revision()}")
-    print(tables(found, comparisons, goals))
+    print(tables({**found, **theirs}, comparisons, goals))
+    results.update(theirs)
     coco.write_text(runner.out / "table.md", tables(results, comparisons, goals) + "\n")
     draw(runner.out / "curves.png", results, comparisons)
 

@@ -34,7 +34,8 @@ def table(tmp_path, monkeypatch):
 model = deformable
 start: {recipe} --setting pretrain --ssl_task mim-discrete --vocabulary 4
 <model>-after: {recipe} --init {{start}} --freeze backbone --epochs 2
-compare few: <model>-after - <model>-scratch""")
+compare few: <model>-after - <model>-scratch
+authors v1: 1:13.6 2:16.2 25:28.5""")
     return tmp_path / "small.txt"
 
 
@@ -69,6 +70,7 @@ def test_a_table(table, tmp_path, capsys):
     last = [100 * content[f"deformable-scratch-{seed}"]["log"][-1]["ap50"] for seed in (0, 1)]
     assert f"{sum(last) / 2:.1f} ± {statistics.stdev(last):.1f} | not by all | 2 |" in whole
     assert f"| {guess:.3f} | 0.250 |" in whole and 0.25 <= guess <= 1
+    assert "| authors v1 | 13.6 | 16.2 | 28.5 |  | 1.0 | 1 |" in whole
     assert (runs / "curves.png").stat().st_size > 1000
 
     for path in filter(Path.is_dir, [*runs.iterdir()]):  # the results are enough …
@@ -255,6 +257,7 @@ def test_mistakes_get_one_line(table, capsys, monkeypatch):
         ("a: --data {data}", "--dry_run --data gone", f"--data {os.path.abspath('gone')}: is not"),
         ("a: --lr 1", "--dry_run --no_run", "--no_run: not allowed with argument --dry_run"),
         ("a: --epochs 1", "--rows b", "--rows b: no row of"),
+        ("a: --epochs 1\nauthors v0: 1:20 21", "", "line 2: expected are EPOCH:AP"),
         ("", "", "has no rows"),
         ("a: --init {a}", "", "line 1: {a} is not a row above it"),
         ('a: "" --lr 1', "", "line 1: an argument is empty"),
