@@ -22,3 +22,9 @@ def backward(grad, value, shapes, locations, weights):
     """Gradients of the sum of grad * ms_deform_attn_reference(value, shapes, locations, weights):
     (of value, of locations, of weights), each of the shape of what it belongs to."""
     raise NotImplementedError
+
+
+# attention: what one query looks at, from the projections of torch's own layer
+def attention(layer, query, memory):
+    """layer: nn.MultiheadAttention; query (C,); memory (S, C), its keys -> weights (heads, S)."""
+    raise NotImplementedError

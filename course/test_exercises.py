@@ -111,6 +111,17 @@ def test_backward():
         torch.testing.assert_close(mine, right)
 
 
+def test_attention():
+    """The weights that torch's layer returns, each head's."""
+    torch.manual_seed(0)
+    layer = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    torch.nn.init.normal_(layer.in_proj_bias)
+    query, memory = torch.randn(32), torch.randn(10, 32)
+    how = {"average_attn_weights": False}
+    expected = layer(query[None, None], memory[None], memory[None], **how)[1][0, :, 0]
+    torch.testing.assert_close(answers.attention(layer, query, memory), expected)
+
+
 def test_inverted():
     """Only what moved counts, and all of it; a patch permuted to its own place did not move."""
     task = ssl_tasks.build_task("jigsaw-continuous", dim=8, strides=[32], patch=32, ratio=1)

@@ -50,6 +50,13 @@ def backward(grad, value, shapes, locations, weights):
                 to_value.index_put_(index, update, accumulate=True)
         first += h * w
     return to_value, to_locations, to_weights
+
+
+def attention(layer, query, memory):
+    weights, biases = layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3)
+    q = (weights[0] @ query + biases[0]).unflatten(0, (layer.num_heads, -1))
+    k = (memory @ weights[1].T + biases[1]).unflatten(1, (layer.num_heads, -1))
+    return (torch.einsum("hd,shd->hs", q, k) / q.shape[1] ** 0.5).softmax(1)
 """
 
 ROTATION = """
