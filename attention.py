@@ -14,6 +14,7 @@ import parallel  # noqa: F401 # isort: skip (before torch)
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,8 +107,8 @@ def batch(image, image_size):
 
 def draw(path, model, image, run, n=4):
     """Save a picture of where the n best queries of a model look in a PIL image; of several
-    whose boxes overlap, the best.
-    run: its checkpoint, as evaluation.load_run returns it."""
+    whose boxes overlap, the best; none below a score of 0.1 but the best. Returns whether it is
+    drawn. run: its checkpoint, as evaluation.load_run returns it."""
     device = next(model.parameters()).device
     inputs = [x.to(device) for x in batch(image, run["args"]["image_size"])]
     outputs, seen = look(model, *inputs)
@@ -116,6 +117,7 @@ def draw(path, model, image, run, n=4):
         looks.append(look(model, *inputs, "encoder")[1])
     (found,) = model.postprocess(outputs, [image.size[::-1]])
     best = nms(found["boxes"], found["scores"], 0.3)[:n]  # each of another object, best first
+    best = best[: max(1, int((found["scores"][best] >= 0.1).sum()))]
     found = {name: values[best].cpu() for name, values in found.items()}
     results, rows = evaluation.coco_results(found, 0, run["categories"]), {}
     h, w = seen.shapes[0]
@@ -126,8 +128,9 @@ def draw(path, model, image, run, n=4):
         places = (query, means[query]), (row * w + column, middle)
         title = f"{run['categories'][found['labels'][k]]['name']} {result['score']:.2f}"
         overlays = [(*overlay(model, seen, q), mark) for seen, (q, mark) in zip(looks, places)]
-        rows[f"{k + 1}. {title}: {' | '.join(COLUMNS[: 1 + len(looks)])}"] = result, overlays
-    pictures.draw_attention(path, image, rows, run["categories"])
+        what = f": {' | '.join(COLUMNS[: 1 + len(looks)])}" if k == 0 else ""
+        rows[f"{k + 1}. {title}{what}"] = result, overlays
+    return pictures.draw_attention(path, image, rows, run["categories"])
 
 
 def overlay(model, seen, q):
@@ -162,8 +165,14 @@ def main(argv=None):
     name = f"attention-{args.image.stem}.png" if args.image else "attention.png"
     out, metrics = args.out or folder / name, folder / "metrics.json"
     coco.try_output(out)
+    before = coco.read_json(metrics) if metrics.exists() and not args.image else {}
+    if not isinstance(before, dict):
+        raise ValueError(f"{metrics}: is not of eval.py; delete it")
     if args.image:
-        image, _ = coco.read_image(args.image)
+        image, (w, h) = coco.read_image(args.image)
+        if run["window"] and max(w, h) > run["window"]:
+            larger = f"{w} x {h} pixels, more than the {run['window']} of the images trained on"
+            print(f"{args.image}: {larger}; objects may be too small in it: try a part of it")
     else:
         coco.try_output(metrics)
         data = isaid.open_split("train" if flags.overfit else "val", flags, train=False)
@@ -172,11 +181,11 @@ def main(argv=None):
             raise coco.DataError(f"{data.name}: has no objects; name an image")
         image, _ = data.read(first)
         share = share_in_box(model, data, flags.batch_size, args.device)
-        before = coco.read_json(metrics) if metrics.exists() else {}
         coco.write_text(metrics, json.dumps({**before, "attention": share}, indent=1))
-        text = "{in_box:.1%} of {objects:,} objects are looked at (by chance: {by_chance:.1%})"
-        print(text.format(**share))
-    draw(out, model, image, run, args.queries)
+        text = "of {objects:,} held-out objects {in_box:.1%} are looked at by the queries that are "
+        print(f"{text}matched with them (by chance: {{by_chance:.1%}})".format(**share))
+    if not draw(out, model, image, run, args.queries):
+        sys.exit(1)
     print(f"written: {out}")
 
 

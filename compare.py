@@ -3,11 +3,12 @@
     python compare.py RUN RUN ... [--out FILE]
 
 RUN is a run folder of train.py, finished or not. A column of the table for each flag in which the
-runs differ. Rows over several seeds, with intervals, are reproduce.py's.
+runs differ, or the code's revision. Rows over several seeds, with intervals, are reproduce.py's.
 """
 
 import parallel  # noqa: F401 # isort: skip (before torch)
 
+import sys
 from pathlib import Path
 
 import coco
@@ -26,7 +27,10 @@ def open_runs(folders):
         logs[folder] = reproduce.read_log(Path(folder))
         if not logs[folder]:
             raise ValueError(f"{folder}: has no epoch in a log.jsonl; is it a run of train.py?")
-        flags[folder] = coco.read_json(Path(folder, "config.json"))["args"]
+        config = coco.read_json(Path(folder, "config.json"))
+        if not isinstance(config, dict) or not {"args", "revision"} <= config.keys():
+            raise ValueError(f"{folder}/config.json: is not of train.py")
+        flags[folder] = {**config["args"], "code": config["revision"]}
     return flags, logs
 
 
@@ -35,7 +39,14 @@ def table(flags, logs):
     names = sorted(set().union(*flags.values()) - {"out", "resume"})
     differ = [name for name in names if len({str(run.get(name)) for run in flags.values()}) > 1]
     there = [key for key in FIGURES if any(key in line for log in logs.values() for line in log)]
-    rows = [["run", "epoch", *(FIGURES[key] for key in there), *(f"--{name}" for name in differ)]]
+    rows = [
+        [
+            "run",
+            "epoch",
+            *(FIGURES[key] for key in there),
+            *(f"--{name}" if name != "code" else name for name in differ),
+        ]
+    ]
     for run, log in logs.items():
         last = [next((x[key] for x in reversed(log) if key in x), None) for key in there]
         other = [str(flags[run].get(name)) for name in differ]
@@ -57,11 +68,14 @@ def main(argv=None):
     args = parse(argv)
     flags, logs = open_runs(args.runs)
     coco.try_output(args.out)
-    pictures.draw_panels(args.out, {
+    drawn = pictures.draw_panels(args.out, {
         label: {run: pictures.points_of(log, key) for run, log in logs.items()}
         for key, label in FIGURES.items()
     })  # fmt: skip
-    print("\n".join([*table(flags, logs), "", f"written: {args.out}"]))
+    print("\n".join(table(flags, logs)))
+    if not drawn:
+        sys.exit(1)
+    print(f"\nwritten: {args.out}")
 
 
 if __name__ == "__main__":

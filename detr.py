@@ -59,7 +59,7 @@ class Backbone(nn.Module):
     """ResNet; returns the maps of its last `stages` stages, finest first: strides 8, 16, 32.
     Two variants show what it carries into a map beside the content of a cell. "…-circular": what is
     beyond a border is the opposite side instead of zeros, which tell where a cell is. "…-patches":
-    each square that becomes a cell of the last map goes through it alone."""
+    each square that becomes a cell of the last map goes through it alone. They are for DETR."""
 
     def __init__(self, name, stages, dilation, frozen_bn, weights):
         super().__init__()
@@ -354,6 +354,9 @@ class DeformableDETR(Detector):
         super().__init__(hidden_dim, nheads, 32, aux_loss)
         if two_stage and not with_box_refine:
             raise ValueError("two_stage needs with_box_refine")
+        if backbone not in RESNETS and backbone in BACKBONES:
+            mixed = "the group normalisation behind the CNN mixes all cells"
+            raise ValueError(f"backbone {backbone!r} tells nothing of Deformable DETR: {mixed}")
         self.with_box_refine, self.two_stage = with_box_refine, two_stage
         self.num_queries = num_queries
         cnn = Backbone(backbone, min(num_feature_levels, 3), dilation, frozen_bn, backbone_weights)
@@ -686,7 +689,14 @@ def load_weights(model, path, parts=None):
     state, own = weights_of(load_checkpoint(path)), model.state_dict()
     if not state or not all(isinstance(x, Tensor) for x in state.values()):
         raise ValueError(f'{path}: holds no weights under "model"')
-    parts = parts or [part for part in PARTS if part in map(part_of, state)]
+    there = [part for part in PARTS if part in map(part_of, state)]
+    parts = parts or there
+    if lacking := [part for part in parts if part not in there]:
+        raise ValueError(f"{path}: holds no {' and no '.join(lacking)}, only {' and '.join(there)}")
+    kinds = ["detr", "deformable_detr"]
+    mine, theirs = (kinds["transformer.level_embed" in names] for names in (own, state))
+    if mine != theirs and "encoder" in there and parts != ["backbone"]:
+        raise ValueError(f"{path}: is of {theirs}, of which {mine} can take the backbone alone")
     state = {name: x for name, x in state.items() if part_of(name) in parts}
     if bad := [name for name, x in state.items() if not x.isfinite().all()]:
         message = f"{len(bad)} of these {len(state)} tensors are NaN or infinite, the first is"

@@ -121,6 +121,8 @@ class Sources(argparse.Action):
         sources = [*namespace.init] if isinstance(namespace.init, list) else []
         if self.nargs and not sources:
             parser.error(f"{option} stands after the --init that it belongs to")
+        if self.nargs and sources[-1][1]:
+            parser.error(f"{option} is there twice for {sources[-1][0]}; name all parts in one")
         path, parts = (sources.pop()[0], value) if self.nargs else (value, None)
         namespace.init = [*sources, [path, parts]]
 

@@ -11,14 +11,17 @@ from pycocotools.mask import iou
 
 
 def costs_no_figures(draw):
-    """Decorates what draws a file: if that fails, it is said, and the command goes on."""
+    """Decorates what draws a file: if that fails, it is said, and the command goes on. Returns
+    whether there is a picture now."""
 
     @functools.wraps(draw)
     def attempt(path, *arguments, **options):
         try:
             draw(path, *arguments, **options)
+            return True
         except Exception as error:  # a full disk, too large a picture, a missing font …
             print(f"{path}: is not drawn ({type(error).__name__}: {error})", file=sys.stderr)
+            return False
 
     return attempt
 
@@ -76,7 +79,7 @@ def write(pen, place, text, font, ink):
     """Text in the rectangle that it fills, on a ground of the colour `ink`."""
     left, top, right, bottom = place
     pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=ink)
-    bright = 0.3 * ink[0] + 0.59 * ink[1] + 0.11 * ink[2] > 90
+    bright = 0.3 * ink[0] + 0.59 * ink[1] + 0.11 * ink[2] > 110
     pen.text((left, bottom), text, fill="black" if bright else "white", font=font, anchor="ld")
 
 
@@ -118,8 +121,9 @@ def draw_detections(path, data, results, n=6, score=0.3, side=320):
     `score`, or the three best where there is none; green what is found, red what is not."""
     chosen = ([i for i, labels in enumerate(data.labels) if len(labels)] or range(len(data)))[:n]
     truth = [a for a in data.annotations if not a["iscrowd"]]
-    rows = {f"ground truth; red: not found with a score of {score}": [],
-            f"found with a score of {score}, else the best three; red: wrong": []}  # fmt: skip
+    least = f"with a score of {score}"
+    rows = {f"ground truth; red: not found {least} at an IoU of 0.5": [],
+            f"found {least}, else the best three; red: wrong or once more": []}  # fmt: skip
     for i in chosen:
         image, _ = data.read(i)
         there, mine = ([e for e in x if e["image_id"] == data.images[i]["id"]]

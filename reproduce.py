@@ -45,6 +45,7 @@ from flags import Parser, command, number, one_line, words
 
 ROOT = Path(__file__).resolve().parent
 RUNS, RESULTS, RECIPES = ROOT / "runs", ROOT / "results", ROOT / "recipes"
+NUMBER = r"\d+(?:\.\d+)?"
 ELSEWHERE = {"out", "device", "workers", "resume", "seed", "data", "tokenizer_weights"}  # no change
 
 
@@ -62,11 +63,15 @@ def lines_of(path):
             if not words(line):
                 continue
             if named := re.fullmatch(r"(\w+) = (.*)", line):
+                if named[1] in lists:
+                    raise ValueError(f"{named[1]} is a list above; take another name")
                 lists[named[1]] = words(named[2])
                 continue
         except ValueError as error:  # a quote that is not closed
             raise ValueError(f"{where}: {error}") from None
         used = [name for name in lists if f"<{name}>" in line]
+        if unknown := {*re.findall(r"<(\w+)>", line)} - {*used}:
+            raise ValueError(f"{where}: no line above it is `{unknown.pop()} = words`")
         for values in itertools.product(*(lists[name] for name in used)):
             text = line
             for name, value in zip(used, values):
@@ -85,7 +90,8 @@ def read_table(path):
             raise ValueError(f"{where}: has flags, as a recipe has: python train.py @{path}")
         if text is None or not re.fullmatch(r"[\w-]+", name) or name in rows:
             expected = "expected is a new name, a colon and flags of train.py"
-            raise ValueError(f"{where}: {expected}, not {f'{name}: {text}'!r}")
+            line = name if text is None else f"{name}: {text}"
+            raise ValueError(f"{where}: {expected}, not {line!r}")
         for start in starts_of(words(text)):
             if start not in rows:
                 raise ValueError(f"{where}: {{{start}}} is not a row above it")
@@ -102,7 +108,7 @@ def read_comparisons(path, rows):
     for where, name, text in lines_of(path):
         if name.startswith("compare "):
             pair = (text or "").split(" - ")
-            if len(pair) != 2 or not set(pair) <= rows.keys():
+            if len({*pair}) != 2 or not {*pair} <= rows.keys():
                 raise ValueError(f"{where}: expected are two rows, ROW - ROW, not {text!r}")
             found.append((name.removeprefix("compare "), *pair))
     return found
@@ -113,7 +119,7 @@ def read_goals(path, rows):
     found = []
     for where, name, text in lines_of(path):
         if name == "goal":
-            goal = re.fullmatch(r"([\w-]+) / ([\w-]+), ([\d.]+)", text or "")
+            goal = re.fullmatch(rf"([\w-]+) / ([\w-]+), ({NUMBER})", text or "")
             if not goal or not {goal[1], goal[2]} <= rows.keys():
                 raise ValueError(f"{where}: expected is ROW / OTHER ROW, AP50, not {text!r}")
             found.append((goal[1], goal[2], float(goal[3])))
@@ -125,7 +131,7 @@ def read_authors(path):
     found = {}
     for where, name, text in lines_of(path):
         if name.startswith("authors "):
-            if not re.fullmatch(r"\d+:[\d.]+( \d+:[\d.]+)*", text or ""):
+            if not re.fullmatch(rf"\d+:{NUMBER}( \d+:{NUMBER})*", text or ""):
                 raise ValueError(f"{where}: expected are EPOCH:AP ..., in %, not {text!r}")
             points = (point.split(":") for point in text.split())
             log = [{"epoch": int(epoch), "ap": float(ap) / 100} for epoch, ap in points]
@@ -293,7 +299,14 @@ def read_log(run):
     """The log of a run as far as it has gone, a dict an epoch."""
     log = run / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    return [json.loads(line) for line in lines]
+    try:
+        found = [json.loads(line) for line in lines]
+        [line["epoch"] for line in found]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(
+            f"{log}: is not of train.py, or damaged; --resume writes it anew"
+        ) from None
+    return found
 
 
 # ---------------------------------------------------------------- tables and curves
@@ -449,11 +462,8 @@ def make_table(args):
         raise ValueError(f"--data {args.data}: is not there")
     args.seeds = list(dict.fromkeys(args.seeds or []))
     rows, table = read_table(path), path.stem
-    comparisons, goals, theirs = (
-        read_comparisons(path, rows),
-        read_goals(path, rows),
-        read_authors(path),
-    )
+    comparisons, goals = read_comparisons(path, rows), read_goals(path, rows)
+    theirs = read_authors(path)
     chosen = [name for name in rows if not args.rows or any(text in name for text in args.rows)]
     if not chosen:
         raise ValueError(f"--rows {' '.join(args.rows)}: no row of {path} is called so")
@@ -467,7 +477,9 @@ def make_table(args):
     wanted = [name for name in rows if name in wanted]
     if args.dry_run:
         return runner.dry_run(wanted, args.seeds or [0])
-    read_results(runner.folders, rows)  # refuses before anything is run
+    there = read_results(runner.folders, rows)  # refuses before anything is run
+    if args.no_run and not there:
+        raise ValueError(f"{path}: has no results yet; leave out --no_run")
     runner.out.mkdir(parents=True, exist_ok=True)
     coco.try_output(runner.out / "table.md")
     if not args.no_run:

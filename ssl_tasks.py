@@ -210,8 +210,8 @@ class Task(nn.Module):
         The last two are (B, P) bool or None."""
         rows, moved = {"original": (images, None, None)}, corruption.changed() & ~corruption.masked
         if self.corrupts:
-            title = "corrupted" if self.on == "image" else "corrupted (in training: its features)"
-            title += "; white: moved" * bool(moved.any())
+            title = "corrupted" if self.on == "image" else "corrupted, if it were the image"
+            title += "; white: moved or turned" * bool(moved.any())
             rows[title] = self.corrupt_images(images, corruption), moved, None
         for title, (picture, right) in self.answers(images, prediction, target, corruption).items():
             title += "; green: right, red: wrong" * (right is not None)

@@ -1,10 +1,12 @@
 """Prepare an exercise of COURSE.md: take code out of the source, or put a fault into it.
 
-python course/exercise.py matcher      detr.py lacks the matching costs then
-git checkout detr.py                   as it was
+python course/exercise.py matcher      takes the matching costs out of detr.py
+git checkout detr.py                   puts them back; what else you changed there is lost
 """
 
 import ast
+import codecs
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 REMOVED = {"matcher": ("detr.py", "costs"), "schedule": ("train.py", "build_schedule"),
            "operator": ("deformable_attn/reference.py", "ms_deform_attn_reference")}  # fmt: skip
-PLANTED = {"inverted": ("ssl_tasks.py", "(corruption.changed() |", "(~corruption.changed() |")}
+PLANTED = {
+    "inverted": ("ssl_tasks.py", "(pbeehcgvba.punatrq() |", "(~pbeehcgvba.punatrq() |")
+}  # ROT13
 TURN = 'raise NotImplementedError("your turn, see COURSE.md")'
 
 
@@ -30,16 +34,17 @@ def prepare(name):
     if name not in REMOVED | PLANTED:
         sys.exit(f"error: {name!r} is none of {', '.join(REMOVED | PLANTED)}")
     file = (REMOVED | PLANTED)[name][0]
-    status = ["git", "status", "--porcelain", "--", file]  # prints nothing where git is not
-    if subprocess.run(status, cwd=ROOT, capture_output=True).stdout:
-        sys.exit(f"error: {file} has changes of yours; commit them, or: git checkout {file}")
+    status = ["git", "status", "--porcelain", "--", file]
+    if shutil.which("git") and subprocess.run(status, cwd=ROOT, capture_output=True).stdout:
+        sys.exit(f"error: {file} has changes of yours; commit them (git checkout would lose them)")
     code = (ROOT / file).read_text(encoding="utf-8")
     if name in REMOVED:
-        code = without(code, REMOVED[name][1])
+        changed = without(code, REMOVED[name][1])
     else:
-        _, right, wrong = PLANTED[name]
-        code = code.replace(right, wrong)
-    (ROOT / file).write_text(code, encoding="utf-8")
+        changed = code.replace(*(codecs.decode(text, "rot13") for text in PLANTED[name][1:]))
+    if changed == code:
+        sys.exit(f"error: {file} does not have what {name!r} changes; start from a fresh clone")
+    (ROOT / file).write_text(changed, encoding="utf-8")
     return file
 
 

@@ -127,16 +127,18 @@ def test_the_command(run, tmp_path, capsys):
     share = metrics.pop("attention")
     assert metrics == before and 0 <= share["in_box"] <= 1 and 0 < share["by_chance"] < 0.5
     assert share["objects"] == sum(row["boxes"] for row in before["per_class"])
-    assert f"of {share['objects']} objects are looked at" in capsys.readouterr().out
+    assert f"of {share['objects']} held-out objects {share['in_box']:.1%} are looked at" in (
+        capsys.readouterr().out)  # fmt: skip
     assert Image.open(run / "attention.png").size == (3 * 324, 340)
     Image.new("RGB", (300, 150), "navy").save(tmp_path / "wide.png")
     attention.main([str(run), f"{tmp_path}/wide.png", "--queries", "2"])
+    assert "wide.png: 300 x 150 pixels, more than the 64 of the" in capsys.readouterr().out
     picture = Image.open(run / "attention-wide.png")
     assert picture.width == 3 * 324 and picture.height in (180, 360)
     assert coco.read_json(run / "metrics.json") == {**before, "attention": share}
 
 
-def test_mistakes_get_one_line(run, tmp_path):
+def test_mistakes_get_one_line(run, tmp_path, capsys):
     state = torch.load(run / "best.pt", weights_only=True)
     torch.save({**state, "args": {**state["args"], "setting": "pretrain"}}, tmp_path / "a.pt")
     (tmp_path / "b.png").write_text("no image")
@@ -147,3 +149,7 @@ def test_mistakes_get_one_line(run, tmp_path):
     ):
         with pytest.raises(SystemExit, match=f"^error: [^\n]*{message}[^\n]*$"):
             attention.main(flags.format(run=run, tmp=tmp_path).split())
+    Image.new("RGB", (64, 64)).save(tmp_path / "c.png")
+    with pytest.raises(SystemExit, match="^1$"):  # said as it is drawn
+        attention.main([str(run), f"{tmp_path}/c.png", "--out", f"{tmp_path}/x.y"])
+    assert "x.y: is not drawn" in capsys.readouterr().err and not (tmp_path / "x.y").exists()

@@ -1,6 +1,7 @@
 """Runs side by side: the last figures there are, and the flags in which they differ, no others."""
 
 import json
+import shutil
 
 import pytest
 from matplotlib.axes import Axes
@@ -12,7 +13,7 @@ import compare
 def make(folder, flags, log):
     folder.mkdir()
     args = {"seed": 0, "out": str(folder), "resume": False, "init": [], **flags}
-    (folder / "config.json").write_text(json.dumps({"args": args}))
+    (folder / "config.json").write_text(json.dumps({"args": args, "revision": "abc"}))
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
 
 
@@ -47,6 +48,14 @@ def test_figures_flags_and_curves(tmp_path, monkeypatch, capsys):
     assert len(curves) == 12 and Image.open("x.png").width == 4 * 5 * 110
     compare.main(["a"])
     assert Image.open("compare.png").width == 3 * 5 * 110  # nothing of a task
+    for name, text in (("config.json", "[1]"), ("log.jsonl", '{"a": 1}'), ("log.jsonl", "no")):
+        shutil.copytree("c", "d", dirs_exist_ok=True)
+        (tmp_path / "d" / name).write_text(text)
+        with pytest.raises(SystemExit, match=f"^error: d/{name}: is not of train.py"):
+            compare.main(["a", "d"])
+    with pytest.raises(SystemExit, match="^1$"):
+        compare.main(["a", "--out", "x.y"])
+    assert not (tmp_path / "x.y").exists()
     (tmp_path / "c/log.jsonl").unlink()
     with pytest.raises(SystemExit, match="^error: c: has no epoch in a log.jsonl; is it a run"):
         compare.main(["a", "c"])

@@ -66,10 +66,10 @@ class Rotation(ClassTask):
         return places, rng.integers(1, 4, len(places))
 
     def outputs(self):
-        return 4
+        return 3
 
-    def target(self, images, corruption):
-        return corruption.turns.unflatten(1, corruption.grid)
+    def target(self, images, corruption):  # of patches that are not turned it does not count
+        return (corruption.turns - 1).clamp(min=0).unflatten(1, corruption.grid)
 
 
 TASKS["rotation"] = Rotation
@@ -85,14 +85,26 @@ MOBILE = """
         norm = FrozenBatchNorm2d"""
 
 
+MASK = "return corruption.whole & (corruption.changed() | self.count_all)"
+TURNS, TARGET = "rng.integers(1, 4, len(places))", "(corruption.turns - 1).clamp(min=0)"
+WRONG = [  # what is not right though it looks so: (exercise, right, wrong)
+    ("inverted", MASK, "return (corruption.changed() | self.count_all)"),
+    ("inverted", MASK, "return corruption.changed()"),
+    ("inverted", MASK, "return corruption.whole & corruption.changed()"),
+    ("rotation", TURNS, "rng.integers(1, 2, len(places))"),
+    ("rotation", TARGET, "corruption.turns.clamp(max=1)"),
+]
+
+
 @pytest.fixture
 def course(tmp_path):
     """(a copy of the project, how the checks of its course end: () -> {name: "PASSED" or not})."""
     ignore = shutil.ignore_patterns(".*", "runs", "data", "__pycache__", "docs")
     copy = shutil.copytree(ROOT, tmp_path / "copy", ignore=ignore)
 
-    def check():
+    def check(name=""):
         command = [sys.executable, "-m", "pytest", "course", "-q", "-rA", "-p", "no:cacheprovider"]
+        command += ["-k", name] * bool(name)
         said = subprocess.run(command, cwd=copy, capture_output=True, text=True).stdout
         ends = re.findall(r"^(\w+) course/test_exercises.py::test_(\w+)", said, re.M)
         return {name: end for end, name in ends}
@@ -123,3 +135,8 @@ def test_solutions(course):
     detr = detr.replace('"resnet101")', '"resnet101", "mobilenet_v3_large")')
     (copy / "detr.py").write_text(detr.replace("\n        norm = FrozenBatchNorm2d", MOBILE, 1))
     assert {*check().values()} == {"PASSED"}
+    code = (copy / "ssl_tasks.py").read_text(encoding="utf-8")
+    for name, right, wrong in WRONG:
+        assert code.count(right) == 1
+        (copy / "ssl_tasks.py").write_text(code.replace(right, wrong), encoding="utf-8")
+        assert check(name) == {name: "FAILED"}, wrong

@@ -323,3 +323,5 @@ def test_backbones_without_a_cue_of_place():
         assert torch.allclose(x[..., 32 // s :, : 32 // s], alone, atol=1e-5)
         assert not torch.allclose(x[..., 32 // s :], y[..., 32 // s :], atol=1e-2)
     assert [x.shape[2:] for x in cnn(images[..., :50, :70])] == [(7, 9), (4, 5), (2, 3)]
+    with pytest.raises(ValueError, match="resnet18-patches.* tells nothing of Deformable DETR"):
+        detr.build_detector("deformable_detr", 3, backbone="resnet18-patches", frozen_bn=False)

@@ -258,10 +258,15 @@ def test_mistakes_get_one_line(table, capsys, monkeypatch):
         ("a: --lr 1", "--dry_run --no_run", "--no_run: not allowed with argument --dry_run"),
         ("a: --epochs 1", "--rows b", "--rows b: no row of"),
         ("a: --epochs 1\nauthors v0: 1:20 21", "", "line 2: expected are EPOCH:AP"),
+        ("a: --epochs 1\nauthors v0: 1:2.0.1", "", "line 2: expected are EPOCH:AP"),
+        ("a: --epochs 1\ngoal: a / a, 8.0.0", "", "line 2: expected is ROW / OTHER ROW"),
+        ("a: --epochs 1\ncompare few: a - a", "", "line 2: expected are two rows"),
+        ("x = 1\nx = 2\na<x>: --lr <x>", "", "line 2: x is a list above"),
+        ("a<y>: --lr 1", "", "line 1: no line above it is `y = words`"),
         ("", "", "has no rows"),
         ("a: --init {a}", "", "line 1: {a} is not a row above it"),
         ('a: "" --lr 1', "", "line 1: an argument is empty"),
-        ("a: --epochs 1", "--no_run", "has no results of these rows and seeds"),
+        ("a: --epochs 1", "--no_run", "has no results yet"),
         ("a: --epochs 1", "", "exit status -9"),
     ):
         table.write_text(text)

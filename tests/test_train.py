@@ -206,6 +206,18 @@ def test_init_from_two_sources(run, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         train.parse(["--init_parts", "encoder", "--init", str(other)])
     assert "--init_parts stands after the --init" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        train.parse(f"--init {other} --init_parts encoder --init_parts backbone".split())
+    assert f"--init_parts is there twice for {other}; name all" in capsys.readouterr().err
+    for flags, message in (
+        ("--model detr --init RUN", "is of deformable_detr, of which detr can"),
+        ("--init LESS --init_parts decoder", "holds no decoder, only backbone"),
+    ):
+        less = {k: x for k, x in first["model"].items() if detr.part_of(k) == "backbone"}
+        torch.save({**first, "model": less}, tmp_path / "less.pt")
+        flags = flags.replace("RUN", str(run[0])).replace("LESS", str(tmp_path / "less.pt"))
+        with pytest.raises(ValueError, match=message):
+            train.prepare(train.parse([*TINY, *flags.split()])[0])
 
 
 def test_frozen_parts_stay_as_they_are(run, tmp_path):
@@ -263,7 +275,7 @@ MISTAKES = """
 --image_size 32 | --image_size must be at least 64
 --init {folder} | {folder}: has no best.pt and no last.pt
 --init {file} | {file}: not a checkpoint of tensors
---init {run} --model detr | best.pt does not fit this model
+--init {run} --model detr | best.pt: is of deformable_detr, of which detr can take the backbone
 --resume | --resume needs --out
 @missing.txt | missing.txt
 --freeze encoder --init {run} --init_parts backbone | --freeze encoder would keep random weights
