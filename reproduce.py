@@ -344,6 +344,7 @@ def tables(results, comparisons=(), goals=()):
                      for epoch in epochs]  # fmt: skip
             first = [min((e for e, ap in log.items() if ap >= 10), default=None) for log in logs]
             reached = "not by all" if None in first else mean_and_deviation(first, 1)
+            reached = "" if name.startswith("authors ") else reached  # some of theirs are missing
             cells += [mean_and_deviation(ap50, 1) if ap50 else "", reached, str(len(logs))]
             text.append(f"| {name} | {' | '.join(cells)} |")
         text += ["", *compare(results, comparisons), *speed(results, goals)]
@@ -426,10 +427,8 @@ def draw(path, results, comparisons):
     for the authors' curves."""
     pairs = [(row, other) for _, row, other in comparisons if {row, other} <= results.keys()]
     panels = [(f"{row}\n(grey: {other})", {other: "grey", row: "tab:blue"}) for row, other in pairs]
-    theirs = {
-        name: f"C{i}" for i, name in enumerate(x for x in results if x.startswith("authors "))
-    }
-    panels += [("\n".join(theirs), theirs)] if theirs else []
+    theirs = {x: f"C{i}" for i, x in enumerate(x for x in results if x.startswith("authors "))}
+    panels += [("the authors'", theirs)] if theirs else []
     columns = min(5, len(panels))
     if not panels:
         return
@@ -440,11 +439,15 @@ def draw(path, results, comparisons):
     for axes, (title, shown) in zip(places, panels):
         for name, colour in shown.items():
             epochs, ap = curves([*results[name].values()])
-            axes.plot(epochs, ap.mean(0), marker=".", color=colour)
+            line = "" if shown is theirs else "-"  # of theirs some points are missing
+            label = name.removeprefix("authors ")
+            axes.plot(epochs, ap.mean(0), linestyle=line, marker=".", color=colour, label=label)
             low, high = ap.mean(0) + np.outer((-1, 1), ap.std(0, ddof=1) if len(ap) > 1 else 0)
             axes.fill_between(epochs, low, high, alpha=0.2, color=colour)
         axes.set(xlabel="epoch", ylabel="AP (%)")
         axes.set_title(title, fontsize=7)
+        if shown is theirs:
+            axes.legend(fontsize=5)
         pictures.finish_axes(axes)
     figure.savefig(path, dpi=110)
 
