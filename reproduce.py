@@ -442,8 +442,9 @@ def draw(path, results, comparisons):
             line = "" if shown is theirs else "-"  # of theirs some points are missing
             label = name.removeprefix("authors ")
             axes.plot(epochs, ap.mean(0), linestyle=line, marker=".", color=colour, label=label)
-            low, high = ap.mean(0) + np.outer((-1, 1), ap.std(0, ddof=1) if len(ap) > 1 else 0)
-            axes.fill_between(epochs, low, high, alpha=0.2, color=colour)
+            if len(ap) > 1:
+                low, high = ap.mean(0) + np.outer((-1, 1), ap.std(0, ddof=1))
+                axes.fill_between(epochs, low, high, alpha=0.2, color=colour)
         axes.set(xlabel="epoch", ylabel="AP (%)")
         axes.set_title(title, fontsize=7)
         if shown is theirs:
