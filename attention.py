@@ -5,9 +5,9 @@
 A row of the picture is a query: its box; what it looks at in the decoder's last layer, with a cross
 at the mean; what the cell in the middle of the box, with a cross, looks at in the encoder's last.
 DETR looks at all cells: a map, the mean of its heads. Deformable DETR looks at points on all
-levels: those of all heads. Without IMAGE the first held-out image with objects is drawn, and the
-run's metrics.json gets "attention", see `share_in_box`. IMAGE is seen whole, resized as the run's
-images are; of a large one give a part.
+levels: those of all heads, larger and redder with their weight. Without IMAGE the first held-out
+image with objects is drawn, and the run's metrics.json gets "attention", see `share_in_box`. IMAGE
+is seen whole, resized as the run's images are; of a large one give a part.
 """
 
 import parallel  # noqa: F401 # isort: skip (before torch)
@@ -112,7 +112,7 @@ def draw(path, model, image, run, n=4):
     device = next(model.parameters()).device
     inputs = [x.to(device) for x in batch(image, run["args"]["image_size"])]
     outputs, seen = look(model, *inputs)
-    looks, means = [seen], mean_point(seen)[0].cpu().numpy()  # (Q, 2)
+    looks, means = [seen], mean_point(seen)[0].nan_to_num(0.5).cpu().numpy()  # (Q, 2)
     if model.transformer.encoder.layers:
         looks.append(look(model, *inputs, "encoder")[1])
     (found,) = model.postprocess(outputs, [image.size[::-1]])

@@ -9,7 +9,7 @@ cost grows as the number of pixels to that power, from the last size but one to 
 linear, 2 quadratic. Writes cost.md and cost.png.
 """
 
-import parallel  # noqa: F401 # isort: skip (before torch)
+import parallel  # isort: skip (before torch)
 
 import concurrent.futures
 import itertools
@@ -50,6 +50,7 @@ def rows(sizes):
 def measure(flags, repeats):
     """{"step", "encoder": seconds, "memory": MB at the peak} of a row."""
     args, _ = train.parse(flags.split())
+    parallel.start(args.device)
     torch.manual_seed(0)
     model = detr.build_detector(**train.detector_config(args, 15)).to(args.device)
     model.to(memory_format=torch.channels_last)
@@ -90,10 +91,12 @@ def seconds(function, device, repeats):
 
 
 def peak(device):
-    """Most memory that was in use so far, in MB: of the GPU, else of this process."""
+    """Most memory that was in use so far, in MB: of the GPU or of this process; NaN on Windows."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
-    import resource  # Windows has none
+    if sys.platform == "win32":
+        return math.nan
+    import resource
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most / (2**20 if sys.platform == "darwin" else 2**10)

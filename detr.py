@@ -511,12 +511,13 @@ def build_detector(name, num_classes, **options):
 
 
 def use_backend(model, device, wanted="auto"):
-    """Let a model's deformable attention run as `wanted`: (what runs, why). Raises ValueError."""
-    name, reason = backend(device, wanted)
-    for module in model.modules():
-        if isinstance(module, MSDeformAttn):
-            module.backend = name
-    return name, reason
+    """Let a model's deformable attention run as `wanted`. Returns what runs and why, in words; ""
+    for a model without. Raises ValueError."""
+    modules = [module for module in model.modules() if isinstance(module, MSDeformAttn)]
+    name, reason = backend(device, wanted) if modules else ("", "")
+    for module in modules:
+        module.backend = name
+    return f"{name}: {reason}" if modules else ""
 
 
 # ---------------------------------------------------------------- matching and losses

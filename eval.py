@@ -179,7 +179,7 @@ def ssl_metrics(model, task, data, batch_size, workers, device):
         error, right = task.errors(prediction, target)
         counted = task.loss_mask(corruption)
         hits = counted if right is None else right & counted
-        sums += torch.stack([(error * counted).sum(), hits.sum(), counted.sum()]).double().cpu()
+        sums += torch.stack([(error * counted).sum(), hits.sum(), counted.sum()]).cpu().double()
         if len(taken) * batch_size < GUESSED:
             taken.append(task.taken(target, counted).cpu())
         if not panels:

@@ -1,4 +1,4 @@
-"""Every picture: detections, self-supervised tasks, curves of a run, objects of a whole image."""
+"""Pictures of detections, self-supervised tasks, runs and attention."""
 
 import functools
 import sys
@@ -51,7 +51,9 @@ def legible(text, otherwise, size):
 # ---------------------------------------------------------------- detections
 def colour(label, n):
     """A colour of its own for each of n classes, RGB: neighbours in the list differ most."""
-    table, place = ("tab20", (2 * label + label // 10) % 20) if n <= 20 else ("hsv", label / n)
+    table, place = (
+        ("tab20", (2 * label + label // 10) % 20) if n <= 20 else ("hsv", 0.618 * label % 1)
+    )
     return tuple(round(255 * share) for share in colormaps[table](place)[:3])
 
 

@@ -102,25 +102,31 @@ def read_table(path):
     return rows
 
 
+def detecting(rows):
+    """The names of the rows that have an AP: not of a pretraining."""
+    return {name for name, flags in rows.items() if parse(name, flags).setting != "pretrain"}
+
+
 def read_comparisons(path, rows):
     """The comparisons of a table: [(family, row, what it is compared with)]. ValueError."""
-    found = []
+    found, there = [], detecting(rows)
     for where, name, text in lines_of(path):
         if name.startswith("compare "):
             pair = (text or "").split(" - ")
-            if len({*pair}) != 2 or not {*pair} <= rows.keys():
-                raise ValueError(f"{where}: expected are two rows, ROW - ROW, not {text!r}")
+            if len({*pair}) != 2 or not {*pair} <= there:
+                expected = "two rows that detect, ROW - ROW"
+                raise ValueError(f"{where}: expected are {expected}, not {text!r}")
             found.append((name.removeprefix("compare "), *pair))
     return found
 
 
 def read_goals(path, rows):
     """The goals of a table: [(row, the row its time is measured by, AP50 in %)]. ValueError."""
-    found = []
+    found, there = [], detecting(rows)
     for where, name, text in lines_of(path):
         if name == "goal":
             goal = re.fullmatch(rf"([\w-]+) / ([\w-]+), ({NUMBER})", text or "")
-            if not goal or not {goal[1], goal[2]} <= rows.keys():
+            if not goal or not {goal[1], goal[2]} <= there:
                 raise ValueError(f"{where}: expected is ROW / OTHER ROW, AP50, not {text!r}")
             found.append((goal[1], goal[2], float(goal[3])))
     return found
@@ -189,7 +195,8 @@ def read_results(folders, rows):
             try:
                 result = coco.read_json(path)
                 changed = difference(result["flags"], wanted)
-            except (ValueError, KeyError):
+                result["log"][-1]["epoch"], result["revision"]
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
                 raise ValueError(f"{path}: is no result of reproduce.py; delete it") from None
             if changed:
                 raise ValueError(f"{path} was made with {changed}; delete it to run it anew")
@@ -234,24 +241,30 @@ class Runner:
         launch = [*launch, str(self.args.nproc)] if self.args.nproc > 1 else []
         row = ["--seed", str(seed), "--out", f"{out}/{name}-{seed}", "--resume"]
         if self.args.jobs > 1 and torch.cuda.is_available():  # the runs share the processor's cores
-            row += ["--workers", str(max(1, (os.cpu_count() or 1) // self.args.jobs))]
+            row += ["--workers", str(min(8, max(1, (os.cpu_count() or 1) // self.args.jobs)))]
         return ["python", *launch, "train.py", *flags, *row]
 
     def run(self, name, seed):
         """Run a row, or go on with it. Raises ValueError if train.py fails."""
         folder, command = self.out / f"{name}-{seed}", self.command(name, seed)
+        folder, command = self.out / f"{name}-{seed}", self.command(name, seed)
         slot, environment = self.slots.get(), dict(os.environ)
         if self.args.jobs > 1 and torch.cuda.is_available():
-            environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
-        threads = max(1, torch.get_num_threads() // self.args.jobs)
+            ours = os.environ.get("CUDA_VISIBLE_DEVICES") or range(torch.cuda.device_count())
+            ours = ours.split(",") if isinstance(ours, str) else ours
+            environment["CUDA_VISIBLE_DEVICES"] = str(ours[slot % len(ours)])
+        threads = max(1, torch.get_num_threads() // (self.args.jobs * self.args.nproc))
         environment["OMP_NUM_THREADS"] = str(threads)
         how = {"cwd": self.args.code, "env": environment, "capture_output": True, "text": True}
         start, anew = time.monotonic(), not folder.exists()
-        done = subprocess.run([sys.executable, *command[1:]], **how)
-        self.slots.put(slot)
+        try:
+            done = subprocess.run([sys.executable, *command[1:]], **how)
+        finally:
+            self.slots.put(slot)
         if done.returncode:
-            said = done.stderr.strip() or f"exit status {done.returncode}"
-            raise ValueError(f"{shlex.join(command)}: {said.splitlines()[-1]}")
+            said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()
+            errors = [line for line in said if line.startswith("error: ")]  # torchrun says more
+            raise ValueError(f"{shlex.join(command)}: {(errors or said)[-1]}")
         config, log = coco.read_json(folder / "config.json"), read_log(folder)
         content = {"command": shlex.join(command), "flags": resolve(self.rows, name)}
         content.update(revision=config["revision"], versions=config["versions"], log=log)
@@ -272,14 +285,18 @@ class Runner:
         start, n = time.monotonic(), 0
         jobs.sort(key=lambda job: self.depth(job[0]))
         with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
-            for _, wave in itertools.groupby(jobs, key=lambda job: self.depth(job[0])):
-                for future in [pool.submit(self.run, *job) for job in wave]:
-                    future.result()
-                    n += 1
-                    minutes = (time.monotonic() - start) / 60
-                    left = minutes / n * (len(jobs) - n)
-                    print(f"{n} of {len(jobs)} runs, {minutes:.0f} min; about {left:.0f} to go",
-                          file=sys.stderr, flush=True)  # fmt: skip
+            try:
+                for _, wave in itertools.groupby(jobs, key=lambda job: self.depth(job[0])):
+                    for future in [pool.submit(self.run, *job) for job in wave]:
+                        future.result()
+                        n += 1
+                        minutes = (time.monotonic() - start) / 60
+                        left = minutes / n * (len(jobs) - n)
+                        print(f"{n} of {len(jobs)} runs, {minutes:.0f} min; about {left:.0f} to go",
+                              file=sys.stderr, flush=True)  # fmt: skip
+            except BaseException:  # what has not begun does not begin
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def dry_run(self, names, seeds):
         """Print the commands; the exit status, 1 if something that they start from is not there."""
@@ -335,7 +352,9 @@ def tables(results, comparisons=(), goals=()):
                      for key in (loss, guess, accuracy, likely, chance)]  # fmt: skip
             tasks.append(f"| {name} | {' | '.join(cells)} |")
     text, epochs = [], sorted(epochs)
-    epochs = epochs if len(epochs) <= 12 else [e for e in epochs if e <= 5 or e % 10 == 0]
+    last = {max(log) for _, logs, _ in detect for log in logs}
+    some = [e for e in epochs if e <= 5 or e % 10 == 0 or e in last]
+    epochs = epochs if len(epochs) <= 12 else some
     if detect:
         head = ["AP (%) after epoch", *map(str, epochs), "AP50, last", "AP 10 from epoch", "runs"]
         text += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -396,16 +415,17 @@ def curves(runs):
 
 def compare(results, comparisons):
     """Lines of a table in Markdown: differences of AP, paired by seed, with their 95 % interval
-    (Student's t) and the exact p of flipping their signs, Holm's over the family."""
+    (Student's t) and the p of flipping their signs, exact up to 16 seeds; Holm's is over the
+    family as it is declared, run or not, for each of the two measures."""
     measures = {"last epoch": lambda ap: ap[:, -1], "mean of the epochs": lambda ap: ap.mean(1)}
     found = []
     for (family, row, other), measure in itertools.product(comparisons, measures):
         seeds = sorted(results.get(row, {}).keys() & results.get(other, {}).keys())
         if len(seeds) > 1:
-            aps = (curves([results[name][seed] for seed in seeds])[1] for name in (row, other))
-            a, b = map(measures[measure], aps)
+            runs = [results[name][seed] for name in (row, other) for seed in seeds]
+            a, b = np.split(measures[measure](curves(runs)[1]), 2)  # at epochs that all have
             low, high = scipy.stats.ttest_1samp(a - b, 0).confidence_interval()
-            flips = {"permutation_type": "samples", "n_resamples": 2**16}
+            flips = {"permutation_type": "samples", "n_resamples": 2**16, "random_state": 0}
             p = scipy.stats.permutation_test((a - b,), np.mean, **flips).pvalue
             cells = [f"{row} - {other}", measure, f"{np.mean(a - b):+.1f}"]
             cells += [f"{low:+.1f} to {high:+.1f}", f"{p:.3f}"]
@@ -414,9 +434,10 @@ def compare(results, comparisons):
         return []
     head = "comparison | AP (%) | difference | 95 % interval | p | p, Holm | seeds"
     text = [f"| {head} |", "|---" * 7 + "|"]
+    sizes = collections.Counter(family for family, *_ in comparisons)
     for family, p, cells, n in found:
         ps = sorted(q for other, q, *_ in found if other == family)
-        holm = max(min(1, q * (len(ps) - i)) for i, q in enumerate(ps) if q <= p)
+        holm = max(min(1, q * (sizes[family[0]] - i)) for i, q in enumerate(ps) if q <= p)
         text.append(f"| {' | '.join([*cells, f'{holm:.3f}', str(n)])} |")
     return [*text, ""]
 
@@ -464,6 +485,8 @@ def make_table(args):
         raise ValueError(f"{args.table}: no such table; {meant}")
     if args.data and not Path(args.data).exists():
         raise ValueError(f"--data {args.data}: is not there")
+    if not Path(args.code, "train.py").exists():
+        raise ValueError(f"--code {args.code}: holds no train.py")
     args.seeds = list(dict.fromkeys(args.seeds or []))
     rows, table = read_table(path), path.stem
     comparisons, goals = read_comparisons(path, rows), read_goals(path, rows)

@@ -130,7 +130,7 @@ class Task(nn.Module):
         """The corruption of a batch, of each image from its own seed alone: padding (B, H, W)."""
         whole = whole_patches(padding.cpu(), self.patch).numpy()  # (B, h, w)
         grid, whole = whole.shape[1:], whole.reshape(len(whole), -1)
-        masked, source = np.zeros_like(whole), np.indices(whole.shape)[1]
+        masked, source = np.zeros_like(whole), np.indices(whole.shape, np.int64)[1]
         turns = np.zeros_like(source)
         for i, seed in enumerate(seeds):
             rng, patches = np.random.default_rng(seed), whole[i].nonzero()[0]

@@ -388,7 +388,7 @@ def prepare(args):
     state = checkpoint.open_last(args) if args.resume else None
     detector = detector_config(args, max(1, len(train_set.categories)))
     model, start = build_model(detector, args)
-    attention = ": ".join(detr.use_backend(model, args.device, args.attn))
+    attention = detr.use_backend(model, args.device, args.attn)
     model.to(args.device, memory_format=torch.channels_last)  # convolutions are faster so
     task, task_config = build_task(args, model.strides, None if state else train_set)
     content = {"args": vars(args), "detector": detector, "task": task_config}
