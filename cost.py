@@ -6,12 +6,12 @@ Both detectors as published (ResNet-50, six layers each way), one image with ten
 random weights, every row in a process of its own. Seconds are medians of the whole step, and of its
 encoder alone, forward and backward; memory is the peak of the process. The exponent of a line: the
 cost grows as the number of pixels to that power, from the last size but one to the last; 1 is
-linear, 2 quadratic. Writes cost.md and cost.png.
+linear, 2 quadratic. What the memory does not suffice for is left out. Writes cost.md and cost.png.
 """
 
 import parallel  # isort: skip (before torch)
 
-import concurrent.futures
+import concurrent.futures.process
 import itertools
 import math
 import multiprocessing
@@ -158,7 +158,11 @@ def main(argv=None):
     found, fresh = {}, multiprocessing.get_context("spawn")
     for name, grows, value, flags in rows(args.sizes):
         with concurrent.futures.ProcessPoolExecutor(1, fresh) as process:  # has a peak of its own
-            figures = process.submit(measure, flags, args.repeats).result()
+            try:
+                figures = process.submit(measure, flags, args.repeats).result()
+            except concurrent.futures.process.BrokenProcessPool:
+                print(f"{name}, {grows} {value}: ended, probably for lack of memory")
+                continue
         found.setdefault((name, grows), {})[value] = figures
         print(
             f"{name}, {grows} {value}:", *(f"{k} {figures[k]:.3g} {u}" for k, u in FIGURES.items())

@@ -506,7 +506,7 @@ def make_table(args):
         return runner.dry_run(wanted, args.seeds or [0])
     there = read_results(runner.folders, rows)  # refuses before anything is run
     if args.no_run and not there:
-        raise ValueError(f"{path}: has no results yet; leave out --no_run")
+        raise ValueError(f"{runner.out}: no results; name a folder with some or leave out --no_run")
     runner.out.mkdir(parents=True, exist_ok=True)
     coco.try_output(runner.out / "table.md")
     if not args.no_run:

@@ -218,14 +218,17 @@ def test_tables_are_listed(capsys):
     assert re.search("tasks +41 rows, 41 results published\n", out) and "detr.txt" not in out
 
 
-@pytest.mark.parametrize("name", ["tasks", "first_epochs"])
+@pytest.mark.parametrize("name", ["tasks", "first_epochs", "scenes", "leaks"])
 def test_published_results_are_of_their_rows(name):
+    """All of them, but of scenes the families that are not ours, of leaks what has been run."""
     rows = reproduce.read_table(reproduce.ROOT / f"recipes/{name}.txt")
     results = reproduce.read_results([reproduce.RESULTS / name], rows)
     written = (reproduce.RESULTS / name / "table.md").read_text(encoding="utf-8")
     comparisons = reproduce.read_comparisons(reproduce.RECIPES / f"{name}.txt", rows)
     expected = reproduce.tables(results, comparisons)
-    assert results.keys() == rows.keys() and written.strip() == expected.strip()
+    ours = ("other", "aux", "features") if name == "scenes" else ()
+    assert written.strip() == expected.strip() and results.keys() <= rows.keys()
+    assert name == "leaks" or {x for x in rows if not x.startswith(ours)} == results.keys()
 
 
 def test_the_mean_patch_by_hand(tmp_path):
@@ -266,7 +269,7 @@ def test_mistakes_get_one_line(table, capsys, monkeypatch):
         ("", "", "has no rows"),
         ("a: --init {a}", "", "line 1: {a} is not a row above it"),
         ('a: "" --lr 1', "", "line 1: an argument is empty"),
-        ("a: --epochs 1", "--no_run", "has no results yet"),
+        ("a: --epochs 1", "--no_run", "no results; name a folder with some"),
         ("a: --epochs 1", "", "exit status -9"),
     ):
         table.write_text(text)
