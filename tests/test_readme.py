@@ -26,7 +26,7 @@ COMMANDS += re.findall(r"(?<!python )(train\.py @.*)$", TEXT, re.M)  # by launch
 
 
 def test_it_is_a_front_door():
-    assert len(README.splitlines()) <= 195
+    assert len(README.splitlines()) <= 197
     assert max(map(len, TEXT.splitlines())) <= 120
 
 
