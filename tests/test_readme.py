@@ -123,9 +123,9 @@ def test_names_exist():
             assert re.search(rf"(def|class) {name.rsplit('.', 1)[-1]}\b", code), (where, name)
     for name in re.findall(r"`([\w/]+\.py|[\w/]+/)`", README):
         assert (ROOT / name).exists(), name
-    for text in (README, *DOCS.values()):
+    for path, text in {ROOT / "README.md": README, **DOCS}.items():
         for target in re.findall(r"\]\(([^):]+)\)", text):
-            assert (ROOT / target).exists(), target
+            assert (path.parent / target).exists(), target
 
 
 def test_verdicts_are_those_of_the_results():
