@@ -39,14 +39,8 @@ def table(flags, logs):
     names = sorted(set().union(*flags.values()) - {"out", "resume"})
     differ = [name for name in names if len({str(run.get(name)) for run in flags.values()}) > 1]
     there = [key for key in FIGURES if any(key in line for log in logs.values() for line in log)]
-    rows = [
-        [
-            "run",
-            "epoch",
-            *(FIGURES[key] for key in there),
-            *(f"--{name}" if name != "code" else name for name in differ),
-        ]
-    ]
+    columns = [name if name == "code" else f"--{name}" for name in differ]
+    rows = [["run", "epoch", *(FIGURES[key] for key in there), *columns]]
     for run, log in logs.items():
         last = [next((x[key] for x in reversed(log) if key in x), None) for key in there]
         other = [str(flags[run].get(name)) for name in differ]

@@ -109,7 +109,8 @@ def table(found):
         text += ["", f"| {name}: {grows} | {' | '.join(map(str, line))} | exponent |"]
         text.append("|---" * (len(line) + 2) + "|")
         for figure, unit in FIGURES.items():
-            cells = [f"{x[figure]:.3g}" for x in line.values()]
+            digits = ".0f" if figure == "memory" else ".3g"
+            cells = [f"{x[figure]:{digits}}" for x in line.values()]
             cells.append(exponent(grows, line, figure))
             text.append(f"| {figure}, {unit} | {' | '.join(cells)} |")
     return "\n".join(text[1:])

@@ -155,10 +155,10 @@ def draw_objects(path, image, found, categories, smallest=800, largest=4000):
     boxes = found["boxes"] * scale
     for box, label in zip(boxes, found["labels"]):
         pen.rectangle(tuple(box), outline=colour(label, number), width=max(2, line // 12))
-    fonts = {k: legible(categories[k]["name"], f"class {categories[k]['id']}", 0.6 * line)
+    names = {k: legible(categories[k]["name"], f"class {categories[k]['id']}", 0.6 * line)
              for k in shown}  # fmt: skip
     for box, label, score in zip(boxes, found["labels"], found["scores"]):
-        font, name = fonts[label]
+        font, name = names[label]
         text, (x, y) = f"{name} {score:.2f}", box[:2]
         place = pen.textbbox((x, y - 2), text, font=font, anchor="ld")
         overlap = np.minimum(place[2:], boxes[:, 2:]) > np.maximum(place[:2], boxes[:, :2])

@@ -102,18 +102,18 @@ def read_table(path):
     return rows
 
 
-def detecting(rows):
-    """The names of the rows that have an AP: not of a pretraining."""
-    return {name for name, flags in rows.items() if parse(name, flags).setting != "pretrain"}
+def detects(rows, *names):
+    """Whether all of these are rows that have an AP: not of a pretraining."""
+    return all(name in rows and parse(name, rows[name]).setting != "pretrain" for name in names)
 
 
 def read_comparisons(path, rows):
     """The comparisons of a table: [(family, row, what it is compared with)]. ValueError."""
-    found, there = [], detecting(rows)
+    found = []
     for where, name, text in lines_of(path):
         if name.startswith("compare "):
             pair = (text or "").split(" - ")
-            if len({*pair}) != 2 or not {*pair} <= there:
+            if len({*pair}) != 2 or not detects(rows, *pair):
                 expected = "two rows that detect, ROW - ROW"
                 raise ValueError(f"{where}: expected are {expected}, not {text!r}")
             found.append((name.removeprefix("compare "), *pair))
@@ -122,11 +122,11 @@ def read_comparisons(path, rows):
 
 def read_goals(path, rows):
     """The goals of a table: [(row, the row its time is measured by, AP50 in %)]. ValueError."""
-    found, there = [], detecting(rows)
+    found = []
     for where, name, text in lines_of(path):
         if name == "goal":
             goal = re.fullmatch(rf"([\w-]+) / ([\w-]+), ({NUMBER})", text or "")
-            if not goal or not {goal[1], goal[2]} <= there:
+            if not goal or not detects(rows, goal[1], goal[2]):
                 raise ValueError(f"{where}: expected is ROW / OTHER ROW, AP50, not {text!r}")
             found.append((goal[1], goal[2], float(goal[3])))
     return found
@@ -250,9 +250,9 @@ class Runner:
         folder, command = self.out / f"{name}-{seed}", self.command(name, seed)
         slot, environment = self.slots.get(), dict(os.environ)
         if self.args.jobs > 1 and torch.cuda.is_available():
-            ours = os.environ.get("CUDA_VISIBLE_DEVICES") or range(torch.cuda.device_count())
-            ours = ours.split(",") if isinstance(ours, str) else ours
-            environment["CUDA_VISIBLE_DEVICES"] = str(ours[slot % len(ours)])
+            all_of_them = ",".join(map(str, range(torch.cuda.device_count())))
+            ours = (os.environ.get("CUDA_VISIBLE_DEVICES") or all_of_them).split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = ours[slot % len(ours)]
         threads = max(1, torch.get_num_threads() // (self.args.jobs * self.args.nproc))
         environment["OMP_NUM_THREADS"] = str(threads)
         how = {"cwd": self.args.code, "env": environment, "capture_output": True, "text": True}

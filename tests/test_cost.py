@@ -18,12 +18,13 @@ def test_a_measured_row():
 
 def test_table_and_picture(tmp_path):
     """Costs that grow as the pixels squared have exponent 2; of queries, as their number, 1."""
-    sides = {side: {"step": side**4, "encoder": side**2, "memory": 7} for side in (64, 128)}
+    sides = {side: {"step": side**4, "encoder": side**2, "memory": 1234} for side in (64, 128)}
     queries = {n: {"step": n, "encoder": 1, "memory": 1} for n in (100, 300)}
     found = {("DETR", "image_size"): sides, ("Deformable DETR", "num_queries"): queries}
     lines = cost.table(found).splitlines()
     assert lines[0] == "| DETR: image_size | 64 | 128 | exponent |"
     assert [line.split(" | ")[-1] for line in lines[2:5]] == ["2.00 |", "1.00 |", "0.00 |"]
+    assert lines[4] == "| memory, MB | 1234 | 1234 | 0.00 |"
     assert lines[8] == "| step, s | 100 | 300 | 1.00 |"
     cost.draw(tmp_path / "cost.png", found)
     assert (tmp_path / "cost.png").stat().st_size > 1000

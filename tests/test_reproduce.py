@@ -129,6 +129,18 @@ def test_comparisons_by_hand():
         assert line[5] == f"{min(1, 2 * low) if mine == low else max(min(1, 2 * low), high):.3f}"
 
 
+def test_a_family_is_what_was_declared():
+    """What has not been run counts in Holm's p; a longer run is compared at the shared epochs."""
+    runs = {"scratch": (0.1, 0.2), "better": (0.2, 0.3, 0.9)}
+    results = {row: {seed: {"log": [{"epoch": i, "ap": ap + seed / 500 * (row == "better")}
+                                    for i, ap in enumerate(aps)]} for seed in range(6)}
+               for row, aps in runs.items()}  # fmt: skip
+    pairs = [("few", row, "scratch") for row in ("better", "not run", "nor this")]
+    for line in reproduce.compare(results, pairs)[2:-1]:
+        _, _, difference, _, p, holm, _ = line.split(" | ")
+        assert difference == "+10.5" and p == "0.031" and holm == f"{3 * 2 / 64:.3f}"
+
+
 def test_goals_by_hand(tmp_path):
     """AP50 over all seeds, time over those that both rows have run in one go."""
     now = {0: (0.82, 60), 1: (0.83, 66), 2: (0.81, None)}
