@@ -165,9 +165,8 @@ def main(argv=None):
                 print(f"{name}, {grows} {value}: ended, probably for lack of memory")
                 continue
         found.setdefault((name, grows), {})[value] = figures
-        print(
-            f"{name}, {grows} {value}:", *(f"{k} {figures[k]:.3g} {u}" for k, u in FIGURES.items())
-        )
+        said = (f"{figure} {figures[figure]:.3g} {unit}" for figure, unit in FIGURES.items())
+        print(f"{name}, {grows} {value}:", *said)
     coco.write_text(args.out / "cost.md", table(found) + "\n")
     draw(args.out / "cost.png", found)
 

@@ -671,12 +671,7 @@ def weights_of(state):
     """The weights in a checkpoint: the official {"model": …} or as other tools wrap them."""
     for key in ("model", "state_dict", "ema", "module"):
         state = state[key] if isinstance(state.get(key), dict) else state
-    for prefix in (
-        "module.",
-        "model.",
-        "module.",
-        "_orig_mod.",
-    ):  # of DDP, Lightning, torch.compile
+    for prefix in ("module.", "model.", "module.", "_orig_mod."):  # DDP, Lightning, torch.compile
         inner = {k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)}
         state = inner or state
     return state

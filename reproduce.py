@@ -247,7 +247,6 @@ class Runner:
     def run(self, name, seed):
         """Run a row, or go on with it. Raises ValueError if train.py fails."""
         folder, command = self.out / f"{name}-{seed}", self.command(name, seed)
-        folder, command = self.out / f"{name}-{seed}", self.command(name, seed)
         slot, environment = self.slots.get(), dict(os.environ)
         if self.args.jobs > 1 and torch.cuda.is_available():
             all_of_them = ",".join(map(str, range(torch.cuda.device_count())))
@@ -320,9 +319,8 @@ def read_log(run):
         found = [json.loads(line) for line in lines]
         [line["epoch"] for line in found]
     except (ValueError, TypeError, KeyError):
-        raise ValueError(
-            f"{log}: is not of train.py, or damaged; --resume writes it anew"
-        ) from None
+        text = f"{log}: is not of train.py, or damaged; --resume writes it anew"
+        raise ValueError(text) from None
     return found
 
 
@@ -395,9 +393,7 @@ def speed(results, goals):
         cells += [mean_and_deviation(column, 2) for column in minutes.T]
         cells.append(f"{share.mean():.2f}, {low:.2f} to {high:.2f} ({len(share)})")
         text.append(f"| {' | '.join(cells)} |")
-    head = (
-        "row | AP50 (%) (seeds) | goal | p | minutes | of the other | share, 95 % interval (seeds)"
-    )
+    head = "row | AP50 (%) (seeds) | goal | p | minutes | of the other | share, 95 % (seeds)"
     return [f"| {head} |", "|---" * 7 + "|", *text, ""] if text else []
 
 
