@@ -150,6 +150,19 @@ def full_precision(levels):
 
 
 # ---------------------------------------------------------------- parts that both share
+class Dropout(nn.Dropout):
+    """Dropout from 16 random bits an element. On a CPU a single thread draws them, which took a
+    seventh of a training step of Deformable DETR with nn.Dropout."""
+
+    def forward(self, x):
+        if not self.training or self.p in (0, 1) or x.device.type != "cpu":
+            return super().forward(x)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = bits.view(torch.int16)[: x.numel()].view(x.shape)  # four of an int64
+        keep = bits >= round(self.p * 2**16) - 2**15
+        return x * keep.to(x.dtype).div_(1 - self.p)
+
+
 class Layer(nn.Module):
     """What all transformer layers have in common: feed-forward network and residual updates."""
 
@@ -157,7 +170,7 @@ class Layer(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(dim, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         for i in range(norms):
             self.add_module(f"norm{i + 1}", nn.LayerNorm(dim))
 

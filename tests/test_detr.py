@@ -38,6 +38,24 @@ def randomise(model):
     return model.eval()
 
 
+def test_dropout_is_torchs():
+    ours, theirs, x = detr.Dropout(0.3), torch.nn.Dropout(0.3), torch.full((1001, 999), 2.0)
+    x.requires_grad_()
+    torch.manual_seed(0)
+    y = ours(x)
+    kept = y != 0
+    assert abs(kept.double().mean() - 0.7) < 0.002  # four standard deviations
+    columns = kept.flatten()[: 999 * 1000].view(-1, 4).double().mean(0)  # of each 64 drawn bits
+    assert (columns - 0.7).abs().max() < 0.004
+    torch.testing.assert_close(y, kept * (2 / 0.7))
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], kept / 0.7)
+    torch.manual_seed(0)
+    assert torch.equal(ours(x), y) and not torch.equal(ours(x), y)
+    for p in (0.0, 1.0):
+        assert torch.equal(detr.Dropout(p)(x), torch.nn.Dropout(p)(x))
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
 # ---------------------------------------------------------------- transformers as an oracle
 STAGES = "model.backbone.model.encoder.stages"
 RENAMED = [  # applied in this order
