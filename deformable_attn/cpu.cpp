@@ -126,6 +126,15 @@ template <typename T, int BYTES = 128, typename F> void blocks(int64_t D, F work
     if (c < D) blocks<T, BYTES / 2>(D, work, c);
 }
 
+// A thread's own map. It begins at a cache line, so that no row lies in one line more than it must.
+template <typename T> struct Map {
+  struct alignas(64) Line { char bytes[64]; };
+  std::vector<Line> lines;
+
+  explicit Map(int64_t n) : lines((n * sizeof(T) + 63) / 64) {}
+  T& operator[](int64_t i) { return reinterpret_cast<T*>(lines.data())[i]; }
+};
+
 // Sums groups of `lanes` neighbours, by halves: n * lanes values in `parts` become n sums.
 template <typename T> const T* sum_lanes(T* parts, T* spare, int n, int lanes) {
   for (; lanes > 1; lanes /= 2, std::swap(parts, spare)) {
@@ -181,7 +190,7 @@ bool forward(const Sizes& z, const T* value, const T* locations, const T* weight
   const int64_t points = z.L * z.P, D = z.D;
   large_pages(out, z.N * z.Q * z.M * D);
   return parallel(z.N * z.M, z.threads, [&] {
-    return [&, map = std::vector<T>(z.S * D)](int64_t task) mutable {
+    return [&, map = Map<T>(z.S * D)](int64_t task) mutable {
       const int64_t n = task / z.M, m = task % z.M;
       for (int64_t s = 0; s < z.S; ++s)
         std::copy_n(value + ((n * z.S + s) * z.M + m) * D, D, &map[s * D]);
@@ -221,7 +230,7 @@ bool backward(const Sizes& z, const T* grad_out, const T* value, const T* locati
   large_pages(grad_locations, z.N * z.Q * z.M * points * 2);
   large_pages(grad_weights, z.N * z.Q * z.M * points);
   return parallel(z.N * z.M, z.threads, [&] {
-    return [&, map = std::vector<T>(2 * z.S * D)](int64_t task) mutable {
+    return [&, map = Map<T>(2 * z.S * D)](int64_t task) mutable {
       const int64_t n = task / z.M, m = task % z.M;
       for (int64_t s = 0; s < z.S; ++s) {
         std::copy_n(value + ((n * z.S + s) * z.M + m) * D, D, &map[2 * s * D]);
