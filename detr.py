@@ -31,7 +31,7 @@ import torchvision
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.ops import box_convert
+from torchvision.ops import FrozenBatchNorm2d, box_convert
 
 from deformable_attn import MSDeformAttn, backend
 
@@ -48,11 +48,11 @@ class Level(NamedTuple):
     position: Tensor  # (B, C, H, W)
 
 
-class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
-    """Batch normalisation with constant statistics and scale, in one pass instead of two."""
-
-    def forward(self, x):
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+def convolve_and_normalise(conv, norm, x):
+    """A convolution and the frozen batch normalisation behind it, in one pass over the map."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
 
 
 class Backbone(nn.Module):
@@ -81,6 +81,11 @@ class Backbone(nn.Module):
         if frozen_bn:  # a pretrained network: its first, generic layers stay as they are
             for layer in (self.body.conv1, self.body.layer1):
                 layer.requires_grad_(False)
+            convs = (x for x in self.body.modules() if isinstance(x, nn.Conv2d))
+            norms = (x for x in self.body.modules() if isinstance(x, FrozenBatchNorm2d))
+            for conv, norm in zip(convs, norms, strict=True):
+                conv.forward = functools.partial(convolve_and_normalise, conv, norm)
+                norm.forward = nn.Identity().forward
         for module in self.body.modules() if self.variant == "circular" else ():
             if isinstance(module, (nn.Conv2d, nn.MaxPool2d)):
                 p = module.padding if isinstance(module.padding, int) else module.padding[0]

@@ -1,6 +1,7 @@
 """Both detectors against transformers' with the same weights; losses by brute force; weights."""
 
 import argparse
+import copy
 import itertools
 import pickle
 import re
@@ -36,6 +37,25 @@ def randomise(model):
             if head or "running_mean" in name or name.endswith("bias"):
                 tensor.add_(torch.randn_like(tensor) * 0.05)
     return model.eval()
+
+
+def test_frozen_normalisation():
+    torch.manual_seed(0)
+    frozen = detr.Backbone("resnet50", 3, True, True, None)
+    plain = detr.Backbone("resnet50", 3, True, False, None)
+    state = {
+        k: torch.rand_like(x) + 0.5 if "bn" in k else x for k, x in frozen.state_dict().items()
+    }
+    frozen.load_state_dict(state)
+    plain.load_state_dict(state, strict=False)
+    x = torch.randn(1, 3, 64, 96)
+    copied = copy.deepcopy(frozen)
+    for a, b in zip(frozen(x), plain.eval()(x)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+    with torch.no_grad():
+        frozen.body.conv1.weight.zero_()
+    assert not torch.equal(frozen(x)[0], copied(x)[0])
+    assert torch.equal(copied(x)[0], copy.deepcopy(copied)(x)[0])
 
 
 def test_dropout_is_torchs():
