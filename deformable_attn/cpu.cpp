@@ -11,7 +11,7 @@
 // blocks of channels are summed over all of them (loops over vectors of channels).
 //
 // Plain C++17 with the vector types of gcc and clang. Tried and no faster: queries in 2-D tiles,
-// rows of the map fetched ahead, registers of 64 bytes (the backward pass is slower by a third).
+// rows of the map fetched ahead, registers of 64 bytes, several sums at a time.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
