@@ -204,6 +204,12 @@ def read_results(folders, rows):
     return dict(results)
 
 
+def origin(result):
+    """The revision and the folder of --data, or None, that a result is of."""
+    flags = dict(itertools.pairwise(shlex.split(result["command"])))
+    return {"revision": result["revision"], "data": flags.get("--data")}
+
+
 # ---------------------------------------------------------------- running
 class Runner:
     """Runs rows of a table; `slots` are the numbers of free places, each with a GPU of its own."""
@@ -513,10 +519,11 @@ def make_table(args):
     found = {name: runs for name, runs in found.items() if runs}
     if not found:
         raise ValueError(f"{runner.out} has no results of these rows and seeds")
-    revisions = (run["revision"] for runs in found.values() for run in runs.values())
-    for revision, n in collections.Counter(revisions).items():
-        if revision != checkpoint.revision():
-            print(f"{n} results are of revision {revision}, yours is {checkpoint.revision()}")
+    for what, ours in (("revision", checkpoint.revision()), ("data", args.data)):
+        of = (origin(run)[what] for runs in found.values() for run in runs.values())
+        for other, n in collections.Counter(of).items():
+            if other and ours and other != ours:
+                print(f"{n} results are of {what} {other}, yours is {ours}")
     print(tables({**found, **theirs}, comparisons, goals))
     results.update(theirs)
     coco.write_text(runner.out / "table.md", tables(results, comparisons, goals) + "\n")

@@ -176,6 +176,22 @@ def test_a_row_with_the_code_of_another_revision(table, tmp_path, capsys):
     assert result["log"] == [{"epoch": 1, "ap": 0.5, "ap50": 0.5, "eval_seconds": 0.01}]
 
 
+def test_results_on_other_data_are_said(table, tmp_path, capsys):
+    (code := tmp_path / "code").mkdir()
+    (code / "train.py").write_text(OTHER_CODE)
+    table.write_text("quick: --epochs 1 --data {data}")
+    (a := tmp_path / "a").mkdir()
+    (b := tmp_path / "b").mkdir()
+    for seed, data in enumerate((a, b)):
+        flags = ["--code", code, "--out", tmp_path / "out", "--seeds", seed, "--data", data]
+        with pytest.raises(SystemExit):
+            reproduce.main([str(table), *map(str, flags)])
+        assert "of data" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        reproduce.main([str(table), "--no_run", "--out", str(tmp_path / "out"), "--data", str(b)])
+    assert f"1 results are of data {a}, yours is {b}" in capsys.readouterr().out
+
+
 OTHER_CODE = """
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
