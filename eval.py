@@ -66,10 +66,8 @@ def detections(model, batches, device, top, name, losses=None):
             message = "what the model finds is NaN or infinite; its training diverged"
             raise FloatingPointError(f"{name}: {message}, or its file is damaged")
         if losses is not None:
-            terms = model.criterion(every, targets).items()
-            loss = sum(
-                model.criterion.weights[term] * values.sum().item() for term, values in terms
-            )
+            weights, terms = model.criterion.weights, model.criterion(every, targets)
+            loss = sum(weights[name] * values.sum().item() for name, values in terms.items())
             losses.append((len(targets), loss))
         sizes = [target["size"] for target in targets]
         yield from zip(targets, model.postprocess(outputs, sizes, top))
