@@ -13,7 +13,7 @@ POINT = None
 MASKED = {0.25: None, 0.5: None, 0.9: None}
 
 # null: the 95 % interval of (detr-after-mim-continuous - detr-scratch), AP in % after the last
-# epoch, of the three seeds in results/first_epochs
+# epoch, of seeds 0, 1 and 2 in results/scenes
 INTERVAL = None, None
 
 

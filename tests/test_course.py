@@ -18,7 +18,7 @@ LOCATIONS = (2, 252, 8, 3, 4, 2)
 LOGITS = (3, 2, 30, 15)
 POINT = 0, 3
 MASKED = {0.25: 4, 0.5: 8, 0.9: 14}
-INTERVAL = -8.8, 0.5
+INTERVAL = -15.4, 3.7
 
 
 def backward(grad, value, shapes, locations, weights):

@@ -107,7 +107,7 @@ def test_tables_parse(monkeypatch):
     found = [vars(reproduce.parse(name, rows[name])) for name in rows if name != "backbone"]
     kinds = {tuple(row[key] for key in ("model", "setting", "ssl_task", "ssl_on")) for row in found}
     assert len(kinds) == len(found) == 40
-    rows = reproduce.read_table(ROOT / "recipes/first_epochs.txt")
+    rows = reproduce.read_table(ROOT / "recipes/scenes.txt")
     assert all(reproduce.resolve(rows, name) for name in rows)
 
 
