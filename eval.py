@@ -67,7 +67,7 @@ def detections(model, batches, device, top, name, losses=None):
             raise FloatingPointError(f"{name}: {message}, or its file is damaged")
         if losses is not None:
             weights, terms = model.criterion.weights, model.criterion(every, targets)
-            loss = sum(weights[name] * values.sum().item() for name, values in terms.items())
+            loss = sum(weights[term] * values.sum().item() for term, values in terms.items())
             losses.append((len(targets), loss))
         sizes = [target["size"] for target in targets]
         yield from zip(targets, model.postprocess(outputs, sizes, top))

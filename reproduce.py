@@ -182,6 +182,12 @@ def difference(before, now):
     return text or next((f"in what it starts from {text}" for text in starts if text), "")
 
 
+def origin(result):
+    """The revision and the folder of --data, or None, that a result is of."""
+    flags = dict(itertools.pairwise(shlex.split(result["command"])))
+    return {"revision": result["revision"], "data": flags.get("--data")}
+
+
 def read_results(folders, rows):
     """{row: {seed: its result}} in these folders, the first one's before the others'. ValueError
     for a result of other flags."""
@@ -195,19 +201,13 @@ def read_results(folders, rows):
             try:
                 result = coco.read_json(path)
                 changed = difference(result["flags"], wanted)
-                result["log"][-1]["epoch"], result["revision"]
+                result["log"][-1]["epoch"], origin(result)
             except (ValueError, KeyError, TypeError, AttributeError, IndexError):
                 raise ValueError(f"{path}: is no result of reproduce.py; delete it") from None
             if changed:
                 raise ValueError(f"{path} was made with {changed}; delete it to run it anew")
             results[name].setdefault(int(seed), result)
     return dict(results)
-
-
-def origin(result):
-    """The revision and the folder of --data, or None, that a result is of."""
-    flags = dict(itertools.pairwise(shlex.split(result["command"])))
-    return {"revision": result["revision"], "data": flags.get("--data")}
 
 
 # ---------------------------------------------------------------- running
@@ -399,7 +399,7 @@ def speed(results, goals):
         cells += [mean_and_deviation(column, 2) for column in minutes.T]
         cells.append(f"{share.mean():.2f}, {low:.2f} to {high:.2f} ({len(share)})")
         text.append(f"| {' | '.join(cells)} |")
-    head = "row | AP50 (%) (seeds) | goal | p | minutes | of the other | share, 95 % (seeds)"
+    head = "row | AP50 (%) (seeds) | goal | p | minutes | of the other | share, interval (seeds)"
     return [f"| {head} |", "|---" * 7 + "|", *text, ""] if text else []
 
 
@@ -496,7 +496,8 @@ def make_table(args):
     chosen = [name for name in rows if not args.rows or any(text in name for text in args.rows)]
     if not chosen:
         raise ValueError(f"--rows {' '.join(args.rows)}: no row of {path} is called so")
-    if any("{data}" in flags for flags in rows.values()) and not (args.data or args.dry_run):
+    needs_data = any("{data}" in flags for flags in rows.values())
+    if needs_data and not (args.data or args.dry_run or args.no_run):
         raise ValueError(f"{path}: its rows need --data DIR")
     if args.jobs > 1 and args.nproc > 1:
         raise ValueError("take --jobs, several runs at a time, or --nproc, several processes a run")

@@ -55,10 +55,10 @@ def test_share():
 def test_null():
     rows = reproduce.read_table(reproduce.RECIPES / "scenes.txt")
     results = reproduce.read_results([reproduce.RESULTS / "scenes"], rows)
-    results = {row: {seed: runs[seed] for seed in (0, 1, 2)} for row, runs in results.items()}
-    pair = [("detr", "detr-after-mim-continuous", "detr-scratch")]
+    pair = "detr-after-mim-continuous", "detr-scratch"
+    results = {row: {seed: results[row][seed] for seed in (0, 1, 2)} for row in pair}
     assert None not in answers.INTERVAL, "no answer yet"
-    interval = reproduce.compare(results, pair)[2].split(" | ")[3]
+    interval = reproduce.compare(results, [("detr", *pair)])[2].split(" | ")[3]
     assert "{:+.1f} to {:+.1f}".format(*answers.INTERVAL) == interval
 
 

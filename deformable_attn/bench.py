@@ -8,8 +8,6 @@ needs at least to do the multiplications, at the rate of its matrix product, and
 operand once, at that of a copy; forward, backward. "error" is the relative distance from the fp64
 reference: output, worst gradient."""
 
-import parallel  # isort: skip (before torch)
-
 import argparse
 import functools
 import itertools
@@ -22,6 +20,8 @@ import time
 from pathlib import Path
 
 import torch
+
+import parallel
 
 from . import MSDeformAttn, backend, cuda, ms_deform_attn
 from .reference import ms_deform_attn_reference

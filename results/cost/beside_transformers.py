@@ -1,7 +1,8 @@
 """Times our detectors beside transformers' in one process, by turns: a training step and inference
 of two 512 x 512 images with ten objects each, as published (ResNet-50, six layers each way), fp32,
-the same optimiser; dropout wherever the official code has it. From the repository's root, with
-transformers installed: PYTHONPATH=. python results/cost/beside_transformers.py [--keep_memory]"""
+the same optimiser, dropout wherever the official code has it; ours in channels-last layout, as
+train.py has it. From the repository's root, with transformers installed:
+PYTHONPATH=. python results/cost/beside_transformers.py [--keep_memory]"""
 
 import parallel  # isort: skip (before torch)
 
@@ -18,6 +19,7 @@ import detr
 import train
 
 REPEATS = 7
+torch.manual_seed(0)
 SIZE, LABELS, BOXES = 512, torch.arange(10), torch.rand(10, 4) / 5 + 0.3
 
 
@@ -31,7 +33,7 @@ def ours(name):
 
     def loss(images, padding):
         losses = train.compute_losses(model, None, images, padding, targets, args)
-        return sum(weights[name] * values.sum() for name, values in losses.items())
+        return sum(weights[term] * values.sum() for term, values in losses.items())
 
     return model, loss
 
@@ -81,7 +83,6 @@ def by_turns(functions):
 
 if "--keep_memory" in sys.argv:
     parallel.keep_memory()
-torch.manual_seed(0)
 inputs = torch.randn(2, 3, SIZE, SIZE), torch.zeros(2, SIZE, SIZE, dtype=torch.bool)
 print(f"torch {torch.__version__}, transformers {transformers.__version__}, ", end="")
 print(f"{torch.get_num_threads()} threads\n")
