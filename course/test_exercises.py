@@ -79,7 +79,8 @@ FOCAL = [[-2.4742, 0.8267], [4.1312, 0.3919]]
 
 def test_schedule():
     """Up to the full rate in a tenth of the steps, down to nearly nothing; or drops by ten."""
-    for drop, expected in (("cycle", [0.1, 0.5, 1.0, 0.75, 0.25]), (4, [1, 1, 1, 1, 0.01])):
+    cycles = {"linear": [0.1, 0.5, 1.0, 0.667, 0.333], "cycle": [0.1, 0.5, 1.0, 0.75, 0.25]}
+    for drop, expected in {**cycles, 4: [1, 1, 1, 1, 0.01]}.items():
         parameter = torch.nn.Parameter(torch.zeros(1))
         optimizer = torch.optim.SGD([parameter], lr=1.0)
         args, _ = train.parse(["--epochs", "10", "--lr_drop", str(drop)])
@@ -89,7 +90,7 @@ def test_schedule():
             optimizer.step()
             schedule.step()
         at = [rates[step] for step in (0, 4, 9, 40, 70)]
-        if drop != "cycle":
+        if drop == 4:
             at = [rates[step] for step in (0, 10, 20, 39, 80)]
         assert at == pytest.approx(expected, abs=1e-3), drop
 

@@ -328,7 +328,7 @@ MISTAKES = [
     (train.main, ["--lr", "0"], "expected is a number greater than 0, not '0'"),
     (train.main, ["--lr", "nan"], "expected is a number greater than 0, not 'nan'"),
     (train.main, ["--workers", "-1"], "a whole number of at least 0 and at most 256, not '-1'"),
-    (train.main, ["--lr_drop", "x"], "expected is a whole number of at least 0 or cycle, not 'x'"),
+    (train.main, ["--lr_drop", "x"], "a whole number of at least 0 or linear or cycle, not 'x'"),
     (train.main, ["--dropout", "2"], "expected is a number of at least 0 and at most 1, not '2'"),
     (train.main, ["--num_queries", str(2**32)], "least 1 and at most 10000, not '4294967296'"),
     (train.main, ["--enc_layers", "257"], "a whole number of at least 0 and at most 256, not"),

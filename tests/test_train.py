@@ -414,9 +414,9 @@ def test_who_reads_which_memory(model, flags, backbone, encoder, decoder, monkey
 
 @pytest.mark.parametrize("epochs, steps", [(1, 1), (1, 10), (5, 2), (11, 10)])
 def test_schedules(epochs, steps):
-    """One cycle: up along a line, down along a cosine. A tenth from an epoch on. 0: constant."""
+    """Up along a line, down along a line or a cosine. A tenth from an epoch on. 0: constant."""
     total, found = epochs * steps, {}
-    for drop in ("cycle", "4", "0"):
+    for drop in ("linear", "cycle", "4", "0"):
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
         args = train.parse(["--lr_drop", drop, "--epochs", str(epochs)])[0]
         (factor,) = train.build_schedule(optimizer, args, steps).lr_lambdas
@@ -427,6 +427,8 @@ def test_schedules(epochs, steps):
     up = [(i + 1) / top for i in range(top)]
     down = [math.cos(math.pi / 2 * i / (total - top)) ** 2 for i in range(1, total - top)]
     assert found["cycle"] == pytest.approx([*up, 1, *down][:total])
+    down = [1 - i / (total - top) for i in range(1, total - top)]
+    assert found["linear"] == pytest.approx([*up, 1, *down][:total])
 
 
 @pytest.mark.parametrize("model", detr.DETECTORS)
