@@ -179,21 +179,17 @@ def build_optimizer(model, task, args):
 
 
 def build_schedule(optimizer, args, steps_per_epoch):
-    """The rate of each step as a factor, by --lr_drop. "linear" or "cycle": up along a line in a
-    tenth of the steps, then down to zero along a line or a cosine. A number: a tenth from that
-    epoch on, and so on; 0: constant."""
-    total = args.epochs * steps_per_epoch
-    warmup = max(1, total // 10)
+    """The rate of each step as a factor: up along a line in a tenth of the steps, then down to zero
+    along a line or a cosine (--lr_drop linear, cycle); or a tenth every --lr_drop epochs; 0: 1."""
+    warmup = max(1, (total := args.epochs * steps_per_epoch) // 10)
 
-    def up_and_down(step):
+    def factor(step):
+        if isinstance(args.lr_drop, int):
+            return 0.1 ** (step // (args.lr_drop * steps_per_epoch)) if args.lr_drop else 1.0
         left = 1 - max(0, step - warmup) / max(1, total - warmup)
         left = left if args.lr_drop == "linear" else (1 - math.cos(math.pi * left)) / 2
         return min((step + 1) / warmup, left)
 
-    def drop(step):
-        return 0.1 ** (step // (args.lr_drop * steps_per_epoch)) if args.lr_drop else 1.0
-
-    factor = drop if isinstance(args.lr_drop, int) else up_and_down
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
@@ -270,8 +266,7 @@ def build_parser():
     add("--amp", choices=("auto", "no", "bf16"), default="auto", help="auto: bf16 on CPUs with it")
     add("--compile", action=switch, default=False, help="torch.compile: minutes first, then faster")
     add("--lr_drop", type=number(int, zero=True, words=("linear", "cycle")), default="linear",
-        help="a tenth of the rate from this epoch on; 0: constant; up, then down to 0: see "
-        "build_schedule")  # fmt: skip
+        help="a tenth from this epoch on; 0: constant; linear, cycle: up and down")  # fmt: skip
     add("--eval_every", type=count, default=1, help="epochs between evaluations")
     return parser
 
