@@ -179,16 +179,16 @@ def build_optimizer(model, task, args):
 
 
 def build_schedule(optimizer, args, steps_per_epoch):
-    """The rate of each step as a factor: up along a line in a tenth of the steps, then down to zero
-    along a line or a cosine (--lr_drop linear, cycle); or a tenth every --lr_drop epochs; 0: 1."""
+    """The rate of each step as a factor. --lr_drop linear, cycle: up along a line in a tenth of the
+    steps, then down to zero along a line or a cosine; N: a tenth every N epochs; 0: constant."""
     warmup = max(1, (total := args.epochs * steps_per_epoch) // 10)
 
     def factor(step):
         if isinstance(args.lr_drop, int):
             return 0.1 ** (step // (args.lr_drop * steps_per_epoch)) if args.lr_drop else 1.0
         left = 1 - max(0, step - warmup) / max(1, total - warmup)
-        left = left if args.lr_drop == "linear" else (1 - math.cos(math.pi * left)) / 2
-        return min((step + 1) / warmup, left)
+        cosine = args.lr_drop == "cycle"
+        return min((step + 1) / warmup, (1 - math.cos(math.pi * left)) / 2 if cosine else left)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
