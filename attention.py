@@ -159,9 +159,8 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     model, _, run = evaluation.load_run(args.run, args.device)
+    evaluation.must_detect(run)
     flags, folder = argparse.Namespace(**run["args"]), run["path"].parent
-    if flags.setting == "pretrain":
-        raise ValueError(f"{run['path']}: is of a pretraining, it detects nothing")
     name = f"attention-{args.image.stem}.png" if args.image else "attention.png"
     out, metrics = args.out or folder / name, folder / "metrics.json"
     coco.try_output(out)

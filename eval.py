@@ -320,13 +320,19 @@ def load_run(run, device):
     return model, task, {**state, "path": path}
 
 
+def must_detect(state):
+    """Raises ValueError if a checkpoint, as `load_run` gives it, is of a pretraining."""
+    if state["args"]["setting"] == "pretrain":
+        raise ValueError(f"{state['path']}: is of a pretraining, it detects nothing")
+
+
 def open_run(args):
     """What an evaluation needs: (model, its task or None, its checkpoint, images); args get the
     defaults that depend on the run. Raises ValueError."""
     model, task, state = load_run(args.run, args.device)
     flags = argparse.Namespace(**state["args"])
-    if args.export and flags.setting == "pretrain":
-        raise ValueError(f"--export: {state['path']} is a pretraining, it detects nothing")
+    if args.export:
+        must_detect(state)
     own = "train" if flags.overfit else "val"
     args.split, args.setting = args.split or own, flags.setting
     args.batch_size = args.batch_size or flags.batch_size

@@ -186,9 +186,8 @@ def main(argv=None):
     if parallel.rank():  # one process does it all
         return
     model, _, run = evaluation.load_run(args.run, args.device)
+    evaluation.must_detect(run)
     path, categories = run["path"], run["categories"]
-    if run["args"]["setting"] == "pretrain":
-        raise ValueError(f"{path}: is of a pretraining, it detects nothing")
     window, size = args.window or run["window"], run["args"]["image_size"] or 800
     overlap = window // 4 if args.overlap is None else args.overlap
     if overlap >= window:

@@ -185,7 +185,7 @@ def test_mistakes_get_one_line(run, tmp_path, capsys):
         (a, {"model": nan}, "_val.json: what the model finds is NaN or infinite; its training"),
         (a, {"categories": other}, "_val.json: its classes 1 ship, .* are not the model's 2 stor"),
         (a, {"detector": wide}, "a.pt: its weights do not fit its flags"),
-        (f"{a} --export x", {"args": pretrain}, "--export: .*a.pt is a pretraining"),
+        (f"{a} --export x", {"args": pretrain}, "a.pt: is of a pretraining, it detects nothing"),
         (b, {}, "b.pt: is not a checkpoint of train.py, which has 'args'; start from it with"),
         ("{tmp}/none", {}, "no such checkpoint file"),
         ("{run}/..", {}, "has no best.pt and no last.pt; is it a run folder of train.py"),

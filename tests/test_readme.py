@@ -156,3 +156,17 @@ def test_the_demonstrations_line_is_in_the_results():
     results = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
     rows = [re.search(rf"^\| {name} \|.* (\S+) \|$", results, re.M)[1] for name in ("AP", "AP50")]
     assert rows == [line[1], line[2]]
+
+
+def test_the_speed_run_is_that_of_its_results():
+    """AP50, p, minutes and the share of the first version's time, as reproduce.py prints them."""
+    text = (ROOT / "SPEEDRUN.md").read_text(encoding="utf-8")
+    path = ROOT / "recipes/speedrun.txt"
+    rows = reproduce.read_table(path)
+    results = reproduce.read_results([ROOT / "results/speedrun"], rows)
+    shown = 0
+    for line in reproduce.speed(results, reproduce.read_goals(path, rows))[2:-1]:
+        row, ap50, _, p, minutes, _, share = line.strip("| ").split(" | ")
+        (revision,) = {run["revision"] for run in results[row].values()}
+        shown += f"{revision} | {ap50} | {p} | {minutes} | {share} |" in text
+    assert shown == 2
