@@ -140,7 +140,7 @@ def draw(path, found):
                 axes.plot([*line], values, style, marker=".", color=colour, label=label)
         axes.set(xscale="log", yscale="log", xlabel="image side (pixels)", title=f"{name} ({unit})")
         axes.set_xticks(sizes, sizes)
-        axes.minorticks_off()
+        axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
