@@ -8,8 +8,8 @@ B images, Q queries, C channels (hidden_dim), K classes, N decoder layers, L lev
 an image, S = sum of H*W over the levels. Masks: True = padding. Boxes: cxcywh in 0..1 of the
 unpadded image; detections leave as xyxy in pixels.
 
-Given the same weights, outputs, matches, losses and gradients equal the official code's to
-rounding. Departures from it:
+Given the same weights, outputs, matches, losses and norms of gradients equal the official code's
+to rounding. Departures from it:
 - pixels under the padding are zeroed, so that they never matter (the official loaders do that);
 - costs are computed between an image's queries and its own objects only, for all layers at once;
 - only the losses that are trained on are computed (no class error, no cardinality error).

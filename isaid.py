@@ -33,7 +33,7 @@ import coco
 import patches
 from coco import DataError
 from flags import Parser, command, number
-from scenes import CLASSES, draw_scene, scene_objects
+from scenes import draw_scene, scene_objects
 
 SCENE_SIZE, SCENES = 128, {"train": 1000, "val": 200}  # of the synthetic dataset
 
@@ -284,8 +284,7 @@ def synthetic(split, n, size, transform, seed=0):
             box = [float(x0), float(y0), float(x1 - x0), float(y1 - y0)]
             found = {"image_id": i, "category_id": int(label) + 1}
             annotations.append({**found, "area": float(area), "bbox": box})
-    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
+    content = {"images": images, "annotations": annotations, "categories": patches.CATEGORIES}
     read = Scenes(seed, start, n, size)
     return Detection(f"synthetic scenes ({split})", content, read, transform, seed)
 

@@ -227,10 +227,11 @@ class Runner:
         files = (folder / f"{name}-{seed}.json" for folder in self.folders)
         return next((file for file in files if file.exists()), None)
 
-    def needed(self, name, seed):
-        """Whether a row, or one that starts from it, has no result yet."""
-        after = [other for other in self.rows if name in starts_of(self.rows[other])]
-        return not self.result(name, seed) or any(self.needed(other, seed) for other in after)
+    def needed(self, name, seed, wanted):
+        """Whether a row, or one of `wanted` that starts from it, has no result yet."""
+        after = [other for other in wanted if name in starts_of(self.rows[other])]
+        there = self.result(name, seed)
+        return not there or any(self.needed(other, seed, wanted) for other in after)
 
     def depth(self, name):
         """How many rows have to be run one after the other before this one."""
@@ -278,15 +279,17 @@ class Runner:
             content["seconds"] = round(time.monotonic() - start - evaluations, 1)
         coco.write_text(self.out / f"{name}-{seed}.json", json.dumps(content, indent=1) + "\n")
 
-    def finished(self, name, seed):
+    def finished(self, name, seed, wanted):
         """Whether a row need not be run: nothing needs it, or its run is there as its result is."""
         there = self.result(name, seed)
         log = there and coco.read_json(there)["log"]
-        return not self.needed(name, seed) or log and read_log(self.out / f"{name}-{seed}") == log
+        run_there = log and read_log(self.out / f"{name}-{seed}") == log
+        return run_there or not self.needed(name, seed, wanted)
 
     def run_all(self, names, seeds):
         """Run what is missing of these rows, those that others start from first."""
-        jobs = [(name, seed) for seed in seeds for name in names if not self.finished(name, seed)]
+        jobs = [(name, seed) for seed, name in itertools.product(seeds, names)
+                if not self.finished(name, seed, names)]  # fmt: skip
         start, n = time.monotonic(), 0
         jobs.sort(key=lambda job: self.depth(job[0]))
         with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
@@ -388,16 +391,19 @@ def speed(results, goals):
             for seed, run in runs.items()
             if "seconds" in run and "seconds" in results.get(other, {}).get(seed, {})
         }
-        if len(runs) < 2 or len(times) < 2:
+        if len(runs) < 2:
             continue
         ap50 = [100 * (run["log"][-1]["ap50"] or 0) for run in runs.values()]
         p = scipy.stats.ttest_1samp(ap50, goal, alternative="greater").pvalue
-        minutes = np.array([*times.values()]) / 60  # (seeds, 2)
-        share = minutes[:, 0] / minutes[:, 1]
-        low, high = scipy.stats.ttest_1samp(share, 0).confidence_interval()
         cells = [row, f"{mean_and_deviation(ap50, 1)} ({len(ap50)})", f"{goal:g}", f"{p:.4f}"]
-        cells += [mean_and_deviation(column, 2) for column in minutes.T]
-        cells.append(f"{share.mean():.2f}, {low:.2f} to {high:.2f} ({len(share)})")
+        if len(times) > 1:
+            minutes = np.array([*times.values()]) / 60  # (seeds, 2)
+            share = minutes[:, 0] / minutes[:, 1]
+            low, high = scipy.stats.ttest_1samp(share, 0).confidence_interval()
+            cells += [mean_and_deviation(column, 2) for column in minutes.T]
+            cells.append(f"{share.mean():.2f}, {low:.2f} to {high:.2f} ({len(share)})")
+        else:
+            cells += ["", "", ""]
         text.append(f"| {' | '.join(cells)} |")
     head = "row | AP50 (%) (seeds) | goal | p | minutes | of the other | share, interval (seeds)"
     return [f"| {head} |", "|---" * 7 + "|", *text, ""] if text else []

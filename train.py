@@ -1,10 +1,10 @@
 """Train DETR or Deformable DETR: to detect, on a self-supervised task, or on both at once.
 
     python train.py                              a demonstration: synthetic scenes, CPU, minutes
-    python train.py @recipes/detr.txt --data DIR the official recipe on a dataset
+    python train.py @recipes/detr.txt --data DIR the full-size model on a dataset
     python train.py --setting pretrain --ssl_task mim-continuous --out runs/mim
     python train.py --init runs/mim              detection from a pretraining
-    python train.py --setting multitask --ssl_task jigsaw-discrete --ssl_weight 0.1
+    python train.py --setting multitask --ssl_task reconstruct --ssl_weight 0.1
 
 A run is a folder: config.json, log.jsonl (a line an epoch), last.pt, best.pt, and pictures. Without
 flags everything has the demonstration's small sizes; recipes hold the large ones.
@@ -266,7 +266,7 @@ def build_parser():
     add("--amp", choices=("auto", "no", "bf16"), default="auto", help="auto: bf16 on CPUs with it")
     add("--compile", action=switch, default=False, help="torch.compile: minutes first, then faster")
     add("--lr_drop", type=number(int, zero=True, words=("linear", "cycle")), default="linear",
-        help="a tenth from this epoch on; 0: constant; linear, cycle: up and down")  # fmt: skip
+        help="a tenth every N epochs; 0: constant; linear, cycle: up and down")  # fmt: skip
     add("--eval_every", type=count, default=1, help="epochs between evaluations")
     return parser
 
@@ -417,8 +417,8 @@ def introduce(args, run, train_set, val_set, notes):
         "model": f"{args.model}, {args.backbone}, {trained:.1f} M parameters are trained",
         **notes,
         "batch": f"{batch} images a step, {run.steps} steps an epoch, {args.epochs} epochs: "
-        f"{run.steps * args.epochs * batch:,} images in all (the paper: 1,400,000)",
-        "precision": args.amp == "bf16" and "bf16 in matrix products and convolutions, else fp32",
+        f"{run.steps * args.epochs * batch:,} images in all (DETR in the paper: 1,400,000)",
+        "precision": args.amp == "bf16" and "bf16 in the CNN and the encoder, fp32 behind them",
         "task": run.task and f"{args.ssl_task}, patches of {run.task.patch} pixels",
         "expect": slow and args.image_size != 64 and "no object for many epochs; see --init",
         "train": train_set.summary(args.num_queries, args.image_size),

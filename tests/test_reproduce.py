@@ -79,6 +79,7 @@ def test_a_table(table, tmp_path, capsys):
     assert not made and "± " in printed and shown.read_text(encoding="utf-8") == whole
     (runs / "start-1").mkdir(parents=True)  # … but not to start from, nor is half a run
     (runs / "deformable-after-1.json").unlink()
+    assert not call("--seeds 1 --rows start")[0]  # what starts from it is not asked for
     made, printed = call("--seeds 1 --rows after")
     assert made == {"start-1", "deformable-after-1"} and "| start |" not in printed
     shutil.copy(runs / "start-1.json", runs / "start-0-0.json")  # of another row, start-0
@@ -156,6 +157,8 @@ def test_goals_by_hand(tmp_path):
     share = f"0.53, {0.525 - half:.2f} to {0.525 + half:.2f} (2)"
     cells = ["now", "82.0 ± 1.0 (3)", "80", f"{p:.4f}", "1.05 ± 0.07", "2.00 ± 0.00", share]
     assert line == f"| {' | '.join(cells)} |"
+    (line,) = reproduce.speed({"now": results["now"]}, [("now", "first", 80.0)])[2:-1]
+    assert line == f"| {' | '.join([*cells[:4], '', '', ''])} |"  # without a pair only AP50
     (table := tmp_path / "t.txt").write_text("a: --lr 1\nb: --lr 1\ngoal: b / a, 75.5\n")
     rows = reproduce.read_table(table)
     assert reproduce.read_goals(table, rows) == [("b", "a", 75.5)]
