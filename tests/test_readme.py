@@ -148,7 +148,7 @@ def test_verdicts_are_those_of_the_results():
             assert f"| {claim}, `{name}` | {text} | {mean[task]} |" in results
         by_gain = sorted(last.values(), key=lambda text: float(text.split()[0]))
         ends = dict.fromkeys(text.split(" |")[0] for text in (by_gain[0], by_gain[-1]))
-        assert re.search(rf"^\| {short}.*? \| {re.escape(' to '.join(ends))}", README, re.M)
+        assert re.search(rf"^\| {short}.*? \| {re.escape(' | '.join(ends))} \|", README, re.M)
 
 
 def test_the_demonstrations_line_is_in_the_results():
