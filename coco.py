@@ -233,6 +233,8 @@ def find_split(root, split):
     for images, annotations in found:
         if annotations.is_file() and images.is_dir():
             return images, annotations
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
     raise DataError(
         f"{root}: no annotated split {split!r} is recognised there; a dataset has "
         f"{split}/images and {split}/instancesonly_filtered_{split}.json (iSAID's patches), or "

@@ -650,7 +650,7 @@ def load_checkpoint(path):
     Raises ValueError naming the file if there is none or it is not a checkpoint."""
     path = download(str(path)) if "://" in str(path) else Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint file")
+        raise ValueError(f"{path}: no such run folder or checkpoint file")
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile  # torch does not compare the checksums

@@ -501,7 +501,7 @@ def make_table(args):
     theirs = read_authors(path)
     chosen = [name for name in rows if not args.rows or any(text in name for text in args.rows)]
     if not chosen:
-        raise ValueError(f"--rows {' '.join(args.rows)}: no row of {path} is called so")
+        raise ValueError(f"--rows {' '.join(args.rows)}: no name of a row of {path} has this in it")
     needs_data = any("{data}" in flags for flags in rows.values())
     if needs_data and not (args.data or args.dry_run or args.no_run):
         raise ValueError(f"{path}: its rows need --data DIR")
@@ -525,7 +525,8 @@ def make_table(args):
                     if not args.seeds or seed in args.seeds} for name in chosen}  # fmt: skip
     found = {name: runs for name, runs in found.items() if runs}
     if not found:
-        raise ValueError(f"{runner.out} has no results of these rows and seeds")
+        folders = " or ".join(map(str, runner.folders))
+        raise ValueError(f"no results of these rows and seeds in {folders}")
     for what, ours in (("revision", checkpoint.revision()), ("data", args.data)):
         of = (origin(run)[what] for runs in found.values() for run in runs.values())
         for other, n in collections.Counter(of).items():
@@ -567,7 +568,7 @@ def main(argv=None):
     add("--out", type=os.path.abspath, help="folder of runs and results; nothing published counts")
     add("--code", type=os.path.abspath, default=ROOT, help="of another revision, to compare speed")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--dry_run", action="store_true", help="print the commands and what they lack")
+    add("--dry_run", action="store_true", help="print the command of every row, and what it lacks")
     add("--no_run", action="store_true", help="print the results that are there, run nothing")
     args = parser.parse_args(argv)
     if not args.table and args != parser.parse_args([]):

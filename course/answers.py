@@ -5,8 +5,8 @@ LEVELS = [None, None, None]  # of the three maps that `features` returns, finest
 LOCATIONS = None  # of the encoder's sampling points: what MSDeformAttn.sample returns first
 LOGITS = None  # of all decoder layers
 
-# star: where a query looks before anything is learnt: the offset (x, y) in pixels of the third
-# point of the third of eight heads
+# star: where a query looks before anything is learnt: the offset (x, y), in cells of the map, of
+# the third point of the third of eight heads
 POINT = None
 
 # share: how many patches of 32 pixels are masked in an image of 128 x 128, for each --ssl_ratio

@@ -187,7 +187,7 @@ def test_mistakes_get_one_line(run, tmp_path, capsys):
         (a, {"detector": wide}, "a.pt: its weights do not fit its flags"),
         (f"{a} --export x", {"args": pretrain}, "a.pt: is of a pretraining, it detects nothing"),
         (b, {}, "b.pt: is not a checkpoint of train.py, which has 'args'; start from it with"),
-        ("{tmp}/none", {}, "no such checkpoint file"),
+        ("{tmp}/none", {}, "none: no such run folder or checkpoint file"),
         ("{run}/..", {}, "has no best.pt and no last.pt; is it a run folder of train.py"),
         ("{run} --export {tmp}/none/x", {}, "none/x: cannot be written"),
         ("{run} --split test", {}, "--split test has no ground truth; add --export"),

@@ -23,7 +23,9 @@ import checkpoint
 import detr
 import eval as evaluation
 import isaid
+import patches
 import pictures
+import scenes
 import train
 from flags import command
 
@@ -98,11 +100,11 @@ def test_what_a_run_leaves(run):
     for text in (r"run +\S+/2, seed 0, revision \w+", r"model +.*, resnet18, 11\.2 M parameters",
                  r"not used +--ssl_weight\n", r"attention +(cpu|torch): \S+", r"train .*: 8 images",
                  "4 images a step, 2 steps an epoch, 2 epochs: 16 images", r"epoch   1/2  loss \d+",
-                 *(f"[ ,]{i} {name} " for i, name in enumerate(isaid.CLASSES, 1))):  # fmt: skip
+                 *(f"[ ,]{i} {name} " for i, name in enumerate(scenes.CLASSES, 1))):  # fmt: skip
         assert re.search(text, printed), text
     last, best = (torch.load(out / f"{x}.pt") for x in ("last", "best"))
     assert best["epoch"] == max((line["ap"], line["epoch"]) for line in log)[1]
-    assert [c["name"] for c in best["categories"]] == list(isaid.CLASSES)
+    assert [c["name"] for c in best["categories"]] == list(scenes.CLASSES)
     assert last["schedule"]["last_epoch"] == 4  # it went on with every step
     assert "optimizer" in last and best.keys() < last.keys() - {"optimizer"}
 
@@ -173,7 +175,8 @@ def test_imagenet_weights(tmp_path, monkeypatch):
 
 def test_init_of_a_run_with_other_classes(run, monkeypatch):
     """Class heads are dropped and named, all else is taken, or the parts that are named."""
-    monkeypatch.setattr(isaid, "CLASSES", [*isaid.CLASSES, "thing"])
+    more = [*patches.CATEGORIES, {"id": 16, "name": "thing"}]
+    monkeypatch.setattr(patches, "CATEGORIES", more)
     before = torch.load(run[0] / "best.pt")["model"]
     for parts, others in ((detr.PARTS, []), (["encoder"], ["--init_parts", "encoder"])):
         args = train.parse([*TINY, "--init", str(run[0]), *others])[0]
@@ -260,7 +263,7 @@ def test_what_stands_last_counts_and_what_has_no_effect_is_said(line):
 
 
 MISTAKES = """
---data nowhere | nowhere: no annotated split 'train' is recognised there; a dataset has
+--data nowhere | nowhere: no such folder
 --out {file}/run | --out {file}/run cannot be made
 --batch_size 0 | --batch_size: expected is a whole number of at least 1, not '0'
 --limit_train 3 --accumulate 2 | 3 training images do not fill a step
@@ -560,7 +563,7 @@ def test_every_image_counts_once(tmp_path):
 def test_an_error_in_one_process_ends_all(folder, tmp_path):
     """What all of them meet is said once, and so is what the second one alone meets."""
     _, errors = Command(tmp_path, "train.py", *TINY, "--data", "nowhere", processes=2).end(1)
-    assert errors.count("error: ") == errors.count("\n") == 1 and "nowhere: no annotated" in errors
+    assert errors.count("error: ") == errors.count("\n") == 1 and "nowhere: no such fol" in errors
     (tmp_path / "elsewhere.py").write_text(
         "import os, sys, train\nif os.environ['RANK'] == '1': os.chdir('/')\n"
         f"else: os.chdir({str(folder.parent)!r})\ntrain.main(sys.argv[1:])")  # fmt: skip
