@@ -501,7 +501,7 @@ def make_table(args):
     theirs = read_authors(path)
     chosen = [name for name in rows if not args.rows or any(text in name for text in args.rows)]
     if not chosen:
-        raise ValueError(f"--rows {' '.join(args.rows)}: no name of a row of {path} has this in it")
+        raise ValueError(f"--rows {' '.join(args.rows)}: no row of {path} has this in its name")
     needs_data = any("{data}" in flags for flags in rows.values())
     if needs_data and not (args.data or args.dry_run or args.no_run):
         raise ValueError(f"{path}: its rows need --data DIR")

@@ -569,7 +569,7 @@ def test_an_error_in_one_process_ends_all(folder, tmp_path):
         f"else: os.chdir({str(folder.parent)!r})\ntrain.main(sys.argv[1:])")  # fmt: skip
     flags = *TINY, "--data", "data", "--out", tmp_path / "run"
     _, errors = Command(tmp_path, tmp_path / "elsewhere.py", *flags, processes=2).end(1)
-    assert errors.startswith("error: /data: no annotated split") and errors.count("\n") == 1
+    assert errors.startswith("error: /data: no such folder") and errors.count("\n") == 1
 
 
 def test_a_bad_image_is_named(folder, tmp_path):
