@@ -238,8 +238,7 @@ def test_names_from_other_machines(tmp_path):
 
 def test_files_without_truth(data, run, tmp_path):
     """A file of test images has no annotations, and its categories may be empty or left out."""
-    classes = patches.CATEGORIES
-    for n, categories in enumerate((classes, [], None)):
+    for n, categories in enumerate((patches.CATEGORIES, [], None)):
         images = save_coco(data, ["0.png"], "test", annotations=None, categories=categories)
         picture().save(images / "0.png")
         out = tmp_path / f"{n}.json"
