@@ -1,7 +1,7 @@
 """The rows of a table: run what is missing, print it with what it says of the table's comparisons.
 
     python reproduce.py                                   the tables there are
-    python reproduce.py first_epochs --seeds 0 1 2        run and print one
+    python reproduce.py scenes --seeds 0 1                run and print one
     python reproduce.py paper --dry_run                   its commands, and what they still need
 
 A table is a text file in recipes/ with a row a line, `name: flags of train.py`. {name} in the flags
@@ -214,10 +214,10 @@ def read_results(folders, rows):
 class Runner:
     """Runs rows of a table; `slots` are the numbers of free places, each with a GPU of its own."""
 
-    def __init__(self, table, rows, args):
-        self.rows, self.args = rows, args
-        self.out = Path(args.out or RUNS / table)
-        self.folders = [self.out] if args.out else [self.out, RESULTS / table]  # with results
+    def __init__(self, path, rows, args):
+        self.path, self.rows, self.args = path, rows, args
+        self.out = Path(args.out or RUNS / path.stem)
+        self.folders = [self.out] if args.out else [self.out, RESULTS / path.stem]  # with results
         self.slots = queue.Queue()
         for slot in range(args.jobs):
             self.slots.put(slot)
@@ -316,6 +316,8 @@ class Runner:
                 file = file and not re.search("{|://", path)
                 if file and not (ROOT / path).exists():
                     missing.append(f"{name}: {flag} {path} is not there")
+        if missing:
+            missing.append(f"where to get what is missing may stand at the top of {self.path}")
         print(*dict.fromkeys(missing), sep="\n", file=sys.stderr)
         return int(bool(missing))
 
@@ -496,7 +498,7 @@ def make_table(args):
     if not Path(args.code, "train.py").exists():
         raise ValueError(f"--code {args.code}: holds no train.py")
     args.seeds = list(dict.fromkeys(args.seeds or []))
-    rows, table = read_table(path), path.stem
+    rows = read_table(path)
     comparisons, goals = read_comparisons(path, rows), read_goals(path, rows)
     theirs = read_authors(path)
     chosen = [name for name in rows if not args.rows or any(text in name for text in args.rows)]
@@ -507,7 +509,7 @@ def make_table(args):
         raise ValueError(f"{path}: its rows need --data DIR")
     if args.jobs > 1 and args.nproc > 1:
         raise ValueError("take --jobs, several runs at a time, or --nproc, several processes a run")
-    wanted, runner = set(chosen), Runner(table, rows, args)
+    wanted, runner = set(chosen), Runner(path, rows, args)
     for name in reversed(rows):  # a row comes after what it starts from
         wanted |= set(starts_of(rows[name])) if name in wanted else set()
     wanted = [name for name in rows if name in wanted]
