@@ -98,11 +98,8 @@ def share_in_box(model, data, batch_size, device):
 def batch(image, image_size):
     """A PIL image as the evaluation shows it to a model: images (1, 3, H, W), padding (1, H, W).
     image_size: the run's flag."""
-    content = {"images": [{"id": 0, "file_name": "", "width": image.width, "height": image.height}]}
-    content.update(annotations=[], categories=[])
-    transform = isaid.transforms(False, image_size)
-    data = isaid.Detection("", content, lambda *_: (image, image.size), transform)
-    return isaid.collate([data[0]])[:2]
+    resize, *_ = isaid.transforms(False, image_size).transforms
+    return isaid.collate([(isaid.to_tensor(resize(image)), None)])[:2]
 
 
 def draw(path, model, image, run, n=4):
@@ -150,8 +147,7 @@ def parse(argv):
     add("image", nargs="?", type=Path, help="default: the first held-out image with objects")
     add("--queries", type=number(int), default=4, help="how many of the best are drawn")
     add("--out", type=Path, help="picture; default: attention.png, or attention-IMAGE.png, in RUN")
-    device = evaluation.default_device()
-    add("--device", type=evaluation.usable_device, default=device, help="cpu, cuda, mps …")
+    add("--device", type=evaluation.usable_device, default="auto", help="cpu, cuda, mps …")
     return parser.parse_args(argv)
 
 

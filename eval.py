@@ -39,7 +39,7 @@ from flags import Parser, command, number
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
 SSL = "ssl_loss", "ssl_acc", "ssl_guess", "ssl_chance"
 LOGGED = *METRICS, "val_loss", *SSL, "collapsed", "eval_seconds"  # of an epoch
-GUESSED = 200
+GUESSED = 2**24  # values that the task's targets have
 AREAS = {"coco": (0, 32, 96, 1e5), "isaid": (10, 144, 512, 1e5)}  # sides: small, medium, large
 
 
@@ -161,8 +161,8 @@ def ssl_metrics(model, task, data, batch_size, workers, device):
     """How well a task is solved on every image of a dataset, each always corrupted in one way.
     Returns {"ssl_loss": mean over all counted patches, "ssl_acc": share of them that is right,
     None for pixels; "ssl_guess", "ssl_chance": what is reached without looking, see task.guess,
-    by about the first GUESSED images} and the panels of the first batch. Raises DataError if no
-    patch counts."""
+    by the first images, about GUESSED values} and the panels of the first batch.
+    Raises DataError if no patch counts."""
     model.eval()
     sums, panels = torch.zeros(3, dtype=torch.float64), None  # errors, right ones, patches
     taken = []
@@ -178,7 +178,7 @@ def ssl_metrics(model, task, data, batch_size, workers, device):
         counted = task.loss_mask(corruption)
         hits = counted if right is None else right & counted
         sums += torch.stack([(error * counted).sum(), hits.sum(), counted.sum()]).cpu().double()
-        if len(taken) * batch_size < GUESSED:
+        if sum(map(torch.numel, taken)) < GUESSED:
             taken.append(task.taken(target, counted).cpu())
         if not panels:
             panels = task.panels(images, prediction, target, corruption)
@@ -265,10 +265,6 @@ def evaluate(model, task, data, args, out=None, top=100):
 
 
 # ---------------------------------------------------------------- opening a run
-def default_device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def default_amp(device):
     """bf16 on a CPU that multiplies in it (AVX-512 BF16, AMX) and does not only emulate it."""
     units = "_is_avx512_bf16_supported", "_is_amx_tile_supported"  # not in every version of torch
@@ -277,7 +273,10 @@ def default_amp(device):
 
 
 def usable_device(name):
-    """An argparse type: a device that exists here; "cuda" is the GPU of this process."""
+    """An argparse type: a device that exists here. "cuda" is the GPU of this process, "auto" that
+    or, without one, the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
         torch.empty(1, device=name).tolist()
@@ -313,9 +312,8 @@ def load_run(run, device):
     except (TypeError, AttributeError, RuntimeError, KeyError) as error:
         message = f"{path}: its weights do not fit its flags; was it written by another version?"
         raise ValueError(f"{message} ({str(error).splitlines()[0]})") from None
-    attn = state["args"].get("attn", "auto")  # that of a GPU may be missing here
-    possible = attn in ("torch", torch.device(device).type)
-    detr.use_backend(model, device, attn if possible else "auto")
+    reference = state["args"].get("attn") == "torch"  # a kernel of there may be missing here
+    detr.use_backend(model, device, "torch" if reference else "auto")
     model.to(device, memory_format=torch.channels_last)  # convolutions are faster so
     return model, task, {**state, "path": path}
 
@@ -363,7 +361,7 @@ def parse(argv):
     add("--limit_val", type=count, help="only the first images")
     add("--batch_size", type=count, help="images at a time; default: the run's")
     add("--workers", type=number(int, True, most=256), default=0, help="loader processes")
-    add("--device", type=usable_device, default=default_device(), help="cpu, cuda, mps …")
+    add("--device", type=usable_device, default="auto", help="cpu, cuda, mps …")
     add("--max_dets", type=size, default=100, help="detections an image; iSAID's devkit: 1000")
     add("--areas", choices=tuple(AREAS), default="coco", help="what small, medium, large mean")
     add("--out", type=Path, help="for metrics and pictures; default: the run, of its own images")

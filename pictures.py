@@ -61,8 +61,7 @@ def draw_boxes(image, entries, categories, side, inks=None):
     """A PIL image, resized to `side`, with boxes and names of COCO annotations or results.
     inks: RGB of each of them, else the colour of its class."""
     scale = side / max(image.size)
-    size = [round(n * scale) for n in image.size]
-    image = image.resize(size, Image.Resampling.BICUBIC)
+    image = ImageOps.contain(image, (side, side))
     pen, ids = ImageDraw.Draw(image), [category["id"] for category in categories]
     for i, entry in enumerate(entries):
         label = ids.index(entry["category_id"])

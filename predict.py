@@ -174,8 +174,7 @@ def parse(argv):
     add("--max_dets", type=count, default=100, help="detections a window")
     add("--batch_size", type=count, default=8, help="windows at a time")
     add("--workers", type=number(int, True, most=256), default=0, help="loader processes")
-    device = evaluation.default_device()
-    add("--device", type=evaluation.usable_device, default=device, help="cpu, cuda, mps …")
+    add("--device", type=evaluation.usable_device, default="auto", help="cpu, cuda, mps …")
     return parser.parse_args(argv)
 
 

@@ -138,7 +138,8 @@ def train(run, train_set, val_set, args):
 
 def stop_if_not_finite(values, targets):
     """FloatingPointError, before any harm is done, if a tensor of `values` is NaN or infinite."""
-    bad = [name for name, value in values.items() if not value.isfinite().all()]
+    finite = torch.stack([value.isfinite().all() for value in values.values()]).tolist()
+    bad = [name for name, fine in zip(values, finite) if not fine]
     if bad:
         images = ", ".join(target["file_name"] for target in targets)
         message = f"{' and '.join(bad[:4])} became NaN or infinite"
@@ -209,8 +210,7 @@ def build_parser():
     add("--model", choices=tuple(detr.DETECTORS), default="deformable_detr", help="the detector")
     add("--epochs", type=count, default=7, help="passes over the training images")
     add("--seed", type=natural, default=0, help="of weights, order, augmentation and scenes")
-    device = evaluation.default_device()
-    add("--device", type=evaluation.usable_device, default=device, help="cpu, cuda, cuda:1, mps")
+    add("--device", type=evaluation.usable_device, default="auto", help="cpu, cuda, cuda:1, mps")
     add("--out", help="run folder, must not exist; default: a new one in runs/")
     add("--resume", action="store_true", help="go on with the run in --out, or start it")
     add("--overfit", type=images, help="smoke test: train and evaluate on the same few images")
