@@ -46,7 +46,7 @@ from flags import Parser, command, number, one_line, words
 ROOT = Path(__file__).resolve().parent
 RUNS, RESULTS, RECIPES = ROOT / "runs", ROOT / "results", ROOT / "recipes"
 NUMBER = r"\d+(?:\.\d+)?"
-ELSEWHERE = {"out", "device", "workers", "resume", "seed", "data", "tokenizer_weights"}  # no change
+ELSEWHERE = checkpoint.MAY_DIFFER | {"seed"}  # flags that make no other row
 
 
 # ---------------------------------------------------------------- rows and comparisons
@@ -77,7 +77,7 @@ def lines_of(path):
             for name, value in zip(used, values):
                 text = text.replace(f"<{name}>", value)
             name, colon, text = text.partition(":")
-            yield where, name.strip(), text.strip() if colon else None
+            yield where, name.strip(), shlex.join(words(text)) if colon else None  # no comment
 
 
 def read_table(path):
@@ -354,11 +354,10 @@ def tables(results, comparisons=(), goals=()):
             detect.append((name, logs, ap50))
             epochs |= logs[0].keys()
         if "ssl_loss" in last[0]:
-            loss, guess, accuracy, likely, chance = "ssl_loss", "ssl_guess", None, None, None
+            keys = "ssl_loss", "ssl_guess", "", "", ""
             if last[0]["ssl_acc"] is not None:
-                guess, accuracy, likely, chance = None, "ssl_acc", "ssl_guess", "ssl_chance"
-            cells = [mean_and_deviation([line[key] for line in last]) if key else ""
-                     for key in (loss, guess, accuracy, likely, chance)]  # fmt: skip
+                keys = "ssl_loss", "", "ssl_acc", "ssl_guess", "ssl_chance"
+            cells = [key and mean_and_deviation([line[key] for line in last]) for key in keys]
             tasks.append(f"| {name} | {' | '.join(cells)} |")
     text, epochs = [], sorted(epochs)
     last = {max(log) for _, logs, _ in detect for log in logs}
