@@ -455,7 +455,7 @@ class DeformableDETR(Detector):
             n = reference.shape[-1]  # 2 for points, which have no width and height yet, 4 for boxes
             scaled = reference[:, :, None] * ratios[..., :n]  # (B, Q, L, n)
             x = layer(x, query_position, scaled, memory, shapes, padding)
-            start = F.pad(reference.logit(eps=1e-5), (0, 4 - n))
+            start = F.pad(inverse_sigmoid(reference), (0, 4 - n))
             logits.append(class_embed(x))
             boxes.append((bbox_embed(x) + start).sigmoid())
             if self.with_box_refine:
@@ -506,6 +506,11 @@ def cell_centres(levels):
         grid = torch.cartesian_prod(y, x).flip(-1)  # (H*W, 2)
         centres.append(grid / ratio[:, None])
     return centres
+
+
+def inverse_sigmoid(x, eps=1e-5):
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
 DETECTORS = {"detr": DETR, "deformable_detr": DeformableDETR}
