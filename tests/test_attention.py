@@ -153,3 +153,10 @@ def test_mistakes_get_one_line(run, tmp_path, capsys):
     with pytest.raises(SystemExit, match="^1$"):  # said as it is drawn
         attention.main([str(run), f"{tmp_path}/c.png", "--out", f"{tmp_path}/x.y"])
     assert "x.y: is not drawn" in capsys.readouterr().err and not (tmp_path / "x.y").exists()
+
+
+@pytest.mark.parametrize("image_size", [64, None])
+def test_an_image_is_shown_as_in_the_evaluation(image_size):
+    data = isaid.synthetic("val", 1, 96, isaid.transforms(False, image_size))
+    images, padding = attention.batch(data.read(0)[0], image_size)
+    assert torch.equal(images[0], data[0][0]) and not padding.any()
