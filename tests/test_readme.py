@@ -135,9 +135,9 @@ def test_verdicts_are_those_of_the_results():
     for kind, other, claim, short in (
         ("detr-after", "detr-scratch", "pretraining", "pretraining speeds DETR up"),
         ("detr-multitask", "detr-scratch", "multi-task learning", "multi-task learning speeds"),
-        ("deformable_detr", ".*", "Deformable DETR, multi-task learning", "it does not with Def"),
+        ("deformable_detr", ".*", "Deformable DETR, multi-task learning", "multi-task learning do"),
         ("features-after", "detr-scratch", "pretraining", ""),
-        ("features-multitask", "detr-scratch", "multi-task learning", "ours: on feature maps"),
+        ("features-multitask", "detr-scratch", "multi-task learning", "ours: the same on feature"),
         ("features-after", r"detr-after-\S+", "pretraining", ""),
         ("features-multitask", r"detr-multitask-\S+", "multi-task learning", ""),
     ):
