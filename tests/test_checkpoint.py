@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from signal import SIGINT, SIGKILL, SIGTERM
+from signal import SIGINT, SIGKILL, SIGTERM, default_int_handler, signal
 from unittest.mock import patch
 
 import pytest
@@ -32,6 +32,7 @@ FORKS.set_forkserver_preload(["train", "test_checkpoint"])
 def _child(script, flags, said, names, strike):
     """python SCRIPT FLAGS; strike: (function of a module, at which call of it, signals to send)."""
     os.setsid()
+    signal(SIGINT, default_int_handler)  # which a shell's background jobs ignore
     for fd, end in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{said}.{end}", os.O_WRONLY | os.O_CREAT), fd)
     os.environ.update(names)
@@ -43,8 +44,8 @@ def _child(script, flags, said, names, strike):
 
         def struck(*args):
             if next(calls) == at:
-                for signal in signals:  # from outside to all of the group, as launchers do
-                    kill = f"kill -s {signal:d} -- -{os.getpid()}; sleep 0.3"
+                for number in signals:  # from outside to all of the group, as launchers do
+                    kill = f"kill -s {number:d} -- -{os.getpid()}; sleep 0.3"
                     subprocess.call(kill, shell=True, start_new_session=True)
             return original(*args)
 
