@@ -4,7 +4,9 @@ import argparse
 import itertools
 import json
 import re
+import runpy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -300,6 +302,30 @@ def test_boxes_follow_their_object(size, image_size, augment):
         places.add(tuple(target["boxes"][0].mul(100).round().tolist()))
     ways = {"none": 1, "flip": 2, "aerial": 8}.get(augment)
     assert len(places) == ways if ways and image_size else len(places) > (augment == "crop")
+
+
+def test_quarters_of_odd_sides(tmp_path):
+    """Boxes are where the white is, in the quarter of their centre, down to the last row."""
+    data, picture = tmp_path / "data/val", Image.new("RGB", (71, 51))
+    boxes = [2, 3, 20, 10], [30, 30, 41, 21]
+    (data / "images").mkdir(parents=True)
+    for x, y, w, h in boxes:
+        picture.paste("white", (x, y, x + w, y + h))
+    picture.save(data / "images/a.png")
+    content = {"images": [{"id": 7, "file_name": "a.png", "width": 71, "height": 51}]}
+    content["annotations"] = [{"id": i, "image_id": 7, "category_id": 1, "bbox": box}
+                              for i, box in enumerate(boxes)]  # fmt: skip
+    content["categories"] = [{"id": 1, "name": "box"}]
+    (data / "instancesonly_filtered_val.json").write_text(json.dumps(content))
+    script = runpy.run_path(Path(isaid.__file__).parent / "results/tiles/quarters.py")
+    script["quarters"]("val", data.parent, tmp_path / "out")
+    content = coco.read_json(tmp_path / "out/val/instancesonly_filtered_val.json")
+    sizes = [(image["width"], image["height"]) for image in content["images"]]
+    assert sizes == [(35, 25), (36, 26)]
+    for image, annotation in zip(content["images"], content["annotations"], strict=True):
+        quarter = Image.open(tmp_path / "out/val/images" / image["file_name"]).convert("L")
+        left, top, right, bottom = quarter.point(lambda v: 255 * (v > 127)).getbbox()
+        assert annotation["bbox"] == [left, top, right - left, bottom - top]
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone():

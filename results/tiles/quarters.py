@@ -6,6 +6,7 @@ An object belongs to the quarter that its centre lies in, and its box ends there
 
 import json
 import sys
+from itertools import pairwise, product
 from pathlib import Path
 
 from PIL import Image
@@ -21,23 +22,23 @@ def quarters(split, data, out):
     images, annotations = [], []
     for image in content["images"]:
         picture = Image.open(Path(images_dir) / image["file_name"]).convert("RGB")
-        W, H = picture.width // 2, picture.height // 2
+        columns, rows = ((0, side // 2, side) for side in picture.size)
         mine = [a for a in content["annotations"] if a["image_id"] == image["id"]]
-        for left, top in ((0, 0), (W, 0), (0, H), (W, H)):
+        for (top, bottom), (left, right) in product(pairwise(rows), pairwise(columns)):
             found = []
             for a in mine:
                 x, y, w, h = a["bbox"]
-                if left <= x + w / 2 < left + W and top <= y + h / 2 < top + H:
-                    x0, x1 = (min(max(side - left, 0), W) for side in (x, x + w))
-                    y0, y1 = (min(max(side - top, 0), H) for side in (y, y + h))
+                if left <= x + w / 2 < right and top <= y + h / 2 < bottom:
+                    x0, x1 = (min(max(side, left), right) - left for side in (x, x + w))
+                    y0, y1 = (min(max(side, top), bottom) - top for side in (y, y + h))
                     box = [x0, y0, x1 - x0, y1 - y0]
                     found.append(a | {"bbox": box, "area": box[2] * box[3]})
             if found:
                 name = f"{Path(image['file_name']).stem}_{left}_{top}.webp"
-                crop = picture.crop((left, top, left + W, top + H))
+                crop = picture.crop((left, top, right, bottom))
                 crop.save(folder / "images" / name, quality=95)
-                n = len(images)
-                images.append({"id": n, "file_name": name, "width": W, "height": H})
+                n, (width, height) = len(images), crop.size
+                images.append({"id": n, "file_name": name, "width": width, "height": height})
                 annotations += [a | {"image_id": n, "id": len(annotations) + i + 1}
                                 for i, a in enumerate(found)]  # fmt: skip
     content = {"images": images, "annotations": annotations, "categories": content["categories"]}
