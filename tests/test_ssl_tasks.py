@@ -342,8 +342,8 @@ def test_every_task_is_learnt(model, setting, task, blues, tmp_path):
     flags += " --image_size 64 --ssl_patch 32 --batch_size 4 --augment none --ssl_weight 30"
     flags += " --lr 1e-2 --lr_backbone 1e-3 --clip_max_norm 1 --vocabulary 4 --num_queries 8"
     flags += " --ssl_ratio 1" * ("jigsaw" in task) + " --limit_train 4 --limit_val 6" * (not learns)
-    if setting == "multitask":  # its head has a hidden layer: DETR takes longer
-        flags += " --ssl_on image" + " --epochs 4 --eval_every 4" * (learns and model == "detr")
+    flags += " --ssl_on image" * (setting == "multitask")
+    flags += " --epochs 4 --eval_every 4" * (learns and model == "detr")  # which takes longer
     run = tmp_path / "run"
     line = trained(run, flags)
     assert ("ap" in line) == ("train_loss_giou" in line) == (setting == "multitask")
