@@ -509,6 +509,7 @@ def cell_centres(levels):
 
 
 def inverse_sigmoid(x, eps=1e-5):
+    """The official code's; torch.logit rounds otherwise, and published runs would change."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 

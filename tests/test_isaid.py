@@ -323,6 +323,7 @@ def test_quarters_of_odd_sides(tmp_path):
     sizes = [(image["width"], image["height"]) for image in content["images"]]
     assert sizes == [(35, 25), (36, 26)]
     for image, annotation in zip(content["images"], content["annotations"], strict=True):
+        assert annotation["image_id"] == image["id"]
         quarter = Image.open(tmp_path / "out/val/images" / image["file_name"]).convert("L")
         left, top, right, bottom = quarter.point(lambda v: 255 * (v > 127)).getbbox()
         assert annotation["bbox"] == [left, top, right - left, bottom - top]
