@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
     """Mistakes get one line; @FILE stands for the flags in a file, which may have comments."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=Help, **options)
+        super().__init__(formatter_class=Help, allow_abbrev=False, **options)
 
     def parse_args(self, args=None, namespace=None):
         args = self.expanded(sys.argv[1:] if args is None else args)

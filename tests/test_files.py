@@ -321,6 +321,7 @@ def test_lines_of_recipes_and_tables(tmp_path, line):
 MISTAKES = [
     (train.main, ["--learning_rate", "1"], "did you mean --lr?"),
     (train.main, ["--epoch_s", "1"], "did you mean --epochs?"),
+    (train.main, ["--epoch", "1"], "did you mean --epochs?"),  # no part of a name is one
     (train.main, ["recipes/detr.txt"], "did you mean @recipes/detr.txt?"),
     (train.main, ["--epochs", "2.5"], "expected is a whole number of at least 1, not '2.5'"),
     (train.main, ["--batch_size", "0"], "expected is a whole number of at least 1, not '0'"),

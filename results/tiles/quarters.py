@@ -5,13 +5,13 @@
 An object belongs to the quarter that its centre lies in, and its box ends there."""
 
 import json
-import sys
 from itertools import pairwise, product
 from pathlib import Path
 
 from PIL import Image
 
 import coco
+from flags import Parser, command
 
 
 def quarters(split, data, out):
@@ -47,6 +47,15 @@ def quarters(split, data, out):
     print(f"{folder}: {len(images):,} images, {len(annotations):,} boxes")
 
 
-if __name__ == "__main__":
+@command
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("data", help="a dataset in one of the layouts that isaid.py knows")
+    parser.add_argument("out", help="folder to write, in the layout of iSAID's patches")
+    args = parser.parse_args(argv)
     for split in ("train", "val"):
-        quarters(split, *sys.argv[1:])
+        quarters(split, args.data, args.out)
+
+
+if __name__ == "__main__":
+    main()
