@@ -130,23 +130,28 @@ def test_names_exist():
 
 def test_verdicts_are_those_of_the_results():
     """Each task's differences in RESULTS.md, and the least and largest in README.md, as shipped."""
-    table = (ROOT / "results/scenes/table.md").read_text(encoding="utf-8")
     results = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
-    for kind, other, claim, short in (
-        ("detr-after", "detr-scratch", "pretraining", "pretraining speeds DETR up"),
-        ("detr-multitask", "detr-scratch", "multi-task learning", "multi-task learning speeds"),
-        ("deformable_detr", ".*", "Deformable DETR, multi-task learning", "multi-task learning do"),
-        ("features-after", "detr-scratch", "pretraining", ""),
-        ("features-multitask", "detr-scratch", "multi-task learning", "ours: the same on feature"),
-        ("features-after", r"detr-after-\S+", "pretraining", ""),
-        ("features-multitask", r"detr-multitask-\S+", "multi-task learning", ""),
+    multitask, deformable = "multi-task learning", "Deformable DETR, multi-task learning"
+    for folder, kind, other, claim, short in (
+        ("scenes", "detr-after", "detr-scratch", "pretraining", "pretraining speeds DETR up"),
+        ("scenes", "detr-multitask", "detr-scratch", multitask, f"{multitask} speeds"),
+        ("scenes", "deformable_detr", ".*", deformable, f"{multitask} does not"),
+        ("scenes", "features-after", "detr-scratch", "pretraining", ""),
+        ("scenes", "features-multitask", "detr-scratch", multitask, "ours: the same on feature"),
+        ("scenes", "features-after", r"detr-after-\S+", "pretraining", ""),
+        ("scenes", "features-multitask", r"detr-multitask-\S+", multitask, ""),
+        ("scenes", "aux-after", "aux-scratch", "pretraining", "ours: the first with aux"),
+        ("scenes", "aux-multitask", "aux-scratch", multitask, ""),
+        ("scenes", "other-multitask", "other-v0", deformable, ""),
     ):
+        table = (ROOT / f"results/{folder}/table.md").read_text(encoding="utf-8")
         row = rf"^\| {kind}-(\S+) - {other} \| {{}} \| (\S+) \| (.*?) \| (\S+) \| (\S+) \|"
         last, mean = (
             {task: f"{gain} ({interval}) | {p}; {holm}"
              for task, gain, interval, p, holm in re.findall(row.format(how), table, re.M)}
             for how in ("last epoch", "mean of the epochs")
         )  # fmt: skip
+        assert last
         for task, text in last.items():
             name = {"v1": "reconstruct"}.get(task, task)
             assert f"| {claim}, `{name}` | {text} | {mean[task]} |" in results
