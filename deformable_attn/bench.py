@@ -145,7 +145,7 @@ def check(device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     device, add = "cuda" if torch.cuda.is_available() else "cpu", parser.add_argument
     add("--compile", nargs="+", metavar="ARCH", help="only compile the kernel, for sm_90, say")
     add("--check", action="store_true", help="run the tests of the operator before")
