@@ -145,6 +145,8 @@ def test_verdicts_are_those_of_the_results():
         ("scenes", "aux-after", "aux-scratch", "pretraining", ""),
         ("scenes", "aux-multitask", "aux-scratch", multitask, ""),
         ("scenes", "other-multitask", "other-v0", deformable, ""),
+        ("again", "detr-after", "detr-scratch", "pretraining", ""),
+        ("again", "features-multitask", "detr-scratch", multitask, ""),
     ):
         table = (ROOT / f"results/{folder}/table.md").read_text(encoding="utf-8")
         row = rf"^\| {kind}-(\S+) - {other} \| {{}} \| (\S+) \| (.*?) \| (\S+) \| (\S+) \|"

@@ -249,7 +249,7 @@ def test_tables_are_listed(capsys):
     assert re.search("tasks +41 rows, 41 results published\n", out) and "detr.txt" not in out
 
 
-@pytest.mark.parametrize("name", ["tasks", "scenes", "tiles", "leaks"])
+@pytest.mark.parametrize("name", ["tasks", "scenes", "again", "tiles", "leaks"])
 def test_published_results_are_of_their_rows(name):
     """Every row has some, table.md says what they say, and each names its commit."""
     rows = reproduce.read_table(reproduce.ROOT / f"recipes/{name}.txt")
