@@ -170,6 +170,7 @@ def test_verdicts_are_those_of_the_results():
     assert (len(beyond), len(gains), len(sure) - len(gains)) == (20, 2, 2)
     assert re.search(r"twenty more .* two are .*; two are losses", README.replace("\n", " "))
     assert all(gain in README.replace("\n", " ") for gain in gains)
+    assert f"(+2.7 shrinks to {by_gain[-1].split()[0]})" in README  # of the last row above
 
 
 def test_the_demonstrations_line_is_in_the_results():
