@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import time
@@ -218,7 +219,7 @@ def make_folder(args):
         out.mkdir(parents=True, exist_ok=args.resume)
         if not (out / "last.pt").exists():  # a run may end before its first checkpoint
             versions = {"python": platform.python_version(), "torch": torch.__version__}
-            versions["torchvision"] = torchvision.__version__
+            versions |= {"torchvision": torchvision.__version__, "device": device_name(args.device)}
             config = {"args": vars(args), "versions": versions, "revision": revision()}
             coco.write_text(out / "config.json", json.dumps(config, indent=1))
     except FileExistsError:
@@ -251,6 +252,17 @@ def revision():
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
+
+
+def device_name(device):
+    """What a run computes on; another kind rounds otherwise, so that a seed gives another run.
+    Of a processor (on Linux) its name and its instructions for bf16."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    names = re.findall(r"model name\s*: (.*)", text)[:1] or [platform.machine()]
+    return ", ".join([device, *names, *sorted({*re.findall(r"\w+_bf16", text)})])
 
 
 def write_log(path, log):

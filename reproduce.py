@@ -183,9 +183,10 @@ def difference(before, now):
 
 
 def origin(result):
-    """The revision and the folder of --data, or None, that a result is of."""
+    """The revision, the device and the folder of --data, the last two or None, of a result."""
     flags = dict(itertools.pairwise(shlex.split(result["command"])))
-    return {"revision": result["revision"], "data": flags.get("--data")}
+    known = {"revision": result["revision"], "device": result["versions"].get("device")}
+    return {**known, "data": flags.get("--data")}
 
 
 def read_results(folders, rows):
@@ -528,7 +529,9 @@ def make_table(args):
     if not found:
         folders = " or ".join(map(str, runner.folders))
         raise ValueError(f"no results of these rows and seeds in {folders}")
-    for what, ours in (("revision", checkpoint.revision()), ("data", args.data)):
+    device = checkpoint.device_name(train.parse([])[0].device)
+    here = {"revision": checkpoint.revision(), "device": device, "data": args.data}
+    for what, ours in here.items():
         of = (origin(run)[what] for runs in found.values() for run in runs.values())
         for other, n in collections.Counter(of).items():
             if other and ours and other != ours:

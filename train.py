@@ -410,7 +410,7 @@ def introduce(args, run, train_set, val_set, notes):
     """What a user should know before the first step."""
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
     batch = args.batch_size * args.accumulate * parallel.world()
-    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
+    device = checkpoint.device_name(args.device)
     slow = args.model == "detr" and args.setting != "pretrain" and notes["start"][:6] == "random"
     lines = {
         "run": f"{args.out}, seed {args.seed}, revision {checkpoint.revision()}, on {device}",

@@ -179,7 +179,7 @@ def test_a_row_with_the_code_of_another_revision(table, tmp_path, capsys):
     assert result["log"] == [{"epoch": 1, "ap": 0.5, "ap50": 0.5, "eval_seconds": 0.01}]
 
 
-def test_results_on_other_data_are_said(table, tmp_path, capsys):
+def test_results_on_other_data_or_devices_are_said(table, tmp_path, capsys):
     (code := tmp_path / "code").mkdir()
     (code / "train.py").write_text(OTHER_CODE)
     table.write_text("quick: --epochs 1 --data {data}")
@@ -192,14 +192,17 @@ def test_results_on_other_data_are_said(table, tmp_path, capsys):
         assert "of data" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         reproduce.main([str(table), "--no_run", "--out", str(tmp_path / "out"), "--data", str(b)])
-    assert f"1 results are of data {a}, yours is {b}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"1 results are of data {a}, yours is {b}" in said
+    assert "2 results are of device an abacus, yours is cpu, " in said
 
 
 OTHER_CODE = """
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 out.mkdir(parents=True)
-(out / "config.json").write_text(json.dumps({"revision": "another", "versions": {}}))
+config = {"revision": "another", "versions": {"device": "an abacus"}}
+(out / "config.json").write_text(json.dumps(config))
 line = {"epoch": 1, "ap": 0.5, "ap50": 0.5, "eval_seconds": 0.01}
 (out / "log.jsonl").write_text(json.dumps(line))
 """

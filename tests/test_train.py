@@ -97,6 +97,7 @@ def test_what_a_run_leaves(run):
     assert all(0 <= line["data_wait"] <= 1 and 0 <= line["ap"] <= 1 for line in log)
     config = json.loads((out / "config.json").read_bytes())
     assert config["args"]["hidden_dim"] == 32 and config["versions"]["torch"] == torch.__version__
+    assert f"on {config['versions']['device']}\n" in printed
     for text in (r"run +\S+/2, seed 0, revision \w+", r"model +.*, resnet18, 11\.2 M parameters",
                  r"not used +--ssl_weight\n", r"attention +(cpu|torch): \S+", r"train .*: 8 images",
                  "4 images a step, 2 steps an epoch, 2 epochs: 16 images", r"epoch   1/2  loss \d+",
