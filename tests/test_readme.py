@@ -168,9 +168,10 @@ def test_verdicts_are_those_of_the_results():
     sure = [text.split(" |")[0] for text in beyond if float(text.split("; ")[1]) < 0.05]
     gains = [text for text in sure if text.startswith("+")]
     assert (len(beyond), len(gains), len(sure) - len(gains)) == (20, 2, 2)
-    assert re.search(r"twenty more .* two are .*; two are losses", README.replace("\n", " "))
-    assert all(gain in README.replace("\n", " ") for gain in gains)
-    assert f"(+2.7 shrinks to {by_gain[-1].split()[0]})" in README  # of the last row above
+    readme = README.replace("\n", " ")
+    assert re.search(r"twenty more .* two are .*; two are losses", readme)
+    assert all(gain in readme for gain in gains)
+    assert f"(+2.7 shrinks to {by_gain[-1].split()[0]})" in readme  # of the last row above
 
 
 def test_the_demonstrations_line_is_in_the_results():
