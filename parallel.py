@@ -5,6 +5,7 @@ import atexit
 import ctypes
 import os
 import sys
+import time
 
 # OpenMP's threads spin while they wait. If they sleep too soon, a training alone is slower; if they
 # never do, two on the same cores starve each other. OpenMP reads this as torch loads it.
@@ -24,12 +25,19 @@ def start(device):
         torch.cuda.set_device(device)
     if several and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
-        atexit.register(dist.destroy_process_group)
+        atexit.register(end)
         if rank():
             sys.stdout = open(os.devnull, "w")
     if device == "cpu":
         keep_memory()
     return device
+
+
+def end():
+    """Leave the other processes. Before version 2.8 torch holds Python's lock (GIL) while it waits
+    for gloo's thread, which may need that lock to free its last tensors; so it gets time before."""
+    time.sleep(0.1)
+    dist.destroy_process_group()
 
 
 def rank():
