@@ -291,6 +291,8 @@ class Runner:
         """Run what is missing of these rows, those that others start from first."""
         jobs = [(name, seed) for seed, name in itertools.product(seeds, names)
                 if not self.finished(name, seed, names)]  # fmt: skip
+        if missing := self.missing(dict.fromkeys(name for name, _ in jobs)):
+            raise ValueError("; ".join(missing))
         start, n = time.monotonic(), 0
         jobs.sort(key=lambda job: self.depth(job[0]))
         with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
@@ -307,19 +309,24 @@ class Runner:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def dry_run(self, names, seeds):
-        """Print the commands; the exit status, 1 if something that they start from is not there."""
-        missing = []
-        for seed, name in itertools.product(seeds, names):
-            print(shlex.join(self.command(name, seed)))
+    def missing(self, names):
+        """Lines that name what is not there of the files and folders that these rows need."""
+        found = []
+        for name in names:
             for flag, path in itertools.pairwise(self.rows[name]):
                 file = flag in ("--init", "--tokenizer_weights", "--data")
                 file = file and not re.search("{|://", path)
-                if file and not (ROOT / path).exists():
-                    missing.append(f"{name}: {flag} {path} is not there")
-        if missing:
-            missing.append(f"where to get what is missing may stand at the top of {self.path}")
-        print(*dict.fromkeys(missing), sep="\n", file=sys.stderr)
+                if file and not Path(self.args.code, path).exists():
+                    found.append(f"{name}: {flag} {path} is not there")
+        top = f"where to get what is missing may stand at the top of {self.path}"
+        return [*found, f"{top}; --rows leaves rows out"] if found else []
+
+    def dry_run(self, names, seeds):
+        """Print the commands; the exit status, 1 if something that they start from is not there."""
+        for seed, name in itertools.product(seeds, names):
+            print(shlex.join(self.command(name, seed)))
+        for line in (missing := self.missing(names)):
+            print(line, file=sys.stderr)
         return int(bool(missing))
 
 
@@ -532,7 +539,8 @@ def make_table(args):
     device = checkpoint.device_name(train.parse([])[0].device)
     here = {"revision": checkpoint.revision(), "device": device, "data": args.data}
     for what, ours in here.items():
-        of = (origin(run)[what] for runs in found.values() for run in runs.values())
+        of = (origin(run)[what] for name, runs in found.items() for run in runs.values()
+              if what != "data" or "{data}" in rows[name])  # fmt: skip
         for other, n in collections.Counter(of).items():
             if other and ours and other != ours:
                 print(f"{n} results are of {what} {other}, yours is {ours}")

@@ -215,16 +215,20 @@ def test_the_papers_table(tmp_path, capsys):
         reproduce.main(["paper", "--dry_run", "--data", str(tmp_path)])
     out, errors = capsys.readouterr()
     commands = [line for line in out.splitlines() if line]
-    assert len(commands) == len(reproduce.read_table(reproduce.RECIPES / "paper.txt")) == 16
-    assert errors.count("is not there") == 3  # to be saved by hand: COCO model, DALL-E's encoder
+    assert len(commands) == len(reproduce.read_table(reproduce.RECIPES / "paper.txt")) == 24
+    assert errors.count("is not there") == 8  # COCO model, DALL-E's encoder, ImageNet
+    with pytest.raises(SystemExit) as stop:  # at once, not when their turn comes
+        reproduce.main(f"paper --data {tmp_path} --out {tmp_path}/out".split())
+    assert str(stop.value) == f"error: {'; '.join(errors.splitlines())}"
+    assert os.listdir(tmp_path / "out") == []
     isaid.main(f"scenes {tmp_path}/data --train 2 --val 1 --image_size 64".split())
     small = "--backbone resnet18 --no-frozen_bn --hidden_dim 32 --enc_layers 1 --dec_layers 1 "
     small += "--dim_feedforward 32 --num_queries 5 --image_size 64 --batch_size 2 --epochs 1"
     small += " --vocabulary 4"
-    for n in (1, 2, 3, 4, 5, 10, 13, 14, 15):
-        flags = re.sub(
-            r"--(init|tokenizer_weights) \S+( --init_parts \w+)?|--resume", "", commands[n]
-        )
+    for n in (0, 1, 2, 3, 4, 5, 10, 13, 14, 15, 16):
+        start = f"--init {tmp_path}/0 --init_parts"
+        flags = re.sub(r"--init http\S+ --init_parts", start, commands[n])
+        flags = re.sub(r"--(init|tokenizer_weights) (http|weights)\S+|--resume", "", flags)
         flags = flags.split()[2:]
         flags += [*small.split(), "--data", f"{tmp_path}/data", "--out", f"{tmp_path}/{n}"]
         train.main(flags)
@@ -248,7 +252,7 @@ def test_tables_are_listed(capsys):
     with pytest.raises(SystemExit):
         reproduce.main([])
     out = capsys.readouterr().out
-    assert re.search("paper +16 rows, 0 results published; needs --data", out)
+    assert re.search("paper +24 rows, 0 results published; needs --data", out)
     assert re.search("tasks +41 rows, 41 results published\n", out) and "detr.txt" not in out
 
 
