@@ -523,7 +523,7 @@ def make_table(args):
     if args.dry_run:
         return runner.dry_run(wanted, args.seeds or [0])
     there = read_results(runner.folders, rows)  # refuses before anything is run
-    if args.no_run and not there:
+    if args.no_run and not there and not theirs:
         raise ValueError(f"{runner.out}: no results; name a folder with some or leave out --no_run")
     runner.out.mkdir(parents=True, exist_ok=True)
     coco.try_output(runner.out / "table.md")
@@ -533,7 +533,7 @@ def make_table(args):
     found = {name: {seed: run for seed, run in results.get(name, {}).items()
                     if not args.seeds or seed in args.seeds} for name in chosen}  # fmt: skip
     found = {name: runs for name, runs in found.items() if runs}
-    if not found:
+    if not found and not theirs:
         folders = " or ".join(map(str, runner.folders))
         raise ValueError(f"no results of these rows and seeds in {folders}")
     device = checkpoint.device_name(train.parse([])[0].device)

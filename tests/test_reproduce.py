@@ -221,6 +221,11 @@ def test_the_papers_table(tmp_path, capsys):
         reproduce.main(f"paper --data {tmp_path} --out {tmp_path}/out".split())
     assert str(stop.value) == f"error: {'; '.join(errors.splitlines())}"
     assert os.listdir(tmp_path / "out") == []
+    with pytest.raises(SystemExit) as end:  # their figures, also without a run of ours
+        reproduce.main(f"paper --no_run --out {tmp_path}/theirs".split())
+    assert not end.value.code
+    assert "| authors deformable_detr-v0, printed | 13.6 | 16.2 | 20.4 |" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "theirs")) == ["curves.png", "table.md"]
     isaid.main(f"scenes {tmp_path}/data --train 2 --val 1 --image_size 64".split())
     small = "--backbone resnet18 --no-frozen_bn --hidden_dim 32 --enc_layers 1 --dec_layers 1 "
     small += "--dim_feedforward 32 --num_queries 5 --image_size 64 --batch_size 2 --epochs 1"
