@@ -39,6 +39,7 @@ from matplotlib.figure import Figure
 
 import checkpoint
 import coco
+import eval as evaluation
 import pictures
 import train
 from flags import Parser, command, number, one_line, words
@@ -536,7 +537,7 @@ def make_table(args):
     if not found and not theirs:
         folders = " or ".join(map(str, runner.folders))
         raise ValueError(f"no results of these rows and seeds in {folders}")
-    device = checkpoint.device_name(train.parse([])[0].device)
+    device = checkpoint.device_name(evaluation.usable_device("auto"))
     here = {"revision": checkpoint.revision(), "device": device, "data": args.data}
     for what, ours in here.items():
         of = (origin(run)[what] for name, runs in found.items() for run in runs.values()

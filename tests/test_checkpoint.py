@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pkgutil
+import platform
 import runpy
 import shutil
 import socket
@@ -220,3 +221,13 @@ def test_nothing_is_filled_in(kind, undisturbed, tmp_path):
     for name in {*checkpoint.PLAIN, "model", "optimizer", "schedule"} - {"steps"}:
         refused(f"cannot be gone on from .'{name}'", without=name)
     refused("cannot be gone on from .'log' is 'x'", log="x")
+
+
+def test_a_processor_is_named(tmp_path):
+    """Once, by its name and what it has for bf16; where the system says neither, by its kind."""
+    core = "model name\t: A CPU @ 2 GHz\nflags\t\t: sse amx_bf16 avx512_bf16 amx_int8\n"
+    (info := tmp_path / "cpuinfo").write_text(2 * core)
+    with patch("checkpoint.Path", lambda _: info):
+        assert checkpoint.device_name("cpu") == "cpu, A CPU @ 2 GHz, amx_bf16, avx512_bf16"
+        info.unlink()
+        assert checkpoint.device_name("mps") == f"mps, {platform.machine()}"

@@ -163,8 +163,9 @@ def test_verdicts_are_those_of_the_results():
         ends = dict.fromkeys(text.split(" |")[0] for text in (by_gain[0], by_gain[-1]))
         line = rf"^\| {short}.*? \| {re.escape(' | '.join(ends))} \|"
         assert not short or re.search(line, README, re.M)
-        again += [by_gain[-1].split()[0]] if folder == "again" else []
-        if not short and folder == "scenes" and other.endswith(("-scratch", "-v0")):
+        if folder == "again":
+            again.append(by_gain[-1].split()[0])
+        elif not short and other.endswith(("-scratch", "-v0")):
             beyond += last.values()
     sure = [text.split(" |")[0] for text in beyond if float(text.split("; ")[1]) < 0.05]
     gains = [text for text in sure if text.startswith("+")]

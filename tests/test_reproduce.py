@@ -182,7 +182,8 @@ def test_a_row_with_the_code_of_another_revision(table, tmp_path, capsys):
 def test_results_on_other_data_or_devices_are_said(table, tmp_path, capsys):
     (code := tmp_path / "code").mkdir()
     (code / "train.py").write_text(OTHER_CODE)
-    table.write_text("quick: --epochs 1 --data {data}")
+    (code / "own").mkdir()
+    table.write_text("quick: --epochs 1 --data {data}\nother: --epochs 1 --data own")
     (a := tmp_path / "a").mkdir()
     (b := tmp_path / "b").mkdir()
     for seed, data in enumerate((a, b)):
@@ -194,7 +195,7 @@ def test_results_on_other_data_or_devices_are_said(table, tmp_path, capsys):
         reproduce.main([str(table), "--no_run", "--out", str(tmp_path / "out"), "--data", str(b)])
     said = capsys.readouterr().out
     assert f"1 results are of data {a}, yours is {b}" in said
-    assert "2 results are of device an abacus, yours is " in said
+    assert "4 results are of device an abacus, yours is " in said and "data own" not in said
 
 
 OTHER_CODE = """
