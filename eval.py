@@ -4,10 +4,10 @@
 
 RUN is a run folder of train.py (its best.pt, else last.pt) or a checkpoint file. On the run's own
 held-out images metrics.json is written into the run folder; of others only where --out says.
-For images of any size see predict.py.
+For images of any size see tools/predict.py.
 """
 
-import parallel  # isort: skip (before torch)
+from util import distributed  # isort: skip (before torch)
 
 import argparse
 import collections
@@ -27,14 +27,12 @@ import torch
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
-import checkpoint
-import coco
 import detr
 import isaid
-import pictures
 import ssl_tasks
-from coco import DataError
-from flags import Parser, command, number
+from util import checkpoint, coco, plots
+from util.cli import Parser, command, number
+from util.coco import DataError
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
 SSL = "ssl_loss", "ssl_acc", "ssl_guess", "ssl_chance"
@@ -50,7 +48,7 @@ def predict(model, data, batch_size, workers=0, device="cpu", top=100, losses=No
     batches, results = held_out(data, batch_size, workers, "evaluating"), []
     for target, found in detections(model, batches, device, top, data.name, losses):
         results += coco_results(found, target["image_id"], data.categories)
-    return sum(parallel.gather(results), [])
+    return sum(distributed.gather(results), [])
 
 
 @torch.no_grad()
@@ -84,9 +82,9 @@ def coco_results(found, image_id, categories, digits=3):
 
 def held_out(data, batch_size, workers, text):
     """Batches of the images in order; every process takes its share, each image once."""
-    mine = range(parallel.rank(), len(data), parallel.world())
+    mine = range(distributed.rank(), len(data), distributed.world())
     batches = isaid.loader(torch.utils.data.Subset(data, mine), workers, batch_size=batch_size)
-    return tqdm(batches, text, leave=False, disable=True if parallel.rank() else None)
+    return tqdm(batches, text, leave=False, disable=True if distributed.rank() else None)
 
 
 def collapsed(data, results):
@@ -184,7 +182,7 @@ def ssl_metrics(model, task, data, batch_size, workers, device):
             panels = task.panels(images, prediction, target, corruption)
             for title, (x, *marks) in panels.items():
                 panels[title] = coco.unnormalise(x).masked_fill(padding[:, None], 1), *marks
-    error, hits, patches = sum(parallel.gather(sums)).tolist()
+    error, hits, patches = sum(distributed.gather(sums)).tolist()
     if not patches:
         message = "no patch was corrupted; take larger images or smaller patches"
         raise DataError(f"{data.name}: {message}")
@@ -240,28 +238,28 @@ def epoch_text(line, epochs):
 def evaluate(model, task, data, args, out=None, top=100):
     """(metrics of a model on a dataset, what it found), and pictures in the folder `out`.
     args: setting, batch_size, workers, device. "score" is what the best checkpoint is chosen by."""
-    start, first = time.perf_counter(), parallel.rank() == 0
+    start, first = time.perf_counter(), distributed.rank() == 0
     metrics, results = {}, None
-    parallel.share_buffers(model)
+    distributed.share_buffers(model)
     if args.setting != "pretrain":
         losses = []
         what = args.batch_size, args.workers, args.device, top
         results = predict(model, data, *what, losses if data.annotations else None)
-        losses = np.array(sum(parallel.gather(losses), [])).reshape(-1, 2)  # images, loss
+        losses = np.array(sum(distributed.gather(losses), [])).reshape(-1, 2)  # images, loss
         if first and data.annotations:
             metrics = {**coco_metrics(data, results), "collapsed": collapsed(data, results)}
             metrics["val_loss"] = float(np.average(losses[:, 1], weights=losses[:, 0]))
             metrics["score"] = metrics["ap"] or 0.0
             if out:
-                pictures.draw_detections(out / "detections.png", data, results)
+                plots.draw_detections(out / "detections.png", data, results)
     if task:
         found, panels = ssl_metrics(model, task, data, args.batch_size, args.workers, args.device)
         metrics = {"score": -found["ssl_loss"], **metrics, **found}
         if first and out:
-            pictures.draw_ssl(out / "ssl.png", panels, task.patch, ssl_text(found))
+            plots.draw_ssl(out / "ssl.png", panels, task.patch, ssl_text(found))
     metrics.setdefault("score", 0.0)  # without a box to compare with
     metrics["eval_seconds"] = round(time.perf_counter() - start, 2)
-    return parallel.gather(metrics)[0], results
+    return distributed.gather(metrics)[0], results
 
 
 # ---------------------------------------------------------------- opening a run
@@ -375,15 +373,15 @@ def parse(argv):
 @command
 def main(argv=None):
     args = parse(argv)
-    args.device = parallel.start(args.device)
-    model, task, state, data = parallel.everywhere(open_run, args)
+    args.device = distributed.start(args.device)
+    model, task, state, data = distributed.everywhere(open_run, args)
     print(f"{state['path']} on {data.name}")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     for path in filter(None, (args.export, args.out and args.out / "metrics.json")):
-        parallel.from_first(coco.try_output, path)
+        distributed.from_first(coco.try_output, path)
     metrics, results = evaluate(model, task, data, args, args.out, max(100, args.max_dets))
-    if parallel.rank():
+    if distributed.rank():
         return
     text = [f"{state['task']['name']}: {ssl_text(metrics)}"] if task else []
     if args.export:

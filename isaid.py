@@ -10,7 +10,7 @@ Images" (arXiv 1905.12886).
 DATA is a folder in the layout of iSAID's patches, of COCO or of Roboflow; see coco.find_split.
 """
 
-import parallel  # noqa: F401 # isort: skip (before torch)
+from util import distributed  # noqa: F401 # isort: skip (before torch)
 
 import atexit
 import collections
@@ -29,11 +29,10 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-import coco
-import patches
-from coco import DataError
-from flags import Parser, command, number
-from scenes import draw_scene, scene_objects
+from util import coco, isaid_prepare
+from util.cli import Parser, command, number
+from util.coco import DataError
+from util.synthetic import draw_scene, scene_objects
 
 SCENE_SIZE, SCENES = 128, {"train": 1000, "val": 200}  # of the synthetic dataset
 
@@ -197,12 +196,12 @@ def loader(data, workers, **options):
 def epoch_batches(data, args, epoch):
     """The shuffled batches of an epoch for this process, as lists of items.
     They depend on (seed, epoch) alone. What does not fill a step of all processes is left out."""
-    size, world = args.batch_size, parallel.world()
+    size, world = args.batch_size, distributed.world()
     step = size * args.accumulate * world
     n = 50 * step if args.overfit else len(data)  # the same few images again and again
     generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
     order = torch.randperm(n, generator=generator).tolist()
-    starts = range(parallel.rank() * size, n // step * step, world * size)
+    starts = range(distributed.rank() * size, n // step * step, world * size)
     return [order[i : i + size] for i in starts]
 
 
@@ -284,7 +283,7 @@ def synthetic(split, n, size, transform, seed=0):
             box = [float(x0), float(y0), float(x1 - x0), float(y1 - y0)]
             found = {"image_id": i, "category_id": int(label) + 1}
             annotations.append({**found, "area": float(area), "bbox": box})
-    content = {"images": images, "annotations": annotations, "categories": patches.CATEGORIES}
+    content = {"images": images, "annotations": annotations, "categories": isaid_prepare.CATEGORIES}
     read = Scenes(seed, start, n, size)
     return Detection(f"synthetic scenes ({split})", content, read, transform, seed)
 
@@ -420,7 +419,11 @@ def main(argv=None):
     cores = min(8, os.cpu_count() or 1)
     add("--workers", type=few, default=cores, help="processes, up to 2 GB each for large images")
     add("--limit", type=count, help="only the first images of each split")
-    add("--devkit", action="store_true", help="keep the devkit's oddities, see patches.py")
+    add(
+        "--devkit",
+        action="store_true",
+        help="keep the devkit's oddities, see util/isaid_prepare.py",
+    )
 
     add = commands.add_parser("check", help="what a dataset holds and what is wrong").add_argument
     add("data", help="its folder")
@@ -433,7 +436,7 @@ def main(argv=None):
     add("--seed", type=natural, default=0, help="of the scenes")
     args = parser.parse_args(argv)
     if args.command == "prepare":
-        sys.exit(patches.prepare(args))
+        sys.exit(isaid_prepare.prepare(args))
     if args.command == "check":
         sys.exit(check_dataset(args.data))
     if Path(args.out).exists():

@@ -13,7 +13,7 @@ runs/TABLE or --out: what is there is not run again, a row that was interrupted 
 result to repeat it.
 """
 
-import parallel  # noqa: F401 # isort: skip (before torch)
+from util import distributed  # noqa: F401 # isort: skip (before torch)
 
 import collections
 import concurrent.futures
@@ -37,12 +37,10 @@ import scipy.stats
 import torch
 from matplotlib.figure import Figure
 
-import checkpoint
-import coco
 import eval as evaluation
-import pictures
 import train
-from flags import Parser, command, number, one_line, words
+from util import checkpoint, coco, plots
+from util.cli import Parser, command, number, one_line, words
 
 ROOT = Path(__file__).resolve().parent
 RUNS, RESULTS, RECIPES = ROOT / "runs", ROOT / "results", ROOT / "recipes"
@@ -460,7 +458,7 @@ def compare(results, comparisons):
     return [*text, ""]
 
 
-@pictures.costs_no_figures
+@plots.costs_no_figures
 def draw(path, results, comparisons):
     """A panel for each comparison, what a row is compared with in grey: mean and deviation; one
     for the authors' curves."""
@@ -488,7 +486,7 @@ def draw(path, results, comparisons):
         axes.set_title(title, fontsize=7)
         if shown is theirs:
             axes.legend(fontsize=5)
-        pictures.finish_axes(axes)
+        plots.finish_axes(axes)
     figure.savefig(path, dpi=110)
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-import visual_tokens
+from util import tokenizers
 
 
 # ---------------------------------------------------------------- what happens to the patches
@@ -295,8 +295,8 @@ class MaskedTokens(ClassTask):
     mask = MaskedPixels.mask
 
     def __init__(self, dim, strides, patch, vocabulary=64, tokenizer_weights=None, **options):
-        dalle = tokenizer_weights and visual_tokens.Dalle(patch, tokenizer_weights)
-        tokenizer = dalle or visual_tokens.KMeans(patch, vocabulary)
+        dalle = tokenizer_weights and tokenizers.Dalle(patch, tokenizer_weights)
+        tokenizer = dalle or tokenizers.KMeans(patch, vocabulary)
         self.vocabulary = len(tokenizer.codes)
         super().__init__(dim, strides, patch, **options)
         self.tokenizer = tokenizer

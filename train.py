@@ -10,7 +10,7 @@ A run is a folder: config.json, log.jsonl (a line an epoch), last.pt, best.pt, a
 flags everything has the demonstration's small sizes; recipes hold the large ones.
 """
 
-import parallel  # isort: skip (before torch)
+from util import distributed  # isort: skip (before torch)
 
 import argparse
 import collections
@@ -25,14 +25,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import deformable_attn
 import detr
 import eval as evaluation
 import isaid
-import pictures
 import ssl_tasks
-from flags import Parser, Sources, command, number
+from util import checkpoint, plots
+from util.cli import Parser, Sources, command, number
 
 
 # ---------------------------------------------------------------- the losses and the loop
@@ -65,12 +64,12 @@ def compute_losses(model, task, images, padding, targets, args):
                 corrupted = model.encode(corrupted)
     if task:
         memory = detr.full_precision(corrupted)
-        num_patches = parallel.mean(task.loss_mask(corruption).sum())
+        num_patches = distributed.mean(task.loss_mask(corruption).sum())
         losses["loss_ssl"] = task.loss(memory, images, corruption, num_patches)[None]
     if detect:
         outputs = model.decode(detr.full_precision(clean))
         stop_if_not_finite(outputs, targets)
-        num_boxes = parallel.mean(sum(len(target["labels"]) for target in targets))
+        num_boxes = distributed.mean(sum(len(target["labels"]) for target in targets))
         losses.update(model.criterion(outputs, targets, num_boxes))
     return losses
 
@@ -81,7 +80,7 @@ def train(run, train_set, val_set, args):
     ssl_weight = args.ssl_weight if args.setting == "multitask" else 1.0
     weights = {**model.criterion.weights, "loss_ssl": ssl_weight}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    first, metrics = parallel.rank() == 0, None
+    first, metrics = distributed.rank() == 0, None
     bar = tqdm(total=args.epochs * run.steps, initial=(run.epoch - 1) * run.steps + run.step,
                desc="training", unit="step", disable=None if first else True)  # fmt: skip
     with checkpoint.Signals() as signals, bar:
@@ -101,7 +100,7 @@ def train(run, train_set, val_set, args):
                 loss.backward()
                 if i % args.accumulate:
                     continue
-                parallel.average_gradients(parameters)
+                distributed.average_gradients(parameters)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_max_norm)
                 stop_if_not_finite({"the gradient": norm}, targets)
                 optimizer.step()
@@ -109,7 +108,7 @@ def train(run, train_set, val_set, args):
                 run.schedule.step()
                 run.step += 1
                 bar.update()
-                if parallel.mean(signals.caught):  # any process got Ctrl-C or SIGTERM
+                if distributed.mean(signals.caught):  # any process got Ctrl-C or SIGTERM
                     checkpoint.save_last(out / "last.pt", run)
                     there = f"stopped in epoch {epoch} after {run.step} of {run.steps} steps"
                     again = f"the same command with --out {shlex.quote(args.out)} --resume"
@@ -129,7 +128,7 @@ def train(run, train_set, val_set, args):
             run.log.append(line)
             if first:
                 checkpoint.write_log(out / "log.jsonl", run.log)
-                pictures.draw_curves(out / "curves.png", run.log)
+                plots.draw_curves(out / "curves.png", run.log)
             bar.write(evaluation.epoch_text(line, args.epochs))
             run.next_epoch()
         checkpoint.save_last(out / "last.pt", run)
@@ -396,7 +395,7 @@ def prepare(args):
     optimizer = build_optimizer(model, task, args)
     schedule = build_schedule(optimizer, args, steps)
     run = checkpoint.Run(model, task, optimizer, schedule, content, steps)
-    torch.manual_seed(args.seed + parallel.rank())  # dropout differs between processes
+    torch.manual_seed(args.seed + distributed.rank())  # dropout differs between processes
     if state:
         checkpoint.resume(run, state, args.device)
         start = f"resumed in epoch {run.epoch} after {run.step} of {steps} steps"
@@ -409,7 +408,7 @@ def prepare(args):
 def introduce(args, run, train_set, val_set, notes):
     """What a user should know before the first step."""
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
-    batch = args.batch_size * args.accumulate * parallel.world()
+    batch = args.batch_size * args.accumulate * distributed.world()
     device = checkpoint.device_name(args.device)
     slow = args.model == "detr" and args.setting != "pretrain" and notes["start"][:6] == "random"
     lines = {
@@ -434,9 +433,9 @@ def introduce(args, run, train_set, val_set, notes):
 @command
 def main(argv=None):
     args, ignored = parse(argv)
-    args.device = parallel.start(args.device)
-    run, train_set, val_set, notes = parallel.everywhere(prepare, args)
-    args.out = parallel.from_first(checkpoint.make_folder, args)
+    args.device = distributed.start(args.device)
+    run, train_set, val_set, notes = distributed.everywhere(prepare, args)
+    args.out = distributed.from_first(checkpoint.make_folder, args)
     notes["not used"] = ", ".join(f"--{name}" for name in ignored)
     introduce(args, run, train_set, val_set, notes)
     with checkpoint.kept_if_used(args.out):

@@ -7,7 +7,7 @@ import os
 import warnings
 from typing import List, Tuple  # noqa: UP035  (torch 2.6 knows no list[int] in operators)
 
-# OpenMP's threads spin while they wait and starve a second process; see parallel.py
+# OpenMP's threads spin while they wait and starve a second process; see util/distributed.py
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "20000"
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-import parallel
+from util import distributed
 
 from . import MSDeformAttn, backend, cuda, ms_deform_attn
 from .reference import ms_deform_attn_reference
@@ -158,7 +158,7 @@ def main():
     if args.check:
         check(args.device)
     if args.device == "cpu":
-        parallel.keep_memory()
+        distributed.keep_memory()
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
           f"{': '.join(backend(args.device))}; median of {args.repeats}\n")  # fmt: skip

@@ -9,13 +9,12 @@ from test_checkpoint import TINY
 from test_detr import SMALL, randomise
 from torchvision.ops import box_convert
 
-import attention
-import coco
 import detr
 import eval as evaluation
 import isaid
-import pictures
 import train
+from tools import attention
+from util import coco, plots
 
 
 @pytest.mark.parametrize("part", ["decoder", "encoder"])
@@ -103,11 +102,11 @@ def test_the_share_is_of_matched_queries_and_seen_points(monkeypatch):
 def test_maps_and_points_are_drawn_where_they_are():
     """A map of two cells reddens the half that weighs more; of two points the heavier is red."""
     image, mark = Image.new("RGB", (200, 100), (90, 90, 90)), np.array([100.0, 50.0])
-    pixel = pictures.draw_look(image, None, np.array([[0.0, 0.5]]), mark).getpixel
+    pixel = plots.draw_look(image, None, np.array([[0.0, 0.5]]), mark).getpixel
     assert pixel((20, 80)) == (90, 90, 90) and pixel((180, 20)) == (200, 30, 30)
     assert pixel((100, 50)) == (255, 255, 255)
     points, weights = np.array([[30.0, 70.0], [160.0, 10.0]]), np.array([0.9, 0.09])
-    pixel = pictures.draw_look(image, points, weights, mark).getpixel
+    pixel = plots.draw_look(image, points, weights, mark).getpixel
     assert pixel((30, 70)) == (255, 0, 0) and pixel((160, 10)) == (255, 207, 0)
 
 

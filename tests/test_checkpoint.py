@@ -20,8 +20,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-import checkpoint
 import train
+from util import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 2 --dim_feedforward 32".split()
@@ -111,15 +111,15 @@ FLAGS = [*TINY, *"--limit_train 16 --epochs 2 --dropout 0.1 --augment aerial".sp
 KINDS = {
     "detect": (1, "--workers 2", [
         ("os.fsync", 1, [SIGKILL], -9, "random weights"),  # within its first last.pt
-        ("parallel.average_gradients", 2, [SIGTERM], 143, "resumed in epoch 1 after 2 of 4")]),
+        ("util.distributed.average_gradients", 2, [SIGTERM], 143, "resumed in epoch 1 after 2 of 4")]),
     "pretrain": (1, "--setting pretrain --ssl_task mim-discrete --vocabulary 4 --model detr", [
         # between epochs, saved but not yet in the log; then within last.pt of the second epoch
-        ("checkpoint.write_log", 1, [SIGKILL], -9, "resumed in epoch 1 after 4 of 4"),
+        ("util.checkpoint.write_log", 1, [SIGKILL], -9, "resumed in epoch 1 after 4 of 4"),
         ("os.fsync", 3, [SIGKILL], -9, "resumed in epoch 1 after 4 of 4")]),
     "multitask": (1, "--setting multitask --ssl_task jigsaw-discrete --accumulate 2 --workers 2", [
-        ("parallel.average_gradients", 3, [SIGINT], 130, "resumed in epoch 2 after 1 of 2")]),
+        ("util.distributed.average_gradients", 3, [SIGINT], 130, "resumed in epoch 2 after 1 of 2")]),
     "two processes": (2, "--setting multitask --workers 1", [
-        ("parallel.average_gradients", 3, [SIGTERM], 143, "resumed in epoch 2 after 1 of 2")]),
+        ("util.distributed.average_gradients", 3, [SIGTERM], 143, "resumed in epoch 2 after 1 of 2")]),
 }  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def test_stopped_and_resumed_is_undisturbed(kind, undisturbed, tmp_path):
 
 @pytest.mark.parametrize("signals, status", [([SIGINT] * 2, 130), ([SIGTERM] * 2, -SIGTERM)])
 def test_a_second_signal_does_not_wait(signals, status, tmp_path):
-    strike, out = ("parallel.average_gradients", 1, signals), tmp_path / "run"
+    strike, out = ("util.distributed.average_gradients", 1, signals), tmp_path / "run"
     said, _ = Command(tmp_path, "train.py", *FLAGS, "--out", out, strike=strike).end(status)
     assert "stopped" not in said and not (out / "last.pt").exists()
 
@@ -227,7 +227,7 @@ def test_a_processor_is_named(tmp_path):
     """Once, by its name and what it has for bf16; where the system says neither, by its kind."""
     core = "model name\t: A CPU @ 2 GHz\nflags\t\t: sse amx_bf16 avx512_bf16 amx_int8\n"
     (info := tmp_path / "cpuinfo").write_text(2 * core)
-    with patch("checkpoint.Path", lambda _: info):
+    with patch("util.checkpoint.Path", lambda _: info):
         assert checkpoint.device_name("cpu") == "cpu, A CPU @ 2 GHz, amx_bf16, avx512_bf16"
         info.unlink()
         assert checkpoint.device_name("mps") == f"mps, {platform.machine()}"

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-import compare
+from tools import compare
 
 
 def make(folder, flags, log):

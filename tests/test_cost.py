@@ -2,7 +2,7 @@
 
 import math
 
-import cost
+from results.cost import cost
 
 SMALL = """--backbone resnet18 --hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 1
     --dim_feedforward 32 --num_queries 5 --image_size 64"""

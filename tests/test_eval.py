@@ -10,13 +10,12 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-import coco
 import deformable_attn
 import detr
 import eval as evaluation
 import isaid
-import pictures
 import train
+from util import coco, plots
 
 PERFECT = [*[pytest.approx(1)] * 5, None, pytest.approx(1)]  # of METRICS, without large objects
 
@@ -78,10 +77,10 @@ def test_right_wrong_and_missed():
     truth = [{**plane, "bbox": [0, 0, 10, 10]}, {**ship, "bbox": [20, 0, 10, 10]}]
     found = [{**plane, "bbox": [0, 0, 10, 9]}, {**plane, "bbox": [0, 0, 10, 10]},
              {**plane, "bbox": [20, 0, 10, 10]}, {**ship, "bbox": [25, 0, 10, 10]}]  # fmt: skip
-    assert pictures.match(found, truth) == ([True, False, False, False], [True, False])
-    assert pictures.match(found[1:2], truth) == ([True], [True, False])
-    assert pictures.match(found, []) == ([False] * 4, [])
-    assert pictures.match([], truth) == ([], [False, False])
+    assert plots.match(found, truth) == ([True, False, False, False], [True, False])
+    assert plots.match(found[1:2], truth) == ([True], [True, False])
+    assert plots.match(found, []) == ([False] * 4, [])
+    assert plots.match([], truth) == ([], [False, False])
 
 
 def test_results_load_in_pycocotools_as_they_are(data, evaluator):

@@ -14,17 +14,14 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-import coco
 import detr
 import eval as evaluation
-import flags
 import isaid
-import patches
-import pictures
-import predict
 import reproduce
 import ssl_tasks
 import train
+from tools import predict
+from util import cli, coco, isaid_prepare, plots
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -238,7 +235,7 @@ def test_names_from_other_machines(tmp_path):
 
 def test_files_without_truth(data, run, tmp_path):
     """A file of test images has no annotations, and its categories may be empty or left out."""
-    for n, categories in enumerate((patches.CATEGORIES, [], None)):
+    for n, categories in enumerate((isaid_prepare.CATEGORIES, [], None)):
         images = save_coco(data, ["0.png"], "test", annotations=None, categories=categories)
         picture().save(images / "0.png")
         out = tmp_path / f"{n}.json"
@@ -291,7 +288,10 @@ def test_what_systems_leave_behind_is_no_image(tmp_path):
     (raw / "P9.png").mkdir()
     for name in ("P2.png", "P10.PNG", "._P1.png", "P2_instance_id_RGB.png", "notes.txt"):
         picture().save(raw / name, format="PNG")
-    assert [path.name for path in patches.sources_of(raw, False, None)] == ["P2.png", "P10.PNG"]
+    assert [path.name for path in isaid_prepare.sources_of(raw, False, None)] == [
+        "P2.png",
+        "P10.PNG",
+    ]
 
 
 # ---------------------------------------------------------------- command lines
@@ -307,7 +307,7 @@ LINES = {
 
 @pytest.mark.parametrize("line", LINES)
 def test_lines_of_recipes_and_tables(tmp_path, line):
-    assert flags.words(line) == LINES[line]
+    assert cli.words(line) == LINES[line]
     bom = "\ufeff"
     (recipe := tmp_path / "recipe.txt").write_text(f"{bom}{line}\n--epochs 3\n", encoding="utf-8")
     expected = dict(zip(LINES[line][::2], LINES[line][1::2]))
@@ -403,7 +403,7 @@ def test_names_that_no_file_can_have(run, tmp_path):
 
 def test_a_pipe_that_closes_is_no_error():
     """The rest of a long output is dropped without a word, with the status of SIGPIPE."""
-    code = "import flags; flags.command(lambda _: print('x\\n' * 10**6))()"
+    code = "from util import cli; cli.command(lambda _: print('x\\n' * 10**6))()"
     line = f'{sys.executable} -c "{code}" | head -1; echo ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["x", "141"] and not done.stderr
@@ -559,7 +559,7 @@ def test_names_in_any_script_and_any_terminal(tmp_path, data):
     out, environment = tmp_path / "跑", {**os.environ, "PYTHONIOENCODING": "cp1252", "LC_ALL": "C"}
     environment |= {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     for command in (["train.py", *TINY, "--data", there, "--out", out], ["eval.py", out],
-                    ["predict.py", out, there / "val/images", "--score", "0"]):  # fmt: skip
+                    ["-m", "tools.predict", out, there / "val/images", "--score", "0"]):  # fmt: skip
         done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment,
                               capture_output=True)  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -570,7 +570,7 @@ def test_names_in_any_script_and_any_terminal(tmp_path, data):
 def test_letters_are_drawn_or_replaced():
     """Each text is drawn with a font that has its letters, or else the class's id is."""
     for name in ("car", "Größe", "машина", "汽车", "\U000f0000"):
-        font, text = pictures.legible(name, "7", 12)
+        font, text = plots.legible(name, "7", 12)
         assert text in (name, "7") and (text == name or not name.isascii())
         masks = [bytes(font.getmask(letter)) for letter in set(text)]
         assert bytes(font.getmask("\U000f0001")) not in masks  # the box for what a font lacks

@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import coco
 import detr
 import eval as evaluation
 import isaid
-import predict
 import reproduce
 import train
+from tools import predict
+from util import coco
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 tried = collections.Counter()  # cases of each kind of input

@@ -8,10 +8,9 @@ import pytest
 import torch
 from test_checkpoint import TINY, log_of
 
-import attention
 import eval as evaluation
-import predict
 import train
+from tools import attention, predict
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 RUNS = (

@@ -14,10 +14,9 @@ import torch
 from PIL import Image
 from torchvision.ops import box_convert, masks_to_boxes
 
-import coco
 import isaid
-import scenes
 import train
+from util import coco, synthetic
 
 SIZE = 64
 PLAIN = isaid.transforms(False, SIZE)
@@ -44,7 +43,7 @@ def test_scenes_depend_on_seed_and_number_alone():
 def test_scenes_hold_all_classes_and_some_are_empty():
     data = isaid.synthetic("train", 600, 128, None)
     counts, boxes = np.array(data.counts()), torch.cat(data.boxes)
-    assert [c["name"] for c in data.categories] == list(scenes.CLASSES) and len(counts) == 15
+    assert [c["name"] for c in data.categories] == list(synthetic.CLASSES) and len(counts) == 15
     assert counts.min() > 0.5 * counts.mean() and counts.max() < 2 * counts.mean()
     assert 0.05 < np.mean([len(labels) == 0 for labels in data.labels]) < 0.2
     assert boxes.min() >= 0 and boxes[:, 2:].min() > 5
@@ -53,25 +52,25 @@ def test_scenes_hold_all_classes_and_some_are_empty():
 
 def test_scene_boxes_are_tight(monkeypatch):
     """The box is where the picture changes when the object is not drawn."""
-    draw = scenes.draw_thing
+    draw = synthetic.draw_thing
 
     def picture(n, hidden):
         numbers = itertools.count()
 
         def draw_or_not(rng, pen, thing, sun, fine):  # without shadows
-            if thing.name in scenes.CLASSES and next(numbers) == hidden:
+            if thing.name in synthetic.CLASSES and next(numbers) == hidden:
                 thing = thing._replace(centre=-1e6)  # far away, with the same random numbers
             draw(rng, pen, thing, 0 * sun, fine)
 
         monkeypatch.setattr(scenes, "draw_thing", draw_or_not)
-        return np.asarray(scenes.draw_scene(0, n, 128), float)
+        return np.asarray(synthetic.draw_scene(0, n, 128), float)
 
     for n in range(12):
-        labels, boxes, _ = scenes.scene_objects(0, n, 128)
+        labels, boxes, _ = synthetic.scene_objects(0, n, 128)
         for i, box in enumerate(boxes):
             changed = np.abs(picture(n, i) - picture(n, None)).max(-1) > 12
             found = masks_to_boxes(torch.from_numpy(changed)[None])[0].numpy() + [0, 0, 1, 1]
-            assert np.abs(found - box).max() <= 2.0, (n, scenes.CLASSES[labels[i]], found, box)
+            assert np.abs(found - box).max() <= 2.0, (n, synthetic.CLASSES[labels[i]], found, box)
 
 
 def test_scenes_are_kept_by_bytes(monkeypatch):
@@ -359,7 +358,7 @@ def test_large_jpegs_are_decoded_small(tmp_path, suffix, read):
     path, transform = tmp_path / f"a.{suffix}", isaid.transforms(False, 256)
     data = white_box((1024, 1024), [256, 512, 128, 64], transform)
     data.read = lambda i, at_least: coco.read_image(path, at_least)
-    scenes.draw_scene(0, 3, 256).resize((1024, 1024)).save(path, quality=95)
+    synthetic.draw_scene(0, 3, 256).resize((1024, 1024)).save(path, quality=95)
     whole, data.at_least = data[0][0], 256
     small, target = data[0]
     assert data.read(0, 256)[0].size == (read, read) and target["size"] == (1024, 1024)

@@ -13,13 +13,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 
-import coco
 import isaid
-import patches
+from util import coco, isaid_prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT.parent / "shared/data/isaid_raw"
-PACKED = patches.pack(patches.COLOURS).tolist()
+PACKED = isaid_prepare.pack(isaid_prepare.COLOURS).tolist()
 SMALL = "--patch 80 --overlap 20 --workers 1"
 RAW, OUT = Path("raw/train/images"), Path("out/train")  # in the folder of a test
 

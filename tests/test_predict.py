@@ -9,11 +9,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 from scipy import ndimage
 
-import coco
 import detr
-import patches
-import predict
 import train
+from tools import predict
+from util import coco, isaid_prepare
 
 
 class Rectangles(torch.nn.Module):
@@ -81,7 +80,7 @@ def test_rows_that_overlap(side, step):
     """Parallel things side by side, as parked lorries, stay as many as they are."""
     rng, width, found = np.random.default_rng(0), 1000, []
     truth = np.array([[x, 60, x + side, 60 + side] for x in range(5, width - side, step)], float)
-    for x0, x1 in patches.spans(width, 256, 64):
+    for x0, x1 in isaid_prepare.spans(width, 256, 64):
         window = np.array([x0, 0, x1, 256], float)
         seen = predict.intersect(truth, window)
         seen = seen[predict.area(seen) > 0.2 * side**2]

@@ -8,14 +8,12 @@ import torch
 from test_checkpoint import ROOT, TINY, log_of
 from torchvision.ops import box_convert
 
-import attention
-import compare
 import eval as evaluation
 import isaid
-import predict
 import reproduce
 import ssl_tasks
 import train
+from tools import attention, compare, predict
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = {path: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
@@ -85,8 +83,11 @@ def test_a_sixth_task(setting, tmp_path, monkeypatch):
 def test_commands_parse(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     script, *flags = shlex.split(command.split("#")[0])
-    parsers = {"train.py": train.parse, "eval.py": evaluation.parse, "predict.py": predict.parse}
-    parsers |= {"attention.py": attention.parse, "compare.py": compare.parse}
+    if script == "-m" and flags[0].startswith("tools."):
+        script, *flags = flags
+    parsers = {"train.py": train.parse, "eval.py": evaluation.parse}
+    parsers |= {"tools.predict": predict.parse, "tools.attention": attention.parse}
+    parsers |= {"tools.compare": compare.parse}
     if script in parsers:
         assert "block-colours" in flags or parsers[script](flags)
     elif script == "reproduce.py":

@@ -15,10 +15,10 @@ import pytest
 import scipy.stats
 import torch
 
-import checkpoint
 import isaid
 import reproduce
 import train
+from util import checkpoint
 
 TINY = "--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 1 --dim_feedforward 32 --epochs 1"
 TINY += " --num_queries 5 --image_size 64 --limit_train 4 --limit_val 2 --batch_size 4"

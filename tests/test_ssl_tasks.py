@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import coco
 import detr
 import eval as evaluation
 import isaid
 import ssl_tasks
 import train
-import visual_tokens
+from util import coco, tokenizers
 
 SIZES = "--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 2 --dim_feedforward 32"
 TINY = "--image_size 128 --num_queries 8 --limit_train 12 --limit_val 5 --batch_size 4"
@@ -204,14 +203,14 @@ def test_kmeans_tokens():
     images = colours[torch.randint(5, (6, 4, 4))].permute(0, 3, 1, 2)
     images = images.repeat_interleave(32, 2).repeat_interleave(32, 3)
     images, taken = images + torch.randn(images.shape) * 0.05, torch.ones(6, 4, 4) > 0
-    tokenizer = visual_tokens.KMeans(32, 5)
+    tokenizer = tokenizers.KMeans(32, 5)
     tokenizer.fit([(images[:4], taken[:4]), (images[4:], taken[4:])], seed=0)
     means = tokenizer.codes.view(5, 3, 16).mean(2)
     assert (torch.cdist(colours, means).min(1).values < 0.05).all()
     painted = tokenizer.paint(tokenizer(images), (128, 128))
     assert (painted - images).abs().mean() < 0.1
     with pytest.raises(ValueError, match="a vocabulary of 97 needs as many patches.* has 96"):
-        visual_tokens.KMeans(32, 97).fit([(images, taken)], seed=0)
+        tokenizers.KMeans(32, 97).fit([(images, taken)], seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -239,10 +238,10 @@ def test_dalle_tokens(dalle_file):
     """One token a patch, of the crop that the model sees, in the range of colours DALL-E knows."""
     images = batch()[0]
     images += F.interpolate(torch.randn(3, 3, 7, 8) * 3, scale_factor=32)[..., :200, :]
-    tokenizer = visual_tokens.Dalle(32, dalle_file)
+    tokenizer = tokenizers.Dalle(32, dalle_file)
     mean, std = (torch.tensor(x)[:, None, None] for x in (coco.MEAN, coco.STD))
     pixels = F.pad((images * std + mean).clamp(0, 1), (0, 0, 0, 24))
-    logits = visual_tokens.dalle_logits(tokenizer.state, 0.8 * F.avg_pool2d(pixels, 4) + 0.1)
+    logits = tokenizers.dalle_logits(tokenizer.state, 0.8 * F.avg_pool2d(pixels, 4) + 0.1)
     tokens = tokenizer(images)
     assert torch.equal(tokens, logits.argmax(1)) and len(tokens.unique()) > 1
 
@@ -252,8 +251,8 @@ def test_dalle_equals_the_published_package(tmp_path):
     torch.manual_seed(0)
     encoder, pixels = published.Encoder(n_hid=64, vocab_size=512), torch.rand(2, 3, 32, 48)
     torch.save(encoder, tmp_path / "encoder.pkl")
-    state = visual_tokens.load_dalle(tmp_path / "encoder.pkl")
-    torch.testing.assert_close(visual_tokens.dalle_logits(state, pixels), encoder(pixels))
+    state = tokenizers.load_dalle(tmp_path / "encoder.pkl")
+    torch.testing.assert_close(tokenizers.dalle_logits(state, pixels), encoder(pixels))
 
 
 def test_dalle_files_execute_nothing(tmp_path, dalle_file, capsys):
@@ -264,7 +263,7 @@ def test_dalle_files_execute_nothing(tmp_path, dalle_file, capsys):
     for name in ("evil", "other", "cut", "none"):
         message = "is missing" if name == "none" else "is not OpenAI's encoder"
         with pytest.raises(ValueError, match=rf"{name}.pkl: {message}"):
-            visual_tokens.load_dalle(tmp_path / f"{name}.pkl")
+            tokenizers.load_dalle(tmp_path / f"{name}.pkl")
     assert "executed" not in capsys.readouterr().out
 
 

@@ -19,15 +19,12 @@ import torch
 import torchvision
 from test_checkpoint import ROOT, TINY, Command, log_of, same_run
 
-import checkpoint
 import detr
 import eval as evaluation
 import isaid
-import patches
-import pictures
-import scenes
 import train
-from flags import command
+from util import checkpoint, isaid_prepare, synthetic
+from util.cli import command
 
 TASK = "--setting multitask --ssl_weight 3".split()
 
@@ -101,11 +98,11 @@ def test_what_a_run_leaves(run):
     for text in (r"run +\S+/2, seed 0, revision \w+", r"model +.*, resnet18, 11\.2 M parameters",
                  r"not used +--ssl_weight\n", r"attention +(cpu|torch): \S+", r"train .*: 8 images",
                  "4 images a step, 2 steps an epoch, 2 epochs: 16 images", r"epoch   1/2  loss \d+",
-                 *(f"[ ,]{i} {name} " for i, name in enumerate(scenes.CLASSES, 1))):  # fmt: skip
+                 *(f"[ ,]{i} {name} " for i, name in enumerate(synthetic.CLASSES, 1))):  # fmt: skip
         assert re.search(text, printed), text
     last, best = (torch.load(out / f"{x}.pt") for x in ("last", "best"))
     assert best["epoch"] == max((line["ap"], line["epoch"]) for line in log)[1]
-    assert [c["name"] for c in best["categories"]] == list(scenes.CLASSES)
+    assert [c["name"] for c in best["categories"]] == list(synthetic.CLASSES)
     assert last["schedule"]["last_epoch"] == 4  # it went on with every step
     assert "optimizer" in last and best.keys() < last.keys() - {"optimizer"}
 
@@ -176,7 +173,7 @@ def test_imagenet_weights(tmp_path, monkeypatch):
 
 def test_init_of_a_run_with_other_classes(run, monkeypatch):
     """Class heads are dropped and named, all else is taken, or the parts that are named."""
-    more = [*patches.CATEGORIES, {"id": 16, "name": "thing"}]
+    more = [*isaid_prepare.CATEGORIES, {"id": 16, "name": "thing"}]
     monkeypatch.setattr(patches, "CATEGORIES", more)
     before = torch.load(run[0] / "best.pt")["model"]
     for parts, others in ((detr.PARTS, []), (["encoder"], ["--init_parts", "encoder"])):
@@ -322,11 +319,10 @@ def test_nan_stops_before_the_step_with_one_line(what, monkeypatch):
 
 
 # ---------------------------------------------------------------- the house
-FLOORS = ["deformable_attn flags coco scenes parallel", "patches ssl_tasks visual_tokens detr",
-          "pictures checkpoint isaid", "eval", "train predict attention", "reproduce cost",
-          "compare"]  # fmt: skip
+FLOORS = ["deformable_attn util", "ssl_tasks detr", "isaid", "eval", "train", "reproduce", "tools"]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
-FILES = [*ROOT.glob("*.py"), *ROOT.glob("deformable_attn/*.py")]
+FILES = [path for folder in ("", "deformable_attn/", "util/", "tools/")
+         for path in ROOT.glob(f"{folder}*.py")]  # fmt: skip
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES]
 CODE = {x: path.read_text(encoding="utf-8") for x, path in zip(MODULES, FILES)}
 
@@ -520,12 +516,13 @@ KINDS = {"detr": "--model detr", "deformable": "", "two-stage": "--two_stage",
          "multitask": "--setting multitask --ssl_task jigsaw-discrete --ssl_patch 16 "
                       "--ssl_on image --ssl_weight 3"}  # fmt: skip
 GRADIENTS = """
-import sys, torch, parallel, test_train
-parallel.start("cpu")
+import sys, torch, test_train
+from util import distributed
+distributed.start("cpu")
 for kind, flags in test_train.KINDS.items():
     run, args, halves = test_train.two_halves(flags)
-    found = test_train.gradients_of_a_step(run, args, [halves[parallel.rank()]])
-    torch.save(found, f"{sys.argv[1]}/{kind} {parallel.rank()}.pt")
+    found = test_train.gradients_of_a_step(run, args, [halves[distributed.rank()]])
+    torch.save(found, f"{sys.argv[1]}/{kind} {distributed.rank()}.pt")
 """
 
 

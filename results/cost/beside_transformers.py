@@ -4,7 +4,7 @@ the same optimiser, dropout wherever the official code has it; ours in channels-
 train.py has it. From the repository's root, with transformers installed:
 PYTHONPATH=. python results/cost/beside_transformers.py [--keep_memory]"""
 
-import parallel  # isort: skip (before torch)
+from util import distributed  # isort: skip (before torch)
 
 import functools
 import re
@@ -82,7 +82,7 @@ def by_turns(functions):
 
 
 if "--keep_memory" in sys.argv:
-    parallel.keep_memory()
+    distributed.keep_memory()
 inputs = torch.randn(2, 3, SIZE, SIZE), torch.zeros(2, SIZE, SIZE, dtype=torch.bool)
 print(f"torch {torch.__version__}, transformers {transformers.__version__}, ", end="")
 print(f"{torch.get_num_threads()} threads\n")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-import coco
-from flags import Parser, command
+from util import coco
+from util.cli import Parser, command
 
 
 def quarters(split, data, out):

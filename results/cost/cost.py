@@ -1,6 +1,6 @@
 """How the cost of a training step grows with image, levels and queries, on this machine.
 
-    python cost.py [--sizes 128 256 512] [--out runs/cost]
+    python -m results.cost.cost [--sizes 128 256 512] [--out runs/cost]
 
 Both detectors as published (ResNet-50, six layers each way), one image with ten objects at a time,
 random weights, every row in a process of its own. Seconds are medians of the whole step, and of its
@@ -9,7 +9,7 @@ cost grows as the number of pixels to that power, from the last size but one to 
 linear, 2 quadratic. What the memory does not suffice for is left out. Writes cost.md and cost.png.
 """
 
-import parallel  # isort: skip (before torch)
+from util import distributed  # isort: skip (before torch)
 
 import concurrent.futures.process
 import itertools
@@ -23,11 +23,10 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-import coco
 import detr
-import pictures
 import train
-from flags import Parser, command, number
+from util import coco, plots
+from util.cli import Parser, command, number
 
 DETECTORS = {"DETR": "@recipes/detr.txt", "DETR-DC5": "@recipes/detr.txt --dilation",
              "Deformable DETR": "@recipes/deformable_detr.txt"}  # fmt: skip
@@ -50,7 +49,7 @@ def rows(sizes):
 def measure(flags, repeats):
     """{"step", "encoder": seconds, "memory": MB at the peak} of a row."""
     args, _ = train.parse(flags.split())
-    parallel.start(args.device)
+    distributed.start(args.device)
     torch.manual_seed(0)
     model = detr.build_detector(**train.detector_config(args, 15)).to(args.device)
     model.to(memory_format=torch.channels_last)
@@ -125,7 +124,7 @@ def exponent(grows, line, figure):
     return f"{math.log(y[figure] / x[figure]) / growth:.2f}"
 
 
-@pictures.costs_no_figures
+@plots.costs_no_figures
 def draw(path, found):
     """Each figure against the image's side, a line a detector and setting; logarithmic axes."""
     figure = Figure(figsize=(12, 4), layout="constrained")

@@ -1,6 +1,6 @@
 """Files as users have them: COCO annotations, images, layouts of folders; faults in one line.
 
-Boxes in files are xywh in pixels. The iSAID patches are such files too (see patches.py).
+Boxes in files are xywh in pixels. The iSAID patches are such files too (see isaid_prepare.py).
 """
 
 import collections
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
-from flags import one_line
+from util.cli import one_line
 
 Image.MAX_IMAGE_PIXELS = 2**30  # Pillow warns of more than a tenth of it, but satellites see far
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # editors leave megabytes

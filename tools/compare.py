@@ -1,21 +1,20 @@
 """Runs side by side: their curves in one picture, their last figures and what differs in a table.
 
-    python compare.py RUN RUN ... [--out FILE]
+    python -m tools.compare RUN RUN ... [--out FILE]
 
 RUN is a run folder of train.py, finished or not. A column of the table for each flag in which the
 runs differ, or the code's revision. Rows over several seeds, with intervals, are reproduce.py's.
 """
 
-import parallel  # noqa: F401 # isort: skip (before torch)
+from util import distributed  # noqa: F401 # isort: skip (before torch)
 
 import sys
 from pathlib import Path
 
-import coco
 import eval as evaluation
-import pictures
 import reproduce
-from flags import Parser, command
+from util import coco, plots
+from util.cli import Parser, command
 
 FIGURES = {"train_loss": "training loss", "ap": "AP", "ap50": "AP50", "ssl_loss": "held-out task"}
 
@@ -62,8 +61,8 @@ def main(argv=None):
     args = parse(argv)
     flags, logs = open_runs(args.runs)
     coco.try_output(args.out)
-    drawn = pictures.draw_panels(args.out, {
-        label: {run: pictures.points_of(log, key) for run, log in logs.items()}
+    drawn = plots.draw_panels(args.out, {
+        label: {run: plots.points_of(log, key) for run, log in logs.items()}
         for key, label in FIGURES.items()
     })  # fmt: skip
     print("\n".join(table(flags, logs)))

@@ -26,9 +26,9 @@ from pycocotools import mask as coco_mask
 from scipy import ndimage
 from tqdm import tqdm
 
-import coco
-from coco import DataError
-from scenes import CLASSES
+from util import coco
+from util.coco import DataError
+from util.synthetic import CLASSES
 
 # fmt: off
 COLOURS = ((0, 0, 63), (0, 63, 63), (0, 63, 0), (0, 63, 127), (0, 63, 191), (0, 63, 255),

@@ -15,7 +15,7 @@ def one_line(error):
     """The message of an error, without the traceback that a loader process puts before it."""
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is no UTF-8; save it as UTF-8"
-    text = str(error).rpartition("coco.DataError: ")[2]
+    text = str(error).rpartition("util.coco.DataError: ")[2]
     return " ".join(text.split()) or repr(error)
 
 

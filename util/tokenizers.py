@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
 from torch import nn
 
-from coco import reading, unnormalise
+from util.coco import reading, unnormalise
 
 
 def thumbnails(images, patch):

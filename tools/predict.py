@@ -1,12 +1,12 @@
 """Objects in images of any size: windows, and what several windows have seen put together.
 
-    python predict.py RUN IMAGE_OR_FOLDER … [--out DIR] [--score 0.3]
+    python -m tools.predict RUN IMAGE_OR_FOLDER … [--out DIR] [--score 0.3]
 
 Writes for each image a picture with the boxes, and for all of them predictions.json (COCO's
 format, with a score) and predictions.csv. Boxes here are xyxy in pixels of the whole image.
 """
 
-import parallel  # isort: skip (before torch)
+from util import distributed  # isort: skip (before torch)
 
 import csv
 import json
@@ -21,12 +21,10 @@ from scipy.sparse.csgraph import connected_components
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-import coco
 import eval as evaluation
 import isaid
-import patches
-import pictures
-from flags import Parser, command, number
+from util import coco, isaid_prepare, plots
+from util.cli import Parser, command, number
 
 AGREE = 0.5  # IoU from which two boxes are of one object
 INSIDE = 0.7  # share of a cut box inside another from which it is a part of that
@@ -40,7 +38,9 @@ class Windows(torch.utils.data.Dataset):
 
     def __init__(self, image, window, overlap, image_size):
         self.image, self.scale = image, image_size / window
-        rows, columns = (patches.spans(n, window, overlap) for n in (image.height, image.width))
+        rows, columns = (
+            isaid_prepare.spans(n, window, overlap) for n in (image.height, image.width)
+        )
         self.boxes = [(x0, y0, x1, y1) for y0, y1 in rows for x0, x1 in columns]
 
     def __len__(self):
@@ -181,8 +181,8 @@ def parse(argv):
 @command
 def main(argv=None):
     args = parse(argv)
-    args.device = parallel.start(args.device)
-    if parallel.rank():  # one process does it all
+    args.device = distributed.start(args.device)
+    if distributed.rank():  # one process does it all
         return
     model, _, run = evaluation.load_run(args.run, args.device)
     evaluation.must_detect(run)
@@ -209,7 +209,7 @@ def main(argv=None):
         found = find(model, image, window, overlap, size, *how)
         results += evaluation.coco_results(found, len(images), categories, digits=2)
         images.append({"id": len(images), "file_name": name.as_posix(), "width": w, "height": h})
-        pictures.draw_objects(out / f"{name}{PICTURE}", image, found, categories)
+        plots.draw_objects(out / f"{name}{PICTURE}", image, found, categories)
         text.append(f"{name}: {w} x {h}, {len(found['labels'])} objects")
         if max(w, h) > window and len(found["labels"]) * window**2 < w * h / 10:
             larger = "if objects look larger here than in the images trained on"

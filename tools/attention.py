@@ -1,6 +1,6 @@
 """Where a detector looks: what its best queries, and the encoder's cells there, attend to.
 
-    python attention.py RUN [IMAGE] [--queries N] [--out FILE]
+    python -m tools.attention RUN [IMAGE] [--queries N] [--out FILE]
 
 A row of the picture is a query: its box; what it looks at in the decoder's last layer, with a cross
 at the mean; what the cell in the middle of the box, with a cross, looks at in the encoder's last.
@@ -10,7 +10,7 @@ image with objects is drawn, and the run's metrics.json gets "attention", see `s
 is seen whole, resized as the run's images are; of a large one give a part.
 """
 
-import parallel  # noqa: F401 # isort: skip (before torch)
+from util import distributed  # noqa: F401 # isort: skip (before torch)
 
 import argparse
 import json
@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-import coco
 import detr
 import eval as evaluation
 import isaid
-import pictures
-from flags import Parser, command, number
+from util import coco, plots
+from util.cli import Parser, command, number
 
 COLUMNS = "its box", "decoder: what its query looks at", "encoder: what its middle cell looks at"
 
@@ -127,7 +126,7 @@ def draw(path, model, image, run, n=4):
         overlays = [(*overlay(model, seen, q), mark) for seen, (q, mark) in zip(looks, places)]
         what = f": {' | '.join(COLUMNS[: 1 + len(looks)])}" if k == 0 else ""
         rows[f"{k + 1}. {title}{what}"] = result, overlays
-    return pictures.draw_attention(path, image, rows, run["categories"])
+    return plots.draw_attention(path, image, rows, run["categories"])
 
 
 def overlay(model, seen, q):

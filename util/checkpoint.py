@@ -20,10 +20,9 @@ from pathlib import Path
 import torch
 import torchvision
 
-import coco
 import detr
-import parallel
-from flags import one_line
+from util import coco, distributed
+from util.cli import one_line
 
 MAY_DIFFER = {"resume", "out", "workers", "device", "data", "tokenizer_weights"}  # files may move
 NEED_SAME = "a run goes on with the flags, data and number of processes it was started with"
@@ -63,10 +62,12 @@ class Run:
 
     def log_line(self, batch):
         """The log's line of this epoch; losses are means over batches and processes."""
-        losses = {f"train_{name}": parallel.mean(x) / self.steps for name, x in self.sums.items()}
+        losses = {
+            f"train_{name}": distributed.mean(x) / self.steps for name, x in self.sums.items()
+        }
         seconds = max(self.seconds, 1e-9)
         times = {"seconds": round(self.seconds, 2), "data_wait": round(self.waited / seconds, 4)}
-        rate = round(self.steps * batch * parallel.world() / seconds, 2)
+        rate = round(self.steps * batch * distributed.world() / seconds, 2)
         return {"epoch": self.epoch, **losses, **times, "images_per_second": rate}
 
     def next_epoch(self):
@@ -89,8 +90,8 @@ def save_last(path, run):
     """Write what it takes to go on; every process calls this, the first one writes."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     sums = {name: value.cpu() for name, value in run.sums.items()}
-    processes = parallel.gather({"cpu": torch.get_rng_state(), "cuda": cuda, "sums": sums})
-    if parallel.rank() == 0:
+    processes = distributed.gather({"cpu": torch.get_rng_state(), "cuda": cuda, "sums": sums})
+    if distributed.rank() == 0:
         training = {name: getattr(run, name).state_dict() for name in ("optimizer", "schedule")}
         plain = {name: getattr(run, name) for name in PLAIN}
         save(path, {**product(run), **training, **plain, "processes": processes})
@@ -167,7 +168,7 @@ def resume(run, state, device):
     processes = state.get("processes", ())
     for name, before, now in (
         ("steps an epoch", state.get("steps"), run.steps),
-        ("processes", len(processes), parallel.world()),
+        ("processes", len(processes), distributed.world()),
         ("classes", state.get("categories"), run.content["categories"]),
     ):
         if before != now:
@@ -180,7 +181,7 @@ def resume(run, state, device):
             if type(state[name]) is not type(getattr(run, name)):
                 raise TypeError(f"{name!r} is {state[name]!r:.60}")
             setattr(run, name, state[name])
-        own = processes[parallel.rank()]
+        own = processes[distributed.rank()]
         run.sums = {name: value.to(device) for name, value in own["sums"].items()}
         torch.set_rng_state(own["cpu"])
         if own["cuda"] is not None:
@@ -238,7 +239,7 @@ def kept_if_used(out):
     try:
         yield
     finally:
-        if parallel.rank() == 0 and os.listdir(out) == ["config.json"]:
+        if distributed.rank() == 0 and os.listdir(out) == ["config.json"]:
             Path(out, "config.json").unlink()
             Path(out).rmdir()
 

@@ -1,0 +1,1 @@
+"""Further commands: python -m tools.predict, tools.attention, tools.compare."""

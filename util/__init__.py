@@ -1,0 +1,1 @@
+"""What supports the scripts on top: files, checkpoints, command lines, processes, plots."""
