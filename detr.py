@@ -40,7 +40,7 @@ BACKBONES = RESNETS + tuple(f"{name}-{how}" for how in ("circular", "patches") f
 
 
 # ---------------------------------------------------------------- features: CNN and positions
-class Level(NamedTuple):
+class FeatureLevel(NamedTuple):
     """A feature map with what the transformer needs to know of its cells."""
 
     features: Tensor  # (B, C, H, W)
@@ -111,7 +111,7 @@ def wrap(sides, module, inputs):
     return F.pad(inputs[0], sides, mode="circular")
 
 
-def sine(x, channels):
+def sine_embedding(x, channels):
     """Sine encoding of numbers in 0..1, sine and cosine by turns: (...) -> (..., channels)."""
     frequency = 10000 ** (torch.arange(channels // 2, device=x.device) / (channels // 2))
     angle = x[..., None] * (2 * math.pi) / frequency
@@ -125,17 +125,17 @@ def sine_position(padding, channels, centre):
     for dim in (1, 2):  # y, then x
         count = (~padding).cumsum(dim, dtype=torch.float32)  # (B, H, W)
         share = (count - centre) / (count.amax(dim, keepdim=True) + 1e-6)
-        parts.append(sine(share, channels // 2))
+        parts.append(sine_embedding(share, channels // 2))
     return torch.cat(parts, -1).permute(0, 3, 1, 2)
 
 
 def make_level(features, padding, centre):
     """A map (B, C, h, w) with the images' padding (B, H, W) at its resolution and its positions."""
     padding = F.interpolate(padding[:, None].float(), size=features.shape[-2:])[:, 0].bool()
-    return Level(features, padding, sine_position(padding, features.shape[1], centre))
+    return FeatureLevel(features, padding, sine_position(padding, features.shape[1], centre))
 
 
-def flatten(levels):
+def flatten_levels(levels):
     """Levels as one sequence: features (B, S, C), padding (B, S), position (B, S, C), sizes."""
     features = torch.cat([level.features.flatten(2) for level in levels], 2).transpose(1, 2)
     padding = torch.cat([level.padding.flatten(1) for level in levels], 1)
@@ -143,13 +143,13 @@ def flatten(levels):
     return features, padding, position, tuple(tuple(x.features.shape[-2:]) for x in levels)
 
 
-def unflatten(features, levels):
+def unflatten_levels(features, levels):
     """The sequence (B, S, C) as maps again, with the padding and positions of `levels`."""
     parts = features.transpose(1, 2).split([level.padding[0].numel() for level in levels], 2)
     return [x._replace(features=part.view_as(x.features)) for x, part in zip(levels, parts)]
 
 
-def full_precision(levels):
+def to_float32(levels):
     """Levels behind mixed precision in fp32, for the decoder, the tasks and the losses: there, the
     matrices are so small that converting them costs more than it saves."""
     return [level._replace(features=level.features.float()) for level in levels]
@@ -199,7 +199,7 @@ class MLP(nn.Module):
         return last(F.relu(second(F.relu(first(x)))))
 
 
-def stack(layers):
+def layer_stack(layers):
     """Layers under the name `layers`, as the official checkpoints have them."""
     return nn.ModuleDict({"layers": nn.ModuleList(layers)})
 
@@ -237,7 +237,7 @@ class Detector(nn.Module):
         return [dict(zip(names, found)) for found in zip(scores, labels, boxes, query)]
 
 
-def initialise(transformer):
+def init_weights(transformer):
     """Xavier's weights, but deformable attention has its own."""
     for parameter in transformer.parameters():
         if parameter.dim() > 1:
@@ -293,29 +293,29 @@ class DETR(Detector):
         self.input_proj = nn.Conv2d(cnn.channels[0], hidden_dim, 1)
         layer = hidden_dim, nheads, dim_feedforward, dropout
         self.transformer = nn.Module()
-        self.transformer.encoder = stack(DETREncoderLayer(*layer) for _ in range(enc_layers))
-        self.transformer.decoder = stack(DETRDecoderLayer(*layer) for _ in range(dec_layers))
+        self.transformer.encoder = layer_stack(DETREncoderLayer(*layer) for _ in range(enc_layers))
+        self.transformer.decoder = layer_stack(DETRDecoderLayer(*layer) for _ in range(dec_layers))
         self.transformer.decoder.norm = nn.LayerNorm(hidden_dim)
-        initialise(self.transformer)
+        init_weights(self.transformer)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
         self.class_embed = nn.Linear(hidden_dim, num_classes + 1)  # the last one is "no object"
         self.bbox_embed = MLP(hidden_dim)
 
     def features(self, images, padding):
-        """images (B, 3, H, W) normalised, padding (B, H, W) -> [Level]."""
+        """images (B, 3, H, W) normalised, padding (B, H, W) -> [FeatureLevel]."""
         (x,) = self.backbone(images.masked_fill(padding[:, None], 0))
         return [make_level(self.input_proj(x), padding, centre=0)]
 
     def encode(self, levels):
-        """[Level] -> memory: the same levels, each cell now with the context of all others."""
-        x, padding, position, _ = flatten(levels)  # (B, S, C)
+        """[FeatureLevel] -> memory: the same levels, each cell now with the context of all others."""
+        x, padding, position, _ = flatten_levels(levels)  # (B, S, C)
         for layer in self.transformer.encoder.layers:
             x = layer(x, position, padding)
-        return unflatten(x, levels)
+        return unflatten_levels(x, levels)
 
     def decode(self, memory):
         """Memory -> {"logits" (N, B, Q, K + 1), "boxes" (N, B, Q, 4) cxcywh in 0..1}."""
-        memory, padding, position, _ = flatten(memory)  # (B, S, C)
+        memory, padding, position, _ = flatten_levels(memory)  # (B, S, C)
         query_position = self.query_embed.weight.expand(len(memory), -1, -1)  # (B, Q, C)
         x, states = torch.zeros_like(query_position), []
         for layer in self.transformer.decoder.layers:
@@ -380,17 +380,20 @@ class DeformableDETR(Detector):
         self.num_queries = num_queries
         cnn = Backbone(backbone, min(num_feature_levels, 3), dilation, frozen_bn, backbone_weights)
         self.backbone, self.strides = nn.Sequential(cnn), list(cnn.strides)
-        self.input_proj = nn.ModuleList(project(c, hidden_dim, 1, 1) for c in cnn.channels)
+        self.input_proj = nn.ModuleList(make_input_proj(c, hidden_dim, 1, 1) for c in cnn.channels)
         for i in range(3, num_feature_levels):  # the CNN's last map, halved again and again
             channels = cnn.channels[-1] if i == 3 else hidden_dim
-            self.input_proj.append(project(channels, hidden_dim, 3, 2))
+            self.input_proj.append(make_input_proj(channels, hidden_dim, 3, 2))
             self.strides.append(self.strides[-1] * 2)
         self.transformer = nn.Module()
         self.transformer.level_embed = nn.Parameter(torch.empty(num_feature_levels, hidden_dim))
         layer = hidden_dim, nheads, dim_feedforward, dropout, num_feature_levels
         encoder = (DeformableEncoderLayer(*layer, enc_n_points) for _ in range(enc_layers))
         decoder = (DeformableDecoderLayer(*layer, dec_n_points) for _ in range(dec_layers))
-        self.transformer.encoder, self.transformer.decoder = stack(encoder), stack(decoder)
+        self.transformer.encoder, self.transformer.decoder = (
+            layer_stack(encoder),
+            layer_stack(decoder),
+        )
         if two_stage:  # the proposals' own queries
             self.transformer.enc_output = nn.Linear(hidden_dim, hidden_dim)
             self.transformer.enc_output_norm = nn.LayerNorm(hidden_dim)
@@ -400,7 +403,7 @@ class DeformableDETR(Detector):
             self.query_embed = nn.Embedding(num_queries, hidden_dim * 2)
             self.transformer.reference_points = nn.Linear(hidden_dim, 2)
             nn.init.zeros_(self.transformer.reference_points.bias)
-        initialise(self.transformer)
+        init_weights(self.transformer)
         nn.init.normal_(self.transformer.level_embed)
         self.transformer.level_embed.requires_grad_(enc_layers > 0)  # for the encoder alone
         class_head, box_head = nn.Linear(hidden_dim, num_classes), MLP(hidden_dim)
@@ -419,7 +422,7 @@ class DeformableDETR(Detector):
             nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)
 
     def features(self, images, padding):
-        """images (B, 3, H, W) normalised, padding (B, H, W) -> [Level], finest first."""
+        """images (B, 3, H, W) normalised, padding (B, H, W) -> [FeatureLevel], finest first."""
         maps, levels, x = self.backbone(images.masked_fill(padding[:, None], 0)), [], None
         for i, projection in enumerate(self.input_proj):  # one level more: of the CNN's last map,
             x = projection(maps[min(i, len(maps) - 1)] if i <= len(maps) else x)  # then of that
@@ -429,19 +432,19 @@ class DeformableDETR(Detector):
         return levels
 
     def encode(self, levels):
-        """[Level] -> memory: the same levels, each cell now with the context of others."""
-        x, padding, position, shapes = flatten(levels)  # (B, S, C)
-        centres = torch.cat(cell_centres(levels), 1)
+        """[FeatureLevel] -> memory: the same levels, each cell now with the context of others."""
+        x, padding, position, shapes = flatten_levels(levels)  # (B, S, C)
+        centres = torch.cat(cell_centers(levels), 1)
         reference = centres[:, :, None] * valid_ratios(levels)[:, None]  # (B, S, L, 2)
         for layer in self.transformer.encoder.layers:
             x = layer(x, position, reference, shapes, padding)
-        return unflatten(x, levels)
+        return unflatten_levels(x, levels)
 
     def decode(self, memory):
         """Memory -> {"logits" (N, B, Q, K), "boxes" (N, B, Q, 4) cxcywh in 0..1}.
         Two-stage adds "proposal_logits" (B, S, K) and "proposal_boxes" (B, S, 4)."""
         levels, ratios = memory, valid_ratios(memory).repeat(1, 1, 2)[:, None]  # (B, 1, L, 4)
-        memory, padding, _, shapes = flatten(levels)  # (B, S, C)
+        memory, padding, _, shapes = flatten_levels(levels)  # (B, S, C)
         outputs = {}
         if self.two_stage:
             x, query_position, reference, outputs = self._propose(memory, padding, levels)
@@ -465,7 +468,7 @@ class DeformableDETR(Detector):
     def _propose(self, memory, padding, levels):
         """Two-stage: every cell proposes a box around itself; the best become the queries.
         Returns (content, position (B, Q, C), reference boxes (B, Q, 4), all proposals)."""
-        centres = enumerate(cell_centres(levels))
+        centres = enumerate(cell_centers(levels))
         anchors = [torch.cat([xy, torch.full_like(xy, 0.05 * 2**i)], -1) for i, xy in centres]
         anchors = torch.cat(anchors, 1)  # (B, S, 4)
         unusable = (padding | ((anchors <= 0.01) | (anchors >= 0.99)).any(-1))[..., None]
@@ -476,13 +479,15 @@ class DeformableDETR(Detector):
         boxes = self.bbox_embed[-1](x) + anchors
         best = logits[..., 0].topk(min(self.num_queries, boxes.shape[1]), dim=1).indices  # (B, Q)
         reference = boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach().sigmoid()
-        query = self.transformer.pos_trans(sine(reference, memory.shape[-1] // 2).flatten(2))
+        query = self.transformer.pos_trans(
+            sine_embedding(reference, memory.shape[-1] // 2).flatten(2)
+        )
         position, content = self.transformer.pos_trans_norm(query).chunk(2, -1)
         proposals = {"proposal_logits": logits, "proposal_boxes": boxes.sigmoid()}
         return content, position, reference, proposals
 
 
-def project(channels, dim, kernel, stride):
+def make_input_proj(channels, dim, kernel, stride):
     """The layer between a map of the CNN, or the level before, and the transformer."""
     conv = nn.Conv2d(channels, dim, kernel, stride, padding=kernel // 2)
     nn.init.xavier_uniform_(conv.weight)
@@ -498,7 +503,7 @@ def valid_ratios(levels):
     return torch.stack(shares, 1)
 
 
-def cell_centres(levels):
+def cell_centers(levels):
     """Centre of every cell, x and y in 0..1 of the unpadded image: (B, H*W, 2) of each level."""
     centres = []
     for level, ratio in zip(levels, valid_ratios(levels).unbind(1)):
@@ -530,7 +535,7 @@ def build_detector(name, num_classes, **options):
     return DETECTORS[name](num_classes, **options)
 
 
-def use_backend(model, device, wanted="auto"):
+def set_attention_backend(model, device, wanted="auto"):
     """Let a model's deformable attention run as `wanted`. Returns what runs and why, in words; ""
     for a model without. Raises ValueError."""
     modules = [module for module in model.modules() if isinstance(module, MSDeformAttn)]
@@ -563,15 +568,15 @@ class Criterion:
         logits, boxes = outputs["logits"], outputs["boxes"]
         if not self.aux_loss:
             logits, boxes = logits[-1:], boxes[-1:]
-        losses = self.set_losses(logits, boxes, targets, num_boxes)
+        losses = self.layer_losses(logits, boxes, targets, num_boxes)
         if "proposal_logits" in outputs:  # objects against background: every object has label 0
             objects = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
             proposals = outputs["proposal_logits"][None], outputs["proposal_boxes"][None]
-            found = self.set_losses(*proposals, objects, num_boxes)
+            found = self.layer_losses(*proposals, objects, num_boxes)
             losses.update({f"{name}_enc": loss for name, loss in found.items()})
         return losses
 
-    def set_losses(self, logits, boxes, targets, num_boxes=None):
+    def layer_losses(self, logits, boxes, targets, num_boxes=None):
         """Losses of all layers against the same targets, each (N,).
         logits (N, B, Q, K), boxes (N, B, Q, 4). Class term: all queries; others: matched pairs."""
         N, B, Q, K = logits.shape
@@ -687,7 +692,7 @@ def part_of(name):
     return next(part for part, beginnings in PARTS.items() if name.startswith(beginnings))
 
 
-def weights_of(state):
+def unwrap_state_dict(state):
     """The weights in a checkpoint: the official {"model": …} or as other tools wrap them."""
     for key in ("model", "state_dict", "ema", "module"):
         state = state[key] if isinstance(state.get(key), dict) else state
@@ -697,12 +702,12 @@ def weights_of(state):
     return state
 
 
-def load_weights(model, path, parts=None):
+def init_from_checkpoint(model, path, parts=None):
     """Start `model`, or parts of it, from a checkpoint trained on any number of classes.
     parts: of PARTS, by default those that are in the file. Returns (parts taken, names that start
     anew: class heads that are absent or of another number of classes). Raises ValueError if
     anything else does not fit; what does fit is in the model then."""
-    state, own = weights_of(load_checkpoint(path)), model.state_dict()
+    state, own = unwrap_state_dict(load_checkpoint(path)), model.state_dict()
     if not state or not all(isinstance(x, Tensor) for x in state.values()):
         raise ValueError(f'{path}: holds no weights under "model"')
     there = [part for part in PARTS if part in map(part_of, state)]

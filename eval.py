@@ -35,24 +35,27 @@ from util.cli import Parser, command, number
 from util.coco import DataError
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
-SSL = "ssl_loss", "ssl_acc", "ssl_guess", "ssl_chance"
+SSL = "ssl_loss", "ssl_acc", "ssl_baseline", "ssl_chance"
 LOGGED = *METRICS, "val_loss", *SSL, "collapsed", "eval_seconds"  # of an epoch
-GUESSED = 2**24  # values that the task's targets have
-AREAS = {"coco": (0, 32, 96, 1e5), "isaid": (10, 144, 512, 1e5)}  # sides: small, medium, large
+MAX_BASELINE_VALUES = 2**24  # values that the task's targets have
+SIZE_RANGES = {
+    "coco": (0, 32, 96, 1e5),
+    "isaid": (10, 144, 512, 1e5),
+}  # sides: small, medium, large
 
 
 # ---------------------------------------------------------------- detection
-def predict(model, data, batch_size, workers=0, device="cpu", top=100, losses=None):
+def detect_dataset(model, data, batch_size, workers=0, device="cpu", top=100, losses=None):
     """What the model finds in every image of a dataset, as COCO results with the dataset's ids;
     in every process those of all. losses: see `detections`. Raises FloatingPointError if NaN."""
-    batches, results = held_out(data, batch_size, workers, "evaluating"), []
-    for target, found in detections(model, batches, device, top, data.name, losses):
+    batches, results = eval_loader(data, batch_size, workers, "evaluating"), []
+    for target, found in detect(model, batches, device, top, data.name, losses):
         results += coco_results(found, target["image_id"], data.categories)
-    return sum(distributed.gather(results), [])
+    return sum(distributed.all_gather(results), [])
 
 
 @torch.no_grad()
-def detections(model, batches, device, top, name, losses=None):
+def detect(model, batches, device, top, name, losses=None):
     """Pairs of an image's target and what the model's postprocess finds in it, on the CPU.
     losses: a list that gets (images, the loss of training, weighted and summed) of each batch.
     Raises FloatingPointError, with the name of the data, if what is found is NaN."""
@@ -80,14 +83,14 @@ def coco_results(found, image_id, categories, digits=3):
         yield {**result, "bbox": [round(v, digits) for v in box], "score": round(score, 6)}
 
 
-def held_out(data, batch_size, workers, text):
+def eval_loader(data, batch_size, workers, text):
     """Batches of the images in order; every process takes its share, each image once."""
-    mine = range(distributed.rank(), len(data), distributed.world())
-    batches = isaid.loader(torch.utils.data.Subset(data, mine), workers, batch_size=batch_size)
+    mine = range(distributed.rank(), len(data), distributed.world_size())
+    batches = isaid.data_loader(torch.utils.data.Subset(data, mine), workers, batch_size=batch_size)
     return tqdm(batches, text, leave=False, disable=True if distributed.rank() else None)
 
 
-def collapsed(data, results):
+def predictions_collapsed(data, results):
     """Whether the same is found in every image, as by a model that does not look."""
     sides = {image["id"]: 2 * (image["width"], image["height"]) for image in data.images}
     found = {i: [] for i in sides}
@@ -101,7 +104,7 @@ def collapsed(data, results):
 
 def coco_metrics(data, results, evaluator=None, max_dets=100, areas="coco"):
     """Box metrics of COCO results on a dataset; None stands where there is no ground truth.
-    max_dets: detections an image that count. areas: of AREAS, what small, medium and large mean.
+    max_dets: detections an image that count. areas: of SIZE_RANGES, what small, medium and large mean.
     Returns {each of METRICS, "per_class": [{"id", "name", "boxes", "ap", "ap50"}], "images",
     "evaluator"}. Raises DataError if results and dataset do not belong together."""
     for key, entries in (("image_id", data.images), ("category_id", data.categories)):
@@ -111,7 +114,7 @@ def coco_metrics(data, results, evaluator=None, max_dets=100, areas="coco"):
             raise DataError(f"{data.name}: {message}; they were made from another one")
     fast = importlib.util.find_spec("faster_coco_eval")
     evaluator = evaluator or ("faster-coco-eval" if fast else "pycocotools")
-    found = run_evaluator(evaluator, data, results, max_dets, AREAS[areas])
+    found = run_evaluator(evaluator, data, results, max_dets, SIZE_RANGES[areas])
     # of all objects, and of each size of them: (IoU thresholds, recalls, classes)
     precision, *of_sizes = np.moveaxis(found["precision"][..., -1], -1, 0)
     parts = precision, precision[0], precision[5], *of_sizes, found["recall"][:, :, 0, -1]
@@ -158,65 +161,67 @@ def _mean(values):
 def ssl_metrics(model, task, data, batch_size, workers, device):
     """How well a task is solved on every image of a dataset, each always corrupted in one way.
     Returns {"ssl_loss": mean over all counted patches, "ssl_acc": share of them that is right,
-    None for pixels; "ssl_guess", "ssl_chance": what is reached without looking, see task.guess,
-    by the first images, about GUESSED values} and the panels of the first batch.
+    None for pixels; "ssl_baseline", "ssl_chance": what is reached without looking, see task.guess,
+    by the first images, about MAX_BASELINE_VALUES values} and the panels of the first batch.
     Raises DataError if no patch counts."""
     model.eval()
     sums, panels = torch.zeros(3, dtype=torch.float64), None  # errors, right ones, patches
     taken = []
-    for images, padding, targets in held_out(data, batch_size, workers, "evaluating the task"):
-        corruption = task.draw(padding, [target["seed"] for target in targets]).to(device)
+    for images, padding, targets in eval_loader(data, batch_size, workers, "evaluating the task"):
+        corruption = task.sample_corruption(padding, [target["seed"] for target in targets]).to(
+            device
+        )
         images, padding = images.to(device), padding.to(device)
         if task.corrupts and task.on == "features":
             levels = task.corrupt_levels(model.features(images, padding), corruption)
         else:
             levels = model.features(task.corrupt_images(images, corruption), padding)
-        prediction, target = task.compare(model.encode(levels), images, corruption)
-        error, right = task.errors(prediction, target)
-        counted = task.loss_mask(corruption)
+        prediction, target = task.predict_and_target(model.encode(levels), images, corruption)
+        error, right = task.patch_losses(prediction, target)
+        counted = task.counted_patches(corruption)
         hits = counted if right is None else right & counted
         sums += torch.stack([(error * counted).sum(), hits.sum(), counted.sum()]).cpu().double()
-        if sum(map(torch.numel, taken)) < GUESSED:
-            taken.append(task.taken(target, counted).cpu())
+        if sum(map(torch.numel, taken)) < MAX_BASELINE_VALUES:
+            taken.append(task.counted_targets(target, counted).cpu())
         if not panels:
             panels = task.panels(images, prediction, target, corruption)
             for title, (x, *marks) in panels.items():
-                panels[title] = coco.unnormalise(x).masked_fill(padding[:, None], 1), *marks
-    error, hits, patches = sum(distributed.gather(sums)).tolist()
+                panels[title] = coco.unnormalize(x).masked_fill(padding[:, None], 1), *marks
+    error, hits, patches = sum(distributed.all_gather(sums)).tolist()
     if not patches:
         message = "no patch was corrupted; take larger images or smaller patches"
         raise DataError(f"{data.name}: {message}")
     accuracy = hits / patches if isinstance(task, ssl_tasks.ClassTask) else None
-    guess, chance = task.guess(torch.cat(taken)) if sum(map(len, taken)) else (None, None)
+    guess, chance = task.baseline(torch.cat(taken)) if sum(map(len, taken)) else (None, None)
     found = {"ssl_loss": error / patches, "ssl_acc": accuracy}
-    return {**found, "ssl_guess": guess, "ssl_chance": chance}, panels
+    return {**found, "ssl_baseline": guess, "ssl_chance": chance}, panels
 
 
 # ---------------------------------------------------------------- text
-def show(value):
+def format_metric(value):
     return "n/a" if value is None else f"{value:.3f}"
 
 
 def ssl_text(metrics):
     """How well the task is solved, and how well without looking."""
-    loss, accuracy, guess, chance = map(show, (metrics[name] for name in SSL))
+    loss, accuracy, guess, chance = map(format_metric, (metrics[name] for name in SSL))
     if metrics["ssl_acc"] is None:
         return f"loss {loss} (mean patch {guess})"
     return f"loss {loss}, accuracy {accuracy} (most frequent {guess}, chance {chance})"
 
 
-def totals(metrics):
+def summary_line(metrics):
     names = "AP", "AP50", "AP75", "small", "medium", "large", "AR"
-    return "  ".join(f"{name} {show(metrics[key])}" for name, key in zip(names, METRICS))
+    return "  ".join(f"{name} {format_metric(metrics[key])}" for name, key in zip(names, METRICS))
 
 
-def table(metrics):
+def metrics_table(metrics):
     """The metrics as text: one line of totals, then a line for each class."""
     about = f"{metrics['images']} images, {metrics['evaluator']}; n/a: no ground truth"
-    lines = [totals(metrics), about, "\n  id  class                  boxes     AP   AP50"]
+    lines = [summary_line(metrics), about, "\n  id  class                  boxes     AP   AP50"]
     for row in metrics["per_class"]:
         name = f"{row['id']:>4}  {row['name']:20} {row['boxes']:7,}"
-        lines.append(f"{name} {show(row['ap']):>6} {show(row['ap50']):>6}")
+        lines.append(f"{name} {format_metric(row['ap']):>6} {format_metric(row['ap50']):>6}")
     return "\n".join(lines)
 
 
@@ -225,7 +230,9 @@ def epoch_text(line, epochs):
     text = f"epoch {line['epoch']:>3}/{epochs}  loss {line['train_loss']:.3f}"
     if "ap" in line:
         text += f" (held out {line['val_loss']:.3f})"
-        text += "".join(f"  {key.upper()} {show(line[key])}" for key in ("ap", "ap50", "ap75"))
+        text += "".join(
+            f"  {key.upper()} {format_metric(line[key])}" for key in ("ap", "ap50", "ap75")
+        )
     if "ssl_loss" in line:
         text += "  held-out task: " + ssl_text(line)
     if line.get("collapsed"):
@@ -240,14 +247,17 @@ def evaluate(model, task, data, args, out=None, top=100):
     args: setting, batch_size, workers, device. "score" is what the best checkpoint is chosen by."""
     start, first = time.perf_counter(), distributed.rank() == 0
     metrics, results = {}, None
-    distributed.share_buffers(model)
+    distributed.broadcast_buffers(model)
     if args.setting != "pretrain":
         losses = []
         what = args.batch_size, args.workers, args.device, top
-        results = predict(model, data, *what, losses if data.annotations else None)
-        losses = np.array(sum(distributed.gather(losses), [])).reshape(-1, 2)  # images, loss
+        results = detect_dataset(model, data, *what, losses if data.annotations else None)
+        losses = np.array(sum(distributed.all_gather(losses), [])).reshape(-1, 2)  # images, loss
         if first and data.annotations:
-            metrics = {**coco_metrics(data, results), "collapsed": collapsed(data, results)}
+            metrics = {
+                **coco_metrics(data, results),
+                "collapsed": predictions_collapsed(data, results),
+            }
             metrics["val_loss"] = float(np.average(losses[:, 1], weights=losses[:, 0]))
             metrics["score"] = metrics["ap"] or 0.0
             if out:
@@ -259,7 +269,7 @@ def evaluate(model, task, data, args, out=None, top=100):
             plots.draw_ssl(out / "ssl.png", panels, task.patch, ssl_text(found))
     metrics.setdefault("score", 0.0)  # without a box to compare with
     metrics["eval_seconds"] = round(time.perf_counter() - start, 2)
-    return distributed.gather(metrics)[0], results
+    return distributed.all_gather(metrics)[0], results
 
 
 # ---------------------------------------------------------------- opening a run
@@ -311,12 +321,12 @@ def load_run(run, device):
         message = f"{path}: its weights do not fit its flags; was it written by another version?"
         raise ValueError(f"{message} ({str(error).splitlines()[0]})") from None
     reference = state["args"].get("attn") == "torch"  # a kernel of there may be missing here
-    detr.use_backend(model, device, "torch" if reference else "auto")
+    detr.set_attention_backend(model, device, "torch" if reference else "auto")
     model.to(device, memory_format=torch.channels_last)  # convolutions are faster so
     return model, task, {**state, "path": path}
 
 
-def must_detect(state):
+def require_detector(state):
     """Raises ValueError if a checkpoint, as `load_run` gives it, is of a pretraining."""
     if state["args"]["setting"] == "pretrain":
         raise ValueError(f"{state['path']}: is of a pretraining, it detects nothing")
@@ -328,7 +338,7 @@ def open_run(args):
     model, task, state = load_run(args.run, args.device)
     flags = argparse.Namespace(**state["args"])
     if args.export:
-        must_detect(state)
+        require_detector(state)
     own = "train" if flags.overfit else "val"
     args.split, args.setting = args.split or own, flags.setting
     args.batch_size = args.batch_size or flags.batch_size
@@ -339,7 +349,7 @@ def open_run(args):
         args.out = args.out or state["path"].parent
     if args.split == "test" and not flags.data:
         raise ValueError("--split test is of a dataset on disk; name it with --data")
-    data = isaid.open_split(args.split, flags, train=False)
+    data = isaid.load_split(args.split, flags, train=False)
     if not (data.annotations or args.export or task):
         raise DataError(f"{data.name}: has nothing to compare with; add --export FILE")
     if args.split == "test" and not data.categories:  # test images need not tell the classes
@@ -361,7 +371,9 @@ def parse(argv):
     add("--workers", type=number(int, True, most=256), default=0, help="loader processes")
     add("--device", type=usable_device, default="auto", help="cpu, cuda, mps …")
     add("--max_dets", type=size, default=100, help="detections an image; iSAID's devkit: 1000")
-    add("--areas", choices=tuple(AREAS), default="coco", help="what small, medium, large mean")
+    add(
+        "--areas", choices=tuple(SIZE_RANGES), default="coco", help="what small, medium, large mean"
+    )
     add("--out", type=Path, help="for metrics and pictures; default: the run, of its own images")
     add("--export", type=Path, help="file for what is found, as COCO results")
     args = parser.parse_args(argv)
@@ -373,13 +385,13 @@ def parse(argv):
 @command
 def main(argv=None):
     args = parse(argv)
-    args.device = distributed.start(args.device)
-    model, task, state, data = distributed.everywhere(open_run, args)
+    args.device = distributed.init(args.device)
+    model, task, state, data = distributed.run_on_all_ranks(open_run, args)
     print(f"{state['path']} on {data.name}")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     for path in filter(None, (args.export, args.out and args.out / "metrics.json")):
-        distributed.from_first(coco.try_output, path)
+        distributed.run_on_rank0(coco.check_writable, path)
     metrics, results = evaluate(model, task, data, args, args.out, max(100, args.max_dets))
     if distributed.rank():
         return
@@ -388,11 +400,13 @@ def main(argv=None):
         coco.write_text(args.export, json.dumps(results))
         text.append(f"{len(results):,} detections written to {args.export}")
     if "per_class" in metrics:
-        text.append(table(metrics))
+        text.append(metrics_table(metrics))
         how = {"max_dets": args.max_dets, "areas": args.areas}
         if how != {"max_dets": 100, "areas": "coco"}:
             other = metrics["other"] = {**how, **coco_metrics(data, results, **how)}
-            text.append(f"\n{args.max_dets} detections, {args.areas}'s areas: {totals(other)}")
+            text.append(
+                f"\n{args.max_dets} detections, {args.areas}'s areas: {summary_line(other)}"
+            )
     if args.out:
         metrics = {"checkpoint": str(state["path"]), "data": data.name, **metrics}
         coco.write_text(args.out / "metrics.json", json.dumps(metrics, indent=1))

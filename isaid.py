@@ -37,7 +37,7 @@ from util.synthetic import draw_scene, scene_objects
 SCENE_SIZE, SCENES = 128, {"train": 1000, "val": 200}  # of the synthetic dataset
 
 
-class Detection(torch.utils.data.Dataset):
+class DetectionDataset(torch.utils.data.Dataset):
     """Images with boxes. Item i: (image (3, H, W) float normalised, target), a target being
     {"image_id": int, "file_name": str, "size": (height, width) before resizing, "labels": (T,)
     int64, "boxes": (T, 4) cxcywh in 0..1, "seed": int, for whatever else is random about it}.
@@ -49,11 +49,13 @@ class Detection(torch.utils.data.Dataset):
 
     def __init__(self, name, content, read, transform, seed=0):
         self.name, self.read, self.transform, self.seed = name, read, transform, seed
-        self.epoch, self.at_least, self.images = 0, None, content["images"]
+        self.epoch, self.min_size, self.images = 0, None, content["images"]
         categories = [{"id": c["id"], "name": c["name"]} for c in content["categories"]]
         self.categories = sorted(categories, key=lambda category: category["id"])
-        self.annotations, self.cleaned = coco.clean_boxes(self.images, content["annotations"])
-        self.suspicions = list(coco.suspicions(content))
+        self.annotations, self.cleaning_counts = coco.clean_boxes(
+            self.images, content["annotations"]
+        )
+        self.warnings = list(coco.dataset_warnings(content))
         label = {category["id"]: i for i, category in enumerate(self.categories)}
         objects, found = collections.defaultdict(list), {}
         for a in self.annotations:
@@ -73,7 +75,7 @@ class Detection(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         i = index % len(self)
-        image, (picture, (w, h)) = self.images[i], self.read(i, self.at_least)
+        image, (picture, (w, h)) = self.images[i], self.read(i, self.min_size)
         coco.check_size(image, f"{self.name}: {image['file_name']}", (w, h))
         shrink = torch.tensor(picture.size * 2) / torch.tensor([w, h, w, h])
         how = {"format": "XYWH", "canvas_size": picture.size[::-1]}
@@ -96,13 +98,13 @@ class Detection(torch.utils.data.Dataset):
     def summary(self, num_queries, image_size):
         """What a user should know before training on it, in lines of text."""
         lines = [f"{self.name}: {len(self):,} images, {sum(self.counts()):,} boxes"]
-        lines += [f"{n:,} boxes {what}" for what, n in self.cleaned.items()]
+        lines += [f"{n:,} boxes {what}" for what, n in self.cleaning_counts.items()]
         if image_size and (n := self.tiny(image_size)):
             lines.append(f"{n:,} boxes under a pixel after resizing, not trained on")
         if n := sum(len(labels) > num_queries for labels in self.labels):
             share = f"{n:,} images ({n / len(self):.1%})"
             lines.append(f"{share} hold more objects than there are queries: {num_queries}")
-        return f"\n{'':12}".join([*lines, *self.suspicions])
+        return f"\n{'':12}".join([*lines, *self.warnings])
 
     def side(self):
         """Pixels a side that its images usually have; None if it does not say."""
@@ -131,44 +133,50 @@ def load_coco(images_dir, json_path, transform, limit=None, seed=0, truth=True):
     for image, path in zip(images, paths):
         if not image.get("width") or not image.get("height"):  # as in some of iSAID's own files
             image["width"], image["height"] = coco.read_size(path)
-    return Detection(str(json_path), content, functools.partial(_read, paths), transform, seed)
+    return DetectionDataset(
+        str(json_path), content, functools.partial(_read, paths), transform, seed
+    )
 
 
 def _read(paths, i, at_least=None):
     return coco.read_image(paths[i], at_least)
 
 
-def open_split(split, args, train):
+def load_split(split, args, train):
     """The images of a split, "train", "val" or "test", that a run's flags name.
     args: data (a folder, else synthetic scenes), image_size, limit_{split}, seed, augment and
     setting; a pretraining takes the images without annotations. Raises DataError."""
     limit = getattr(args, f"limit_{split}", None)
-    transform = transforms(train, args.image_size, args.augment)
+    transform = make_transforms(train, args.image_size, args.augment)
     if not args.data:
-        return synthetic(split, limit or SCENES[split], args.image_size, transform, args.seed)
+        return synthetic_dataset(
+            split, limit or SCENES[split], args.image_size, transform, args.seed
+        )
     if args.setting == "pretrain":
         name, paths = coco.find_images(args.data, split)
         images = [{"id": i, "file_name": str(path)} for i, path in enumerate(paths[:limit])]
         content = {"images": images, "annotations": [], "categories": []}
-        data = Detection(str(name), content, functools.partial(_read, paths), transform, args.seed)
+        data = DetectionDataset(
+            str(name), content, functools.partial(_read, paths), transform, args.seed
+        )
     else:
         files = coco.find_split(args.data, split)
         data = load_coco(*files, transform, limit, args.seed, truth=split != "test")
-    data.at_least = args.image_size and round(1.2 * args.image_size)
+    data.min_size = args.image_size and round(1.2 * args.image_size)
     return data
 
 
-def open_data(args):
+def load_train_and_val(args):
     """(images to train on, images held out) as a run's flags say. Raises DataError."""
     if args.overfit:  # on the same few images
         args.limit_train = args.overfit
-    train_set = open_split("train", args, train=not args.overfit)
-    val_set = open_split("train" if args.overfit else "val", args, train=False)
+    train_set = load_split("train", args, train=not args.overfit)
+    val_set = load_split("train" if args.overfit else "val", args, train=False)
     theirs, ours = (coco.class_names(data.categories) for data in (val_set, train_set))
     if ours != theirs:
         raise DataError(f"{train_set.name} has the classes {ours}, {val_set.name} {theirs}")
     if args.setting != "pretrain" and not any(map(len, train_set.labels)):
-        cleaned = "".join(f"; {n:,} boxes {what}" for what, n in train_set.cleaned.items())
+        cleaned = "".join(f"; {n:,} boxes {what}" for what, n in train_set.cleaning_counts.items())
         raise DataError(f"{train_set.name}: has no box to train on{cleaned}")
     return train_set, val_set
 
@@ -186,17 +194,17 @@ def collate(batch):
     return batch, padding, list(targets)
 
 
-def loader(data, workers, **options):
+def data_loader(data, workers, **options):
     """Batches of a dataset, in loader processes if workers > 0.
     The model's random numbers are left alone."""
     options.update(collate_fn=collate, generator=torch.Generator(), worker_init_fn=_leave_signals)
     return torch.utils.data.DataLoader(data, num_workers=workers, **options)
 
 
-def epoch_batches(data, args, epoch):
+def epoch_batch_indices(data, args, epoch):
     """The shuffled batches of an epoch for this process, as lists of items.
     They depend on (seed, epoch) alone. What does not fill a step of all processes is left out."""
-    size, world = args.batch_size, distributed.world()
+    size, world = args.batch_size, distributed.world_size()
     step = size * args.accumulate * world
     n = 50 * step if args.overfit else len(data)  # the same few images again and again
     generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
@@ -208,9 +216,9 @@ def epoch_batches(data, args, epoch):
 def epoch_loader(data, args, epoch, done=0):
     """Loads the batches of an epoch after the first `done`."""
     data.epoch = epoch
-    batches = epoch_batches(data, args, epoch)[done:]
+    batches = epoch_batch_indices(data, args, epoch)[done:]
     cuda = args.device.startswith("cuda")
-    return loader(data, args.workers, batch_sampler=batches, pin_memory=cuda)
+    return data_loader(data, args.workers, batch_sampler=batches, pin_memory=cuda)
 
 
 def _leave_signals(_):
@@ -243,7 +251,7 @@ def random_size_crop(sample):
     return sample | {x: v2.functional.crop(sample[x], top, left, h, w) for x in ("image", "boxes")}
 
 
-def transforms(train, image_size=None, augment="flip"):
+def make_transforms(train, image_size=None, augment="flip"):
     """From a PIL image and its boxes to a normalised tensor and boxes cxcywh in pixels.
     image_size N: every image becomes N x N, as in the paper. None: the official multi-scale
     recipe, in training the shorter side 480 to 800 with or without a random crop, else 800; the
@@ -273,7 +281,7 @@ VAL_START = 1_000_000  # scenes from here on are held out
 KEPT = 2**28  # bytes of scenes that are drawn once only
 
 
-def synthetic(split, n, size, transform, seed=0):
+def synthetic_dataset(split, n, size, transform, seed=0):
     """A dataset of n synthetic scenes of size x size pixels of a split; drawn when asked for."""
     start = VAL_START if split == "val" else 0
     images, annotations = [], []
@@ -284,11 +292,11 @@ def synthetic(split, n, size, transform, seed=0):
             found = {"image_id": i, "category_id": int(label) + 1}
             annotations.append({**found, "area": float(area), "bbox": box})
     content = {"images": images, "annotations": annotations, "categories": isaid_prepare.CATEGORIES}
-    read = Scenes(seed, start, n, size)
-    return Detection(f"synthetic scenes ({split})", content, read, transform, seed)
+    read = SceneRenderer(seed, start, n, size)
+    return DetectionDataset(f"synthetic scenes ({split})", content, read, transform, seed)
 
 
-class Scenes:
+class SceneRenderer:
     """Draws scenes; keeps the first of them in memory that loader processes share."""
 
     def __init__(self, seed, start, n, size):
@@ -313,7 +321,7 @@ def write_scenes(out, counts, size, seed):
     shutil.rmtree(partial, ignore_errors=True)
     for split, n in counts.items():
         images_dir, json_path = coco.split_files(partial, split)
-        data = synthetic(split, n, size, transform=None, seed=seed)
+        data = synthetic_dataset(split, n, size, transform=None, seed=seed)
         images_dir.mkdir(parents=True)
         for i, image in enumerate(data.images):
             data.read(i)[0].save(images_dir / image["file_name"])
@@ -331,7 +339,7 @@ def check(images_dir, json_path, train=False):
     """What is in a dataset and what is wrong with it: (text, its classes or None if unusable).
     Reads every image. To train on, it must have boxes."""
     content = coco.read_json(json_path)
-    wrong, images = list(coco.faults(content)), []
+    wrong, images = list(coco.validation_errors(content)), []
     for image in [] if wrong else content["images"]:
         path = coco.find_image(images_dir, image["file_name"])
         try:
@@ -340,7 +348,7 @@ def check(images_dir, json_path, train=False):
             images.append({**image, "width": w, "height": h})
         except DataError as error:
             wrong.append(str(error))
-    data = Detection("", {**content, "images": images}, None, None) if images else None
+    data = DetectionDataset("", {**content, "images": images}, None, None) if images else None
     if not wrong and not images:
         wrong.append("has no images")
     if not wrong and train and not any(map(len, data.labels)):
@@ -352,7 +360,7 @@ def check(images_dir, json_path, train=False):
     if data:
         ids = [str(a["id"]) for a in content["annotations"] if a.get("id") is not None]
         text += statistics(data, len(ids) - len(set(ids)))
-        text += [f"  look at this: {suspicion}" for suspicion in data.suspicions]
+        text += [f"  look at this: {suspicion}" for suspicion in data.warnings]
     return "\n".join(text), None if wrong or not images else coco.class_names(data.categories)
 
 
@@ -374,7 +382,7 @@ def statistics(data, ids_again):
         if len(mine):
             row += " {:9.0f} {:7.0f} {:8.0f}".format(*np.percentile(mine, [0, 50, 100]))
         yield row
-    counts = {f"boxes {what}": n for what, n in data.cleaned.items()}
+    counts = {f"boxes {what}": n for what, n in data.cleaning_counts.items()}
     counts["crowd regions, not trained on"] = sum(a["iscrowd"] for a in data.annotations)
     counts["images under 2 pixels"] = sum(n for size, n in sizes.items() if min(size) < 2)
     counts["annotation ids used again"] = ids_again

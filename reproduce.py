@@ -45,7 +45,7 @@ from util.cli import Parser, command, number, one_line, words
 ROOT = Path(__file__).resolve().parent
 RUNS, RESULTS, RECIPES = ROOT / "runs", ROOT / "results", ROOT / "recipes"
 NUMBER = r"\d+(?:\.\d+)?"
-ELSEWHERE = checkpoint.MAY_DIFFER | {"seed"}  # flags that make no other row
+ELSEWHERE = checkpoint.MAY_CHANGE_ON_RESUME | {"seed"}  # flags that make no other row
 
 
 # ---------------------------------------------------------------- rows and comparisons
@@ -166,7 +166,7 @@ def parse(where, flags):
 def resolve(rows, name):
     """All flags that a row uses, with those of recipes and defaults, and of what it starts from."""
     args = parse(name, rows[name])
-    apart = ELSEWHERE | set(train.unused(args))
+    apart = ELSEWHERE | set(train.ignored_flags(args))
     flags = {k: v for k, v in vars(args).items() if k not in apart}
     return {**flags, "starts": [resolve(rows, start) for start in starts_of(rows[name])]}
 
@@ -361,9 +361,9 @@ def tables(results, comparisons=(), goals=()):
             detect.append((name, logs, ap50))
             epochs |= logs[0].keys()
         if "ssl_loss" in last[0]:
-            keys = "ssl_loss", "ssl_guess", "", "", ""
+            keys = "ssl_loss", "ssl_baseline", "", "", ""
             if last[0]["ssl_acc"] is not None:
-                keys = "ssl_loss", "", "ssl_acc", "ssl_guess", "ssl_chance"
+                keys = "ssl_loss", "", "ssl_acc", "ssl_baseline", "ssl_chance"
             cells = [key and mean_and_deviation([line[key] for line in last]) for key in keys]
             tasks.append(f"| {name} | {' | '.join(cells)} |")
     text, epochs = [], sorted(epochs)
@@ -458,7 +458,7 @@ def compare(results, comparisons):
     return [*text, ""]
 
 
-@plots.costs_no_figures
+@plots.best_effort
 def draw(path, results, comparisons):
     """A panel for each comparison, what a row is compared with in grey: mean and deviation; one
     for the authors' curves."""
@@ -525,7 +525,7 @@ def make_table(args):
     if args.no_run and not there and not theirs:
         raise ValueError(f"{runner.out}: no results; name a folder with some or leave out --no_run")
     runner.out.mkdir(parents=True, exist_ok=True)
-    coco.try_output(runner.out / "table.md")
+    coco.check_writable(runner.out / "table.md")
     if not args.no_run:
         runner.run_all(wanted, args.seeds or [0])
     results = read_results(runner.folders, rows)

@@ -31,33 +31,36 @@ class Corruption(NamedTuple):
     """What is done to the patches of a batch, numbered row by row."""
 
     grid: tuple  # (h, w)
-    whole: Tensor  # (B, P) bool, lies wholly inside its image; all others are left alone
+    inside: Tensor  # (B, P) bool, lies wholly inside its image; all others are left alone
     masked: Tensor  # (B, P) bool, its content is hidden
-    source: Tensor  # (B, P) int64, a permutation: the patch whose content stands here
-    turns: Tensor | None  # (B, P) int64, left quarter turns of what stands here; None: no task's
+    permutation: Tensor  # (B, P) int64, a permutation: the patch whose content stands here
+    quarter_turns: (
+        Tensor | None
+    )  # (B, P) int64, left quarter turns of what stands here; None: no task's
 
     def changed(self):
         """(B, P) bool: masked, moved or turned; a patch permuted to its own place is not."""
-        changed = self.masked | (self.source != torch.arange(self.source.shape[1]).to(self.source))
-        return changed if self.turns is None else changed | (self.turns > 0)
+        own_places = torch.arange(self.permutation.shape[1]).to(self.permutation)
+        changed = self.masked | (self.permutation != own_places)
+        return changed if self.quarter_turns is None else changed | (self.quarter_turns > 0)
 
-    def undone(self):
+    def inverse(self):
         """The corruption that puts moved patches back."""
-        return self._replace(source=self.source.argsort(1))
+        return self._replace(permutation=self.permutation.argsort(1))
 
     def to(self, device):
         there = (x if x is None else x.to(device, non_blocking=True) for x in self[1:])
         return Corruption(self.grid, *there)
 
 
-def whole_patches(padding, patch):
+def patches_inside_image(padding, patch):
     """Which patches lie wholly inside their image: padding (B, H, W) -> (B, h, w) bool."""
     H, W = padding.shape[-2:]
     outside = F.pad(padding, (0, -W % patch, 0, -H % patch), value=True)
     return F.max_pool2d(outside[:, None].float(), patch)[:, 0] == 0
 
 
-def spread(values, cells, size):
+def patches_to_pixels(values, cells, size):
     """Values of patches at each of their cells, `cells` a side: (B, h, w) -> (B, *size)."""
     cellwise = values.repeat_interleave(cells, 1).repeat_interleave(cells, 2)
     return cellwise[:, : size[0], : size[1]]
@@ -67,10 +70,10 @@ def corrupt_map(x, corruption, cells, fill):
     """Corrupt a map or image x (B, C, H, W) with patches of cells x cells; fill (C,) masks."""
     H, W = x.shape[2:]
     patches = F.pixel_unshuffle(F.pad(x, (0, -W % cells, 0, -H % cells)), cells).flatten(2)
-    patches = patches.gather(2, corruption.source[:, None].expand_as(patches))  # (B, C', P)
-    for k in () if corruption.turns is None else (1, 2, 3):
+    patches = patches.gather(2, corruption.permutation[:, None].expand_as(patches))  # (B, C', P)
+    for k in () if corruption.quarter_turns is None else (1, 2, 3):
         turned = patches.unflatten(1, (-1, cells, cells)).rot90(k, (2, 3)).flatten(1, 3)
-        patches = torch.where(corruption.turns[:, None] == k, turned, patches)
+        patches = torch.where(corruption.quarter_turns[:, None] == k, turned, patches)
     fill = fill.repeat_interleave(cells * cells)[:, None]  # (C', 1), C' = C * cells * cells
     patches = torch.where(corruption.masked[:, None], fill, patches)
     return F.pixel_shuffle(patches.unflatten(2, corruption.grid), cells)[..., :H, :W]
@@ -126,9 +129,9 @@ class Task(nn.Module):
     def turn(self, rng, patches, grid):
         return [], []
 
-    def draw(self, padding, seeds):
+    def sample_corruption(self, padding, seeds):
         """The corruption of a batch, of each image from its own seed alone: padding (B, H, W)."""
-        whole = whole_patches(padding.cpu(), self.patch).numpy()  # (B, h, w)
+        whole = patches_inside_image(padding.cpu(), self.patch).numpy()  # (B, h, w)
         grid, whole = whole.shape[1:], whole.reshape(len(whole), -1)
         masked, source = np.zeros_like(whole), np.indices(whole.shape, np.int64)[1]
         turns = np.zeros_like(source)
@@ -161,28 +164,28 @@ class Task(nn.Module):
             out.append(level._replace(features=x))
         return out
 
-    def loss_mask(self, corruption):
+    def counted_patches(self, corruption):
         """Patches that the loss counts: (B, P) bool."""
-        return corruption.whole & (corruption.changed() | self.count_all)
+        return corruption.inside & (corruption.changed() | self.count_all)
 
-    def taken(self, target, counted):
+    def counted_targets(self, target, counted):
         return target[:0]
 
-    def compare(self, memory, images, corruption):
+    def predict_and_target(self, memory, images, corruption):
         """(prediction, target): what is predicted from the memory and what is right."""
         prediction = self.predict(memory[0].features, images.shape[-2:])
         return prediction, self.target(images, corruption)
 
     def loss(self, memory, images, corruption, num_patches=None):
         """The mean error of the counted patches; num_patches: divide by this instead."""
-        error, _ = self.errors(*self.compare(memory, images, corruption))
-        counted = self.loss_mask(corruption)
+        error, _ = self.patch_losses(*self.predict_and_target(memory, images, corruption))
+        counted = self.counted_patches(corruption)
         return (error * counted).sum() / max(num_patches or counted.sum(), 1)
 
     def check(self, images, padding):
         """Try a batch before training. ValueError that names the method whose result does not fit,
         or says that no patch of these images would count."""
-        (B, _, H, W), corruption = images.shape, self.draw(padding, range(len(images)))
+        (B, _, H, W), corruption = images.shape, self.sample_corruption(padding, range(len(images)))
         (h, w), s = corruption.grid, self.strides[0]
 
         def expect(method, what, is_so):
@@ -190,7 +193,7 @@ class Task(nn.Module):
                 raise ValueError(f"{type(self).__name__}.{method}: {what}; see ssl_tasks.Task")
 
         places = torch.arange(h * w).expand(B, -1)
-        same = corruption.source.sort(1)[0].equal(places)
+        same = corruption.permutation.sort(1)[0].equal(places)
         expect("permute", "sources are not the places in another order", same)
         target, classes = self.target(images, corruption), isinstance(self, ClassTask)
         wanted = (B, h, w) if classes else (B, 3, H, W)
@@ -198,10 +201,10 @@ class Task(nn.Module):
         inside = not classes or 0 <= target.min() and target.max() < self.outputs()
         expect("target", f"classes beyond the {self.outputs()} of outputs", inside)
         memory = torch.zeros(B, self.dim, -(-H // s), -(-W // s))
-        for result in self.errors(self.predict(memory, (H, W)), target):
+        for result in self.patch_losses(self.predict(memory, (H, W)), target):
             fits = result is None or result.shape == (B, h * w)
             expect("errors", f"not the shape {(B, h * w)} of the patches", fits)
-        counts = self.loss_mask(corruption).any()
+        counts = self.counted_patches(corruption).any()
         share = f"a share of {self.ratio} leaves no patch of {self.patch} pixels to predict"
         expect("mask", f"{share}; take smaller patches or a larger share", counts)
 
@@ -215,7 +218,7 @@ class Task(nn.Module):
             rows[title] = self.corrupt_images(images, corruption), moved, None
         for title, (picture, right) in self.answers(images, prediction, target, corruption).items():
             title += "; green: right, red: wrong" * (right is not None)
-            rows[title] = picture, self.loss_mask(corruption), right
+            rows[title] = picture, self.counted_patches(corruption), right
         return rows
 
 
@@ -231,22 +234,22 @@ class PixelTask(Task):
     def target(self, images, corruption):
         return images
 
-    def errors(self, prediction, target):
+    def patch_losses(self, prediction, target):
         error = (prediction - target).abs().mean(1, keepdim=True)  # (B, 1, H, W)
         return F.avg_pool2d(error, self.patch, ceil_mode=True).flatten(1), None
 
-    def taken(self, target, counted):  # (B, 3, H, W), (B, P) -> (n, 3, p, p)
+    def counted_targets(self, target, counted):  # (B, 3, H, W), (B, P) -> (n, 3, p, p)
         p, (H, W) = self.patch, target.shape[-2:]
         patches = F.pad(target, (0, -W % p, 0, -H % p)).unfold(2, p, p).unfold(3, p, p)
         return patches.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)[counted]
 
-    def guess(self, patches):
+    def baseline(self, patches):
         """The error of predicting the mean patch everywhere, without looking; no chance level."""
         return (patches - patches.mean(0)).abs().mean().item(), None
 
     def answers(self, images, prediction, target, corruption):
-        counted = self.loss_mask(corruption).unflatten(1, corruption.grid)
-        here = spread(counted, self.patch, images.shape[-2:])[:, None]
+        counted = self.counted_patches(corruption).unflatten(1, corruption.grid)
+        here = patches_to_pixels(counted, self.patch, images.shape[-2:])[:, None]
         rows = {} if target is images else {"target": (target, None)}
         return {**rows, "predicted in frames": (torch.where(here, prediction, target), None)}
 
@@ -257,19 +260,19 @@ class ClassTask(Task):
     def predict(self, x, size):  # (B, C, H/s, W/s) -> (B, K, h, w)
         return self.head(F.avg_pool2d(x, self.patch // self.strides[0], ceil_mode=True))
 
-    def errors(self, prediction, target):
+    def patch_losses(self, prediction, target):
         error = F.cross_entropy(prediction, target, reduction="none")
         return error.flatten(1), (prediction.argmax(1) == target).flatten(1)
 
-    def taken(self, target, counted):  # (B, h, w), (B, P) -> (n,)
+    def counted_targets(self, target, counted):  # (B, h, w), (B, P) -> (n,)
         return target.flatten(1)[counted]
 
-    def guess(self, classes):
+    def baseline(self, classes):
         """The share of the most frequent answer, and that of any: one in K."""
         return classes.bincount().max().item() / len(classes), 1 / self.outputs()
 
     def answers(self, images, prediction, target, corruption):
-        right = self.errors(prediction, target)[1]
+        right = self.patch_losses(prediction, target)[1]
         return {"answered": (self.corrupt_images(images, corruption), right)}
 
 
@@ -308,10 +311,10 @@ class MaskedTokens(ClassTask):
         return self.tokenizer(images)
 
     def answers(self, images, prediction, target, corruption):
-        counted = self.loss_mask(corruption).unflatten(1, corruption.grid)
+        counted = self.counted_patches(corruption).unflatten(1, corruption.grid)
         shown = torch.where(counted, prediction.argmax(1), target)
         tokens, shown = (self.tokenizer.paint(x, images.shape[-2:]) for x in (target, shown))
-        right = self.errors(prediction, target)[1]
+        right = self.patch_losses(prediction, target)[1]
         return {"its visual tokens": (tokens, None), "predicted": (shown, right)}
 
 
@@ -324,17 +327,17 @@ class JigsawPositions(ClassTask):
         return (-(-self.image_size // self.patch)) ** 2
 
     def target(self, images, corruption):  # (B, h, w)
-        return corruption.source.unflatten(1, corruption.grid)
+        return corruption.permutation.unflatten(1, corruption.grid)
 
     def answers(self, images, prediction, target, corruption):
         """The counted patches are put back where all predictions, as one assignment, want them."""
-        guess, counted = corruption.source.clone(), self.loss_mask(corruption)
+        guess, counted = corruption.permutation.clone(), self.counted_patches(corruption)
         for source, scores, chosen in zip(guess, prediction.flatten(2), counted):
             patches = chosen.nonzero()[:, 0]  # they change places among themselves
             scores = scores[patches][:, patches].T.cpu().numpy()  # (places, origins)
             source[patches] = patches[linear_sum_assignment(scores, maximize=True)[1]]
-        put_back = corruption._replace(source=guess).undone()
-        right = put_back.source == corruption.undone().source
+        put_back = corruption._replace(permutation=guess).inverse()
+        right = put_back.permutation == corruption.inverse().permutation
         solved = self.corrupt_images(self.corrupt_images(images, corruption), put_back)
         return {"put back, one to each place": (solved, right)}
 

@@ -31,7 +31,7 @@ import eval as evaluation
 import isaid
 import ssl_tasks
 from util import checkpoint, plots
-from util.cli import Parser, Sources, command, number
+from util.cli import InitAction, Parser, command, number
 
 
 # ---------------------------------------------------------------- the losses and the loop
@@ -43,7 +43,9 @@ def compute_losses(model, task, images, padding, targets, args):
     multitask   both: the decoder reads the clean memory, the task the corrupted one"""
     losses, detect, corruption = {}, args.setting != "pretrain", None
     if task:
-        corruption = task.draw(padding, [target["seed"] for target in targets]).to(images.device)
+        corruption = task.sample_corruption(padding, [target["seed"] for target in targets]).to(
+            images.device
+        )
     with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
         if not task or not task.corrupts:
             corrupted = clean = model.encode(model.features(images, padding))
@@ -63,13 +65,13 @@ def compute_losses(model, task, images, padding, targets, args):
             else:
                 corrupted = model.encode(corrupted)
     if task:
-        memory = detr.full_precision(corrupted)
-        num_patches = distributed.mean(task.loss_mask(corruption).sum())
+        memory = detr.to_float32(corrupted)
+        num_patches = distributed.mean_over_ranks(task.counted_patches(corruption).sum())
         losses["loss_ssl"] = task.loss(memory, images, corruption, num_patches)[None]
     if detect:
-        outputs = model.decode(detr.full_precision(clean))
-        stop_if_not_finite(outputs, targets)
-        num_boxes = distributed.mean(sum(len(target["labels"]) for target in targets))
+        outputs = model.decode(detr.to_float32(clean))
+        check_finite(outputs, targets)
+        num_boxes = distributed.mean_over_ranks(sum(len(target["labels"]) for target in targets))
         losses.update(model.criterion(outputs, targets, num_boxes))
     return losses
 
@@ -81,42 +83,46 @@ def train(run, train_set, val_set, args):
     weights = {**model.criterion.weights, "loss_ssl": ssl_weight}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     first, metrics = distributed.rank() == 0, None
-    bar = tqdm(total=args.epochs * run.steps, initial=(run.epoch - 1) * run.steps + run.step,
+    bar = tqdm(total=args.epochs * run.steps_per_epoch, initial=(run.epoch - 1) * run.steps_per_epoch + run.step,
                desc="training", unit="step", disable=None if first else True)  # fmt: skip
-    with checkpoint.Signals() as signals, bar:
+    with checkpoint.GracefulStop() as signals, bar:
         for epoch in range(run.epoch, args.epochs + 1):
-            train_mode(model, args)
+            set_train_mode(model, args)
             done = run.step * args.accumulate  # batches, where the run goes on within an epoch
             loader = isaid.epoch_loader(train_set, args, epoch, done)
-            for i, (images, padding, targets) in enumerate(run.clocked(loader), done + 1):
+            for i, (images, padding, targets) in enumerate(run.timed_batches(loader), done + 1):
                 images, padding = images.to(args.device), padding.to(args.device)
                 losses = compute_losses(model, task, images, padding, targets, args)
                 terms = {name: weights[name] * values.sum() for name, values in losses.items()}
                 loss = sum(terms.values())
-                stop_if_not_finite({**losses, "the total": loss}, targets)
-                stop_if_diverged(loss, run)
-                run.add({**terms, "loss": loss}, 1 / args.accumulate)
+                check_finite({**losses, "the total": loss}, targets)
+                check_divergence(loss, run)
+                run.add_losses({**terms, "loss": loss}, 1 / args.accumulate)
                 loss = loss / args.accumulate
                 loss.backward()
                 if i % args.accumulate:
                     continue
                 distributed.average_gradients(parameters)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_max_norm)
-                stop_if_not_finite({"the gradient": norm}, targets)
+                check_finite({"the gradient": norm}, targets)
                 optimizer.step()
                 optimizer.zero_grad()
                 run.schedule.step()
                 run.step += 1
                 bar.update()
-                if distributed.mean(signals.caught):  # any process got Ctrl-C or SIGTERM
-                    checkpoint.save_last(out / "last.pt", run)
-                    there = f"stopped in epoch {epoch} after {run.step} of {run.steps} steps"
+                if distributed.mean_over_ranks(
+                    signals.received
+                ):  # any process got Ctrl-C or SIGTERM
+                    checkpoint.save_resume_state(out / "last.pt", run)
+                    there = (
+                        f"stopped in epoch {epoch} after {run.step} of {run.steps_per_epoch} steps"
+                    )
                     again = f"the same command with --out {shlex.quote(args.out)} --resume"
                     bar.write(f"{there}; to go on, {again}")
-                    sys.exit(128 + (signals.caught or signal.SIGTERM))
+                    sys.exit(128 + (signals.received or signal.SIGTERM))
 
-            stop_if_not_finite(model.state_dict(), ())
-            checkpoint.save_last(out / "last.pt", run)
+            check_finite(model.state_dict(), ())
+            checkpoint.save_resume_state(out / "last.pt", run)
             line = run.log_line(args.batch_size * args.accumulate)
             if epoch % args.eval_every == 0 or epoch == args.epochs:
                 metrics, _ = evaluation.evaluate(model, task, val_set, args, out)
@@ -124,18 +130,18 @@ def train(run, train_set, val_set, args):
                 if metrics["score"] >= run.best:  # of equals the last: AP may stay at zero long
                     run.best = metrics["score"]
                     if first:
-                        checkpoint.save(out / "best.pt", checkpoint.product(run))
+                        checkpoint.save(out / "best.pt", checkpoint.inference_state(run))
             run.log.append(line)
             if first:
                 checkpoint.write_log(out / "log.jsonl", run.log)
                 plots.draw_curves(out / "curves.png", run.log)
             bar.write(evaluation.epoch_text(line, args.epochs))
             run.next_epoch()
-        checkpoint.save_last(out / "last.pt", run)
+        checkpoint.save_resume_state(out / "last.pt", run)
     return metrics
 
 
-def stop_if_not_finite(values, targets):
+def check_finite(values, targets):
     """FloatingPointError, before any harm is done, if a tensor of `values` is NaN or infinite."""
     finite = torch.stack([value.isfinite().all() for value in values.values()]).tolist()
     bad = [name for name, fine in zip(values, finite) if not fine]
@@ -146,7 +152,7 @@ def stop_if_not_finite(values, targets):
         raise FloatingPointError(f"{message}; start anew with a lower --lr")
 
 
-def stop_if_diverged(loss, run):
+def check_divergence(loss, run):
     """FloatingPointError if the loss is a hundred times that of the run's first batch."""
     run.first_loss = run.first_loss or max(loss.item(), 1.0)
     if loss > 100 * run.first_loss:
@@ -154,7 +160,7 @@ def stop_if_diverged(loss, run):
         raise FloatingPointError(f"{grown}: nothing is learnt; start anew with a lower --lr")
 
 
-def train_mode(model, args):
+def set_train_mode(model, args):
     """Training mode, but frozen parts keep their batch statistics and drop nothing out."""
     model.train()
     for part in args.freeze:
@@ -213,8 +219,8 @@ def build_parser():
     add("--out", help="run folder, must not exist; default: a new one in runs/")
     add("--resume", action="store_true", help="go on with the run in --out, or start it")
     add("--overfit", type=images, help="smoke test: train and evaluate on the same few images")
-    add("--init", action=Sources, default=[], help="start from a run or an official checkpoint")
-    add("--init_parts", dest="init", nargs="+", choices=parts, action=Sources, default=[],
+    add("--init", action=InitAction, default=[], help="start from a run or an official checkpoint")
+    add("--init_parts", dest="init", nargs="+", choices=parts, action=InitAction, default=[],
         help="only these parts of the --init before it; default: all")  # fmt: skip
     add("--freeze", nargs="+", choices=parts, default=[], help="parts that are not trained")
 
@@ -224,7 +230,7 @@ def build_parser():
     add("--limit_train", type=images, help="the first training images; default: all, 1000 scenes")
     add("--limit_val", type=images, help="the first held-out images; default: all, 200 scenes")
     add("--workers", type=few, help="loader processes; default: 0 on the CPU, else up to 8")
-    add("--augment", choices=isaid.AUGMENT, default="flip", help="see isaid.transforms")
+    add("--augment", choices=isaid.AUGMENT, default="flip", help="see isaid.make_transforms")
 
     add = parser.add_argument_group("model").add_argument
     add("--backbone", choices=detr.BACKBONES, default="resnet18", help="the CNN, see detr.Backbone")
@@ -298,10 +304,10 @@ def parse(argv=None):
     for name in ("data", "tokenizer_weights"):  # eval.py may run elsewhere
         if getattr(args, name):
             setattr(args, name, os.path.abspath(getattr(args, name)))
-    return args, [name for name in unused(args) if name in given]
+    return args, [name for name in ignored_flags(args) if name in given]
 
 
-def unused(args):
+def ignored_flags(args):
     """Flags that have no effect with these."""
     task = ssl_tasks.TASKS[args.ssl_task] if args.setting != "detect" else None
     tokens, detect = task is ssl_tasks.MaskedTokens, args.setting != "pretrain"
@@ -336,7 +342,7 @@ def build_model(config, args):
         raise ValueError(f"{message}; put them into {torch.hub.get_dir()}/checkpoints") from None
     source, anew = {"backbone": weights} if imagenet else {}, []
     for path, parts in args.init:
-        taken, names = detr.load_weights(model, evaluation.checkpoint_file(path), parts)
+        taken, names = detr.init_from_checkpoint(model, evaluation.checkpoint_file(path), parts)
         source.update(dict.fromkeys(taken, path))
         anew = [name for name in anew if detr.part_of(name) not in taken] + names
     parts = {path: [part for part in source if source[part] == path] for path in source.values()}
@@ -366,8 +372,12 @@ def build_task(args, strides, train_set):
     task = ssl_tasks.build_task(**config)
     if hasattr(task, "tokenizer") and train_set:
         order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(args.seed))
-        sample = isaid.loader(train_set, args.workers, batch_size=8, sampler=order[:256].tolist())
-        sample = ((x, ssl_tasks.whole_patches(padding, task.patch)) for x, padding, _ in sample)
+        sample = isaid.data_loader(
+            train_set, args.workers, batch_size=8, sampler=order[:256].tolist()
+        )
+        sample = (
+            (x, ssl_tasks.patches_inside_image(padding, task.patch)) for x, padding, _ in sample
+        )
         task.tokenizer.fit(sample, args.seed)
     if train_set:
         images, padding, _ = isaid.collate([train_set[i] for i in range(min(4, len(train_set)))])
@@ -375,19 +385,19 @@ def build_task(args, strides, train_set):
     return task.to(args.device), config
 
 
-def prepare(args):
+def build_run(args):
     """(the run, training images, held-out images, notes), before the first step; ValueError."""
     torch.manual_seed(args.seed)
-    train_set, val_set = isaid.open_data(args)
+    train_set, val_set = isaid.load_train_and_val(args)
     args.batch_size = min(args.batch_size, len(train_set))
-    steps = len(isaid.epoch_batches(train_set, args, 0)) // args.accumulate
+    steps = len(isaid.epoch_batch_indices(train_set, args, 0)) // args.accumulate
     if not steps:
         images = f"{len(train_set)} training images do not fill a step"
         raise ValueError(f"{images}; lower --batch_size or --accumulate, or start fewer processes")
-    state = checkpoint.open_last(args) if args.resume else None
+    state = checkpoint.load_resume_state(args) if args.resume else None
     detector = detector_config(args, max(1, len(train_set.categories)))
     model, start = build_model(detector, args)
-    attention = detr.use_backend(model, args.device, args.attn)
+    attention = detr.set_attention_backend(model, args.device, args.attn)
     model.to(args.device, memory_format=torch.channels_last)  # convolutions are faster so
     task, task_config = build_task(args, model.strides, None if state else train_set)
     content = {"args": vars(args), "detector": detector, "task": task_config}
@@ -405,18 +415,18 @@ def prepare(args):
     return run, train_set, val_set, {"start": start, "attention": attention}
 
 
-def introduce(args, run, train_set, val_set, notes):
+def print_summary(args, run, train_set, val_set, notes):
     """What a user should know before the first step."""
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
-    batch = args.batch_size * args.accumulate * distributed.world()
+    batch = args.batch_size * args.accumulate * distributed.world_size()
     device = checkpoint.device_name(args.device)
     slow = args.model == "detr" and args.setting != "pretrain" and notes["start"][:6] == "random"
     lines = {
         "run": f"{args.out}, seed {args.seed}, revision {checkpoint.revision()}, on {device}",
         "model": f"{args.model}, {args.backbone}, {trained:.1f} M parameters are trained",
         **notes,
-        "batch": f"{batch} images a step, {run.steps} steps an epoch, {args.epochs} epochs: "
-        f"{run.steps * args.epochs * batch:,} images in all (DETR in the paper: 1,400,000)",
+        "batch": f"{batch} images a step, {run.steps_per_epoch} steps an epoch, {args.epochs} epochs: "
+        f"{run.steps_per_epoch * args.epochs * batch:,} images in all (DETR in the paper: 1,400,000)",
         "precision": args.amp == "bf16" and "bf16 in the CNN and the encoder, fp32 behind them",
         "task": run.task and f"{args.ssl_task}, patches of {run.task.patch} pixels",
         "expect": slow and args.image_size != 64 and "no object for many epochs; see --init",
@@ -433,15 +443,15 @@ def introduce(args, run, train_set, val_set, notes):
 @command
 def main(argv=None):
     args, ignored = parse(argv)
-    args.device = distributed.start(args.device)
-    run, train_set, val_set, notes = distributed.everywhere(prepare, args)
-    args.out = distributed.from_first(checkpoint.make_folder, args)
+    args.device = distributed.init(args.device)
+    run, train_set, val_set, notes = distributed.run_on_all_ranks(build_run, args)
+    args.out = distributed.run_on_rank0(checkpoint.make_run_folder, args)
     notes["not used"] = ", ".join(f"--{name}" for name in ignored)
-    introduce(args, run, train_set, val_set, notes)
-    with checkpoint.kept_if_used(args.out):
+    print_summary(args, run, train_set, val_set, notes)
+    with checkpoint.remove_if_unused(args.out):
         metrics = train(run, train_set, val_set, args)
     if metrics and "per_class" in metrics:
-        print(f"\n{evaluation.table(metrics)}")
+        print(f"\n{evaluation.metrics_table(metrics)}")
     print(f"\nlook at the pictures; evaluate: python eval.py {shlex.quote(args.out)}")
 
 

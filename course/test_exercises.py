@@ -48,7 +48,7 @@ def test_share():
     assert answers.MASKED.keys() == {0.25, 0.5, 0.9}
     for ratio, number in answers.MASKED.items():
         task = ssl_tasks.build_task("mim-continuous", dim=8, strides=[32], patch=32, ratio=ratio)
-        corruption = task.draw(torch.zeros(1, 128, 128, dtype=torch.bool), [0])
+        corruption = task.sample_corruption(torch.zeros(1, 128, 128, dtype=torch.bool), [0])
         assert int(corruption.masked.sum()) == number
 
 
@@ -143,18 +143,18 @@ def test_inverted():
     for loss_on in ("corrupted", "all"):
         how = {"ratio": 1, "loss_on": loss_on}
         task = ssl_tasks.build_task("jigsaw-continuous", dim=8, strides=[32], patch=32, **how)
-        corruption = task.draw(padding, range(8))
-        moved = corruption.source != torch.arange(16)
+        corruption = task.sample_corruption(padding, range(8))
+        moved = corruption.permutation != torch.arange(16)
         assert 0 < (~moved & whole).sum()
         right = moved if loss_on == "corrupted" else whole
-        assert torch.equal(task.loss_mask(corruption), right), loss_on
+        assert torch.equal(task.counted_patches(corruption), right), loss_on
 
 
 def test_rotation(tmp_path):
     """Your task: a share of the patches turned by one to three quarters, which is asked."""
     task = ssl_tasks.build_task("rotation", dim=8, strides=[32], patch=32, on="image")
-    corruption = task.draw(torch.zeros(4, 128, 128, dtype=torch.bool), range(4))
-    counted = task.loss_mask(corruption)
+    corruption = task.sample_corruption(torch.zeros(4, 128, 128, dtype=torch.bool), range(4))
+    counted = task.counted_patches(corruption)
     assert counted.sum(1).tolist() == [8, 8, 8, 8]
     images = torch.randn(4, 3, 128, 128)
     corrupted, target = task.corrupt_images(images, corruption), task.target(images, corruption)

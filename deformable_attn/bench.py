@@ -158,7 +158,7 @@ def main():
     if args.check:
         check(args.device)
     if args.device == "cpu":
-        distributed.keep_memory()
+        distributed.keep_freed_memory()
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
           f"{': '.join(backend(args.device))}; median of {args.repeats}\n")  # fmt: skip

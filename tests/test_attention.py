@@ -35,7 +35,7 @@ def test_what_the_points_hold_by_weight_is_the_layers_output(name, part):
 
     expected = model(images, padding)
     module.register_forward_hook(listen, with_kwargs=True)
-    outputs, seen = attention.look(model, images, padding, part)
+    outputs, seen = attention.attention_of(model, images, padding, part)
     assert all(torch.equal(outputs[key], expected[key]) for key in expected)
     torch.testing.assert_close(seen.weights.sum(-1), torch.ones_like(seen.weights[..., 0]))
     (_, _, source, *_), output = said["call"]  # (B, S, C), (B, Q, C)
@@ -74,7 +74,7 @@ def test_the_share_is_of_matched_queries_and_seen_points(monkeypatch):
     """A detector that knows the objects, one query each, in any order. In every second image its
     queries look beside the object; in the others at its middle, and with more weight at a point
     outside the image, where nothing is. A query of its own for no object looks at the first one."""
-    data = isaid.synthetic("val", 6, 128, isaid.transforms(False, 64))
+    data = isaid.synthetic_dataset("val", 6, 128, isaid.make_transforms(False, 64))
     truth, rng = iter(data), np.random.default_rng(0)
 
     def look(model, images, padding):
@@ -88,11 +88,11 @@ def test_the_share_is_of_matched_queries_and_seen_points(monkeypatch):
             points[b, queries, 0, 0] = torch.stack([x + beside, y], -1)
             points[b, queries, 0, 1] = 1.01
         weights = torch.tensor([0.2, 0.8]).expand(len(images), 9, 1, 2)
-        return {"logits": logits, "boxes": boxes}, attention.Look(points, weights, [])
+        return {"logits": logits, "boxes": boxes}, attention.AttentionMap(points, weights, [])
 
     monkeypatch.setattr(attention, "look", look)
     model = detr.build_detector("deformable_detr", 15, **SMALL)
-    share = attention.share_in_box(model, data, 4, "cpu")
+    share = attention.pointing_game(model, data, 4, "cpu")
     objects, boxes = [len(labels) for labels in data.labels], torch.cat(data.boxes)[:, 2:] / 128
     by_chance = pytest.approx(boxes.prod(1).mean().item())
     expected = {"in_box": sum(objects[::2]) / sum(objects), "by_chance": by_chance}
@@ -102,11 +102,11 @@ def test_the_share_is_of_matched_queries_and_seen_points(monkeypatch):
 def test_maps_and_points_are_drawn_where_they_are():
     """A map of two cells reddens the half that weighs more; of two points the heavier is red."""
     image, mark = Image.new("RGB", (200, 100), (90, 90, 90)), np.array([100.0, 50.0])
-    pixel = plots.draw_look(image, None, np.array([[0.0, 0.5]]), mark).getpixel
+    pixel = plots.draw_attention_overlay(image, None, np.array([[0.0, 0.5]]), mark).getpixel
     assert pixel((20, 80)) == (90, 90, 90) and pixel((180, 20)) == (200, 30, 30)
     assert pixel((100, 50)) == (255, 255, 255)
     points, weights = np.array([[30.0, 70.0], [160.0, 10.0]]), np.array([0.9, 0.09])
-    pixel = plots.draw_look(image, points, weights, mark).getpixel
+    pixel = plots.draw_attention_overlay(image, points, weights, mark).getpixel
     assert pixel((30, 70)) == (255, 0, 0) and pixel((160, 10)) == (255, 207, 0)
 
 
@@ -156,6 +156,6 @@ def test_mistakes_get_one_line(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("image_size", [64, None])
 def test_an_image_is_shown_as_in_the_evaluation(image_size):
-    data = isaid.synthetic("val", 1, 96, isaid.transforms(False, image_size))
+    data = isaid.synthetic_dataset("val", 1, 96, isaid.make_transforms(False, image_size))
     images, padding = attention.batch(data.read(0)[0], image_size)
     assert torch.equal(images[0], data[0][0]) and not padding.any()

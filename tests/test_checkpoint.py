@@ -202,7 +202,7 @@ def test_nothing_is_filled_in(kind, undisturbed, tmp_path):
     """A checkpoint that lacks something, or is of other data, is refused."""
     state = torch.load(undisturbed(kind) / "last.pt")
     flags = [*FLAGS, *KINDS[kind][1].split(), "--workers", "0", "--out", str(tmp_path)]
-    run, *_ = train.prepare(train.parse(flags)[0])
+    run, *_ = train.build_run(train.parse(flags)[0])
     (own,) = state["processes"]
 
     def refused(message, without="", **changed):
@@ -210,7 +210,7 @@ def test_nothing_is_filled_in(kind, undisturbed, tmp_path):
         with pytest.raises(ValueError, match=f"^last.pt: {message}"):
             checkpoint.resume(run, changed, "cpu")
 
-    refused("was made with 9 steps an epoch, not", steps=9)
+    refused("was made with 9 steps an epoch, not", steps_per_epoch=9)
     refused("was made with 2 processes, not 1; a run goes on", processes=[own, own])
     refused("was made with .*boat.* classes, not", categories=[{"id": 1, "name": "boat"}])
     for name in ("backbone.0.body.conv1.weight", "transformer.encoder.layers.0.norm1.bias"):
@@ -218,7 +218,7 @@ def test_nothing_is_filled_in(kind, undisturbed, tmp_path):
     for name in own:
         refused("cannot", processes=[{k: x for k, x in own.items() if k != name}])
     refused("cannot", **({"task_state": {}} if run.task else {"model": {}}))
-    for name in {*checkpoint.PLAIN, "model", "optimizer", "schedule"} - {"steps"}:
+    for name in {*checkpoint.PLAIN, "model", "optimizer", "schedule"} - {"steps_per_epoch"}:
         refused(f"cannot be gone on from .'{name}'", without=name)
     refused("cannot be gone on from .'log' is 'x'", log="x")
 

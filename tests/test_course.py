@@ -69,7 +69,7 @@ class Rotation(ClassTask):
         return 3
 
     def target(self, images, corruption):  # of patches that are not turned it does not count
-        return (corruption.turns - 1).clamp(min=0).unflatten(1, corruption.grid)
+        return (corruption.quarter_turns - 1).clamp(min=0).unflatten(1, corruption.grid)
 
 
 TASKS["rotation"] = Rotation
@@ -85,14 +85,14 @@ MOBILE = """
         norm = FrozenBatchNorm2d"""
 
 
-MASK = "return corruption.whole & (corruption.changed() | self.count_all)"
-TURNS, TARGET = "rng.integers(1, 4, len(places))", "(corruption.turns - 1).clamp(min=0)"
+MASK = "return corruption.inside & (corruption.changed() | self.count_all)"
+TURNS, TARGET = "rng.integers(1, 4, len(places))", "(corruption.quarter_turns - 1).clamp(min=0)"
 WRONG = [  # what is not right though it looks so: (exercise, right, wrong)
     ("inverted", MASK, "return (corruption.changed() | self.count_all)"),
     ("inverted", MASK, "return corruption.changed()"),
-    ("inverted", MASK, "return corruption.whole & corruption.changed()"),
+    ("inverted", MASK, "return corruption.inside & corruption.changed()"),
     ("rotation", TURNS, "rng.integers(1, 2, len(places))"),
-    ("rotation", TARGET, "corruption.turns.clamp(max=1)"),
+    ("rotation", TARGET, "corruption.quarter_turns.clamp(max=1)"),
 ]
 
 

@@ -212,7 +212,7 @@ def test_matching_copies_to_the_host_once(monkeypatch):
     for forbidden in ("item", "tolist", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, forbidden, None)
     outputs = torch.randn(3, 2, 4, 5), torch.rand(3, 2, 4, 4)
-    detr.Criterion(focal=True).set_losses(*outputs, some_targets((2, 3)))
+    detr.Criterion(focal=True).layer_losses(*outputs, some_targets((2, 3)))
     assert copies == [(3, 2, 4, 3)]
 
 
@@ -223,7 +223,7 @@ def test_neither_padding_nor_other_images_matter(name, options):
     model = randomise(detr.build_detector(name, 5, **{**SMALL, **options}))
     images, padding = fill.images()
     levels = model.features(images, padding)
-    doubled = [detr.Level(*(torch.cat([x, x.flip(0)]) for x in level)) for level in levels]
+    doubled = [detr.FeatureLevel(*(torch.cat([x, x.flip(0)]) for x in level)) for level in levels]
     for one, two in zip(model.encode(levels), model.encode(doubled)):
         expected = torch.cat([one.features, one.features.flip(0)])
         torch.testing.assert_close(two.features, expected, rtol=1e-4, atol=1e-5)
@@ -267,10 +267,10 @@ def test_match_is_optimal(focal, counts):
 def test_the_number_given_divides_and_nan_is_reported():
     logits, boxes, targets = torch.randn(2, 2, 4, 5), torch.rand(2, 2, 4, 4), some_targets((1, 2))
     criterion = detr.Criterion(focal=True)
-    usual, other = (criterion.set_losses(logits, boxes, targets, n) for n in (None, 6))
+    usual, other = (criterion.layer_losses(logits, boxes, targets, n) for n in (None, 6))
     torch.testing.assert_close(other, {name: loss / 2 for name, loss in usual.items()})
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
-        criterion.set_losses(logits, boxes * float("nan"), targets)
+        criterion.layer_losses(logits, boxes * float("nan"), targets)
 
 
 @pytest.mark.parametrize("focal", [False, True])
@@ -286,7 +286,9 @@ def test_perfect_predictions_cost_nothing():
     labels = torch.tensor([5, *target["labels"].flip(0)])  # 5: no object
     logits = torch.eye(6)[labels] * 40 - 20
     boxes = torch.cat([torch.rand(1, 4), target["boxes"].flip(0)])
-    losses = detr.Criterion(focal=False).set_losses(logits[None, None], boxes[None, None], [target])
+    losses = detr.Criterion(focal=False).layer_losses(
+        logits[None, None], boxes[None, None], [target]
+    )
     assert torch.cat(list(losses.values())).tolist() == pytest.approx([0, 0, 0], abs=1e-5)
 
 
@@ -308,14 +310,14 @@ def test_init_drops_class_heads_and_nothing_else(official, tmp_path, monkeypatch
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     model = detr.build_detector("deformable_detr", 15, **REFINED)
     own = model.class_embed[0].weight.clone()
-    _, dropped = detr.load_weights(model, official)
+    _, dropped = detr.init_from_checkpoint(model, official)
     heads = [f"class_embed.{i}.{kind}" for i in range(2) for kind in ("weight", "bias")]
     assert dropped == heads and torch.equal(model.class_embed[0].weight, own)
     state = torch.load(official, weights_only=False)["model"]
     found = {name: x for name, x in model.state_dict().items() if name not in dropped}
     assert all(torch.equal(tensor, state[name]) for name, tensor in found.items())
     same = detr.build_detector("deformable_detr", 91, **REFINED)
-    assert detr.load_weights(same, f"file://{official}") == (list(detr.PARTS), [])
+    assert detr.init_from_checkpoint(same, f"file://{official}") == (list(detr.PARTS), [])
     assert torch.equal(same.class_embed[1].weight, state["class_embed.1.weight"])
 
 
@@ -328,7 +330,7 @@ MISFITS += [({"with_box_refine": False}, "unexpected transformer.decoder.bbox_em
 def test_init_refuses_what_does_not_fit(official, options, message):
     model = detr.build_detector("deformable_detr", 15, **{**REFINED, **options})
     with pytest.raises(ValueError, match=message):
-        detr.load_weights(model, official)
+        detr.init_from_checkpoint(model, official)
 
 
 def test_init_of_bad_files(tmp_path, official, capsys):

@@ -40,9 +40,11 @@ class Truth(torch.nn.Module):
 @pytest.fixture(scope="module")
 def data():
     """Images that the model sees at half their size, and what one finds that knows them."""
-    data, model = isaid.synthetic("val", 40, 128, isaid.transforms(False, 64)), Truth()
+    data, model = isaid.synthetic_dataset("val", 40, 128, isaid.make_transforms(False, 64)), Truth()
     model.images = iter(data)
-    data.truth = [found for found in evaluation.predict(model, data, 4) if found["score"] > 0.5]
+    data.truth = [
+        found for found in evaluation.detect_dataset(model, data, 4) if found["score"] > 0.5
+    ]
     return data
 
 
@@ -62,10 +64,10 @@ def test_the_held_out_loss_is_that_of_training(model):
     args, _ = train.parse(f"--model {model} --hidden_dim 32 --dec_layers 2 --amp no".split())
     torch.manual_seed(0)
     made = detr.build_detector(**train.detector_config(args, 15)).eval()
-    data, losses = isaid.synthetic("val", 5, 64, isaid.transforms(False, 64)), []
-    evaluation.predict(made, data, 3, losses=losses)
+    data, losses = isaid.synthetic_dataset("val", 5, 64, isaid.make_transforms(False, 64)), []
+    evaluation.detect_dataset(made, data, 3, losses=losses)
     assert [images for images, _ in losses] == [3, 2]
-    for (_, loss), batch in zip(losses, isaid.loader(data, 0, batch_size=3)):
+    for (_, loss), batch in zip(losses, isaid.data_loader(data, 0, batch_size=3)):
         terms = train.compute_losses(made, None, *batch, args)
         total = sum(made.criterion.weights[name] * x.sum() for name, x in terms.items())
         assert loss == pytest.approx(total.item(), rel=1e-4)
@@ -77,10 +79,10 @@ def test_right_wrong_and_missed():
     truth = [{**plane, "bbox": [0, 0, 10, 10]}, {**ship, "bbox": [20, 0, 10, 10]}]
     found = [{**plane, "bbox": [0, 0, 10, 9]}, {**plane, "bbox": [0, 0, 10, 10]},
              {**plane, "bbox": [20, 0, 10, 10]}, {**ship, "bbox": [25, 0, 10, 10]}]  # fmt: skip
-    assert plots.match(found, truth) == ([True, False, False, False], [True, False])
-    assert plots.match(found[1:2], truth) == ([True], [True, False])
-    assert plots.match(found, []) == ([False] * 4, [])
-    assert plots.match([], truth) == ([], [False, False])
+    assert plots.greedy_match(found, truth) == ([True, False, False, False], [True, False])
+    assert plots.greedy_match(found[1:2], truth) == ([True], [True, False])
+    assert plots.greedy_match(found, []) == ([False] * 4, [])
+    assert plots.greedy_match([], truth) == ([], [False, False])
 
 
 def test_results_load_in_pycocotools_as_they_are(data, evaluator):
@@ -110,12 +112,12 @@ def test_the_devkits_ranges_and_a_class_without_truth(evaluator):
     found = [{"image_id": 0, "category_id": 1, "bbox": b, "score": 1 / b[2]} for b in boxes]
     content = {"images": [{"id": 0, "file_name": "", "width": 512, "height": 512}]}
     content["categories"] = [{"id": 1, "name": "x"}, {"id": 2, "name": "y"}]
-    data = isaid.Detection("", {**content, "annotations": found}, None, None)
+    data = isaid.DetectionDataset("", {**content, "annotations": found}, None, None)
     results = [*found, {**found[0], "category_id": 2}]
     usual = evaluation.coco_metrics(data, results, evaluator)
     devkit = evaluation.coco_metrics(data, results, evaluator, max_dets=1000, areas="isaid")
     assert [devkit[key] for key in evaluation.METRICS] == PERFECT
-    assert re.search("y +0 +n/a +n/a$", evaluation.table(devkit))
+    assert re.search("y +0 +n/a +n/a$", evaluation.metrics_table(devkit))
     assert usual["ap_medium"] is None and usual["ap_large"] == 0 and usual["ap"] < 0.7
     assert usual["ar"] == pytest.approx(100 / 151)  # the 151st does not count
 

@@ -229,7 +229,7 @@ def test_names_from_other_machines(tmp_path):
     for path in ("0.png", "1.png", "sub/2.png", "図 #3.png"):
         picture().save(images / path)
     picture().save(tmp_path / "4.PNG")
-    loaded = isaid.load_coco(*coco.find_split(tmp_path, "train"), isaid.transforms(False, 64))
+    loaded = isaid.load_coco(*coco.find_split(tmp_path, "train"), isaid.make_transforms(False, 64))
     assert len([loaded[i] for i in range(5)]) == 5
 
 
@@ -307,7 +307,7 @@ LINES = {
 
 @pytest.mark.parametrize("line", LINES)
 def test_lines_of_recipes_and_tables(tmp_path, line):
-    assert cli.words(line) == LINES[line]
+    assert cli.split_recipe_line(line) == LINES[line]
     bom = "\ufeff"
     (recipe := tmp_path / "recipe.txt").write_text(f"{bom}{line}\n--epochs 3\n", encoding="utf-8")
     expected = dict(zip(LINES[line][::2], LINES[line][1::2]))
@@ -433,7 +433,7 @@ def test_wrapped_checkpoints(tmp_path):
     for name, content in wraps.items():
         torch.save(content, tmp_path / name)
         start.load_state_dict(fresh)
-        _, anew = detr.load_weights(start, tmp_path / name)
+        _, anew = detr.init_from_checkpoint(start, tmp_path / name)
         assert anew == (heads if name == "headless" else [])
         for key, value in start.state_dict().items():
             assert torch.equal(value, (fresh if key in anew else state)[key]), (name, key)
@@ -442,7 +442,7 @@ def test_wrapped_checkpoints(tmp_path):
         tmp_path / "x",
     )
     with pytest.raises(ValueError, match="missing input_proj.*unexpected xinput_proj"):
-        detr.load_weights(start, tmp_path / "x")
+        detr.init_from_checkpoint(start, tmp_path / "x")
 
 
 CHANGES = [  # of what a checkpoint says of its run
@@ -609,10 +609,10 @@ class Rotation(ssl_tasks.ClassTask):
         return [] if self.fault == "mask" else patches
 
     def target(self, images, corruption):
-        target = torch.full_like(corruption.source, 3)
+        target = torch.full_like(corruption.permutation, 3)
         return target if self.fault == "target" else target.unflatten(1, corruption.grid)
 
-    def errors(self, prediction, target):
+    def patch_losses(self, prediction, target):
         error, right = super().errors(prediction, target)
         return (error[:, :-1] if self.fault == "errors" else error), right
 

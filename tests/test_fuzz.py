@@ -46,7 +46,7 @@ RUN = {"model": {}, "args": {**vars(train.parse([])[0]), "setting": "pretrain"},
 RUN.update(task={"name": "x"}, task_state={}, categories=CLASSES)
 READERS = dict.fromkeys(PICTURES, lambda path: coco.read_image(path, 8))
 READERS.update({"a.json": coco.load_json, "a.txt": reproduce.read_table})
-READERS["a.pt"] = lambda path: detr.load_weights(MODEL, path)
+READERS["a.pt"] = lambda path: detr.init_from_checkpoint(MODEL, path)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def spoilt(draw, value):
 @given(spoilt(COCO) | junk)
 def test_coco_files(file, content):
     file.write_text(json.dumps(content))
-    data = attempt("COCO", isaid.load_coco, file.parent, file, isaid.transforms(False, 64))
+    data = attempt("COCO", isaid.load_coco, file.parent, file, isaid.make_transforms(False, 64))
     if data:
         labels, boxes = torch.cat(data.labels), torch.cat(data.boxes)
         assert boxes.isfinite().all() and (boxes[:, 2:] > 0).all()
@@ -145,7 +145,7 @@ def test_images_of_all_formats(tmp_path, monkeypatch, capsys):
     entries = [{"id": i, "file_name": name, **SIZE} for i, name in enumerate(names)]
     content = {**COCO, "annotations": [], "images": entries}
     coco.split_files(tmp_path, "train")[1].write_text(json.dumps(content))
-    loaded = isaid.load_coco(*coco.find_split(tmp_path, "train"), isaid.transforms(False, 64))
+    loaded = isaid.load_coco(*coco.find_split(tmp_path, "train"), isaid.make_transforms(False, 64))
     bad = {}
     for i, name in enumerate(names):
         try:

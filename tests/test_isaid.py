@@ -19,7 +19,7 @@ import train
 from util import coco, synthetic
 
 SIZE = 64
-PLAIN = isaid.transforms(False, SIZE)
+PLAIN = isaid.make_transforms(False, SIZE)
 
 
 def same(a, b):
@@ -33,7 +33,7 @@ def same(a, b):
 
 def test_scenes_depend_on_seed_and_number_alone():
     def drawn(split, n, seed=1):
-        read = isaid.synthetic(split, n, SIZE, None, seed).read
+        read = isaid.synthetic_dataset(split, n, SIZE, None, seed).read
         return [read(i)[0].tobytes() for i in reversed(range(n))]
 
     assert drawn("train", 3) == drawn("train", 9)[-3:]
@@ -41,7 +41,7 @@ def test_scenes_depend_on_seed_and_number_alone():
 
 
 def test_scenes_hold_all_classes_and_some_are_empty():
-    data = isaid.synthetic("train", 600, 128, None)
+    data = isaid.synthetic_dataset("train", 600, 128, None)
     counts, boxes = np.array(data.counts()), torch.cat(data.boxes)
     assert [c["name"] for c in data.categories] == list(synthetic.CLASSES) and len(counts) == 15
     assert counts.min() > 0.5 * counts.mean() and counts.max() < 2 * counts.mean()
@@ -62,7 +62,7 @@ def test_scene_boxes_are_tight(monkeypatch):
                 thing = thing._replace(centre=-1e6)  # far away, with the same random numbers
             draw(rng, pen, thing, 0 * sun, fine)
 
-        monkeypatch.setattr(scenes, "draw_thing", draw_or_not)
+        monkeypatch.setattr(synthetic, "draw_thing", draw_or_not)
         return np.asarray(synthetic.draw_scene(0, n, 128), float)
 
     for n in range(12):
@@ -77,13 +77,13 @@ def test_scenes_are_kept_by_bytes(monkeypatch):
     """Of six scenes the first four are drawn once only, and all look as if all were kept."""
     drawn, draw = [], isaid.draw_scene
     monkeypatch.setattr(isaid, "draw_scene", lambda *which: drawn.append(which[1]) or draw(*which))
-    every = isaid.synthetic("train", 6, SIZE, PLAIN)
+    every = isaid.synthetic_dataset("train", 6, SIZE, PLAIN)
     monkeypatch.setattr(isaid, "KEPT", 4 * 3 * SIZE * SIZE + 100)
-    few = isaid.synthetic("train", 6, SIZE, PLAIN)
+    few = isaid.synthetic_dataset("train", 6, SIZE, PLAIN)
     assert same(few, every) and same(few, every) and len(few.read.pixels) == 4
     assert sorted(drawn) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 5, 5, 5]
-    other = isaid.synthetic("train", 4, SIZE, PLAIN, seed=1)
-    loaded = torch.cat([images for images, _, _ in isaid.loader(other, 1, batch_size=2)])
+    other = isaid.synthetic_dataset("train", 4, SIZE, PLAIN, seed=1)
+    loaded = torch.cat([images for images, _, _ in isaid.data_loader(other, 1, batch_size=2)])
     del drawn[:]  # what another process has drawn is there
     assert torch.equal(loaded, torch.stack([other[i][0] for i in range(4)])) and not drawn
 
@@ -105,7 +105,7 @@ def edit(folder, change):
 
 def load(folder, split="train", setting="detect", **flags):
     flags.update(data=folder, augment="none", setting=setting, image_size=SIZE, seed=0)
-    return isaid.open_split(split, argparse.Namespace(**flags), train=False)
+    return isaid.load_split(split, argparse.Namespace(**flags), train=False)
 
 
 def check(folder, capsys):
@@ -138,7 +138,7 @@ def test_layouts(folder, tmp_path, layout, capsys):
         (file.parent / f"captions_{split}2017.json").write_text("{}")  # not of objects
         assert coco.find_split(root, split) == (images, file)
     for split, n in (("train", 6), ("val", 3)):
-        memory, bare = isaid.synthetic(split, n, SIZE, PLAIN), load(root, split, "pretrain")
+        memory, bare = isaid.synthetic_dataset(split, n, SIZE, PLAIN), load(root, split, "pretrain")
         assert same(load(root, split), memory) and len(bare) == n and not bare.annotations
         assert all(torch.equal(bare[i][0], memory[i][0]) for i in range(n))
     assert len(load(root, limit_train=2)) == 2 and same(load(root, "test"), load(root, "val"))
@@ -155,9 +155,9 @@ def test_any_folder_of_images(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (70, 60)).save(path)
     (root / "a/notes.txt").write_text("not an image")
-    held_out, others = (coco.find_images(root, x)[1] for x in ("val", "train"))
-    assert held_out == [root / names[i] for i in (0, 20, 40)]
-    assert len(load(root, "train", "pretrain")) == 39 and not {*held_out} & {*others}
+    eval_loader, others = (coco.find_images(root, x)[1] for x in ("val", "train"))
+    assert eval_loader == [root / names[i] for i in (0, 20, 40)]
+    assert len(load(root, "train", "pretrain")) == 39 and not {*eval_loader} & {*others}
     with pytest.raises(coco.DataError, match="holds one image"):
         coco.find_images(tmp_path / "one", "val")
     for part, name in (("a", "train"), ("b", "val")):  # as ImageNet and iSAID's patches have them
@@ -184,7 +184,7 @@ def test_boxes_are_clipped_and_labels_follow_ids(folder):
     edit(folder, lambda content: content["images"][0].pop("width"))  # it is the image's
     data = load(folder)
     cleaned = {"clipped to their image": 2, "without area, removed": 4}
-    assert data.cleaned == cleaned and data.images[0]["width"] == SIZE
+    assert data.cleaning_counts == cleaned and data.images[0]["width"] == SIZE
     assert data.boxes[0].tolist() == [[0, 10, 10, 20], [50, 50, 14, 14], [10, 10, 20, 20]]
     assert [c["name"] for c in data.categories] == ["early", "late"] and data.counts() == [1, 2]
     assert data[0][1]["labels"].tolist() == [1, 0, 1] and data[1][1]["boxes"].shape == (0, 4)
@@ -277,7 +277,7 @@ def white_box(size, box, transform):
     content = {"images": [{"id": 0, "file_name": "", "width": w, "height": h}]}
     content["annotations"] = [{"image_id": 0, "category_id": 1, "bbox": box}]
     content["categories"] = [{"id": 1, "name": "box"}]
-    return isaid.Detection("a box", content, lambda i, at_least: (picture, size), transform)
+    return isaid.DetectionDataset("a box", content, lambda i, at_least: (picture, size), transform)
 
 
 @pytest.mark.parametrize("size", [(90, 60), (64, 64), (700, 500)], ids=str)
@@ -286,10 +286,10 @@ def white_box(size, box, transform):
 def test_boxes_follow_their_object(size, image_size, augment):
     """The box is where the white is; of the eight ways to lie those are met that are meant."""
     image_size, places = image_size or (80 if augment == "crop" else None), set()
-    data = white_box(size, [8, 30, 40, 20], isaid.transforms(True, image_size, augment))
+    data = white_box(size, [8, 30, 40, 20], isaid.make_transforms(True, image_size, augment))
     for data.epoch in range(40 if image_size else 6):
         picture, target = data[0]
-        bright = coco.unnormalise(picture).amin(0) > 0.66
+        bright = coco.unnormalize(picture).amin(0) > 0.66
         H, W = bright.shape
         assert H == W == image_size if image_size else max(H, W) <= 1333 and min(H, W) <= 800
         if len(target["boxes"]) == 0:  # cropped away
@@ -329,7 +329,7 @@ def test_quarters_of_odd_sides(tmp_path):
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone():
-    data = isaid.synthetic("train", 3, SIZE, isaid.transforms(True, SIZE, "aerial"))
+    data = isaid.synthetic_dataset("train", 3, SIZE, isaid.make_transforms(True, SIZE, "aerial"))
 
     def item(seed, epoch, i):
         data.seed, data.epoch, state = seed, epoch, torch.get_rng_state()
@@ -342,7 +342,9 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
     for step in ((1, 0, 0), (0, 1, 0), (0, 0, 3)):  # seeds, epochs, the same image once more
         images, seeds = zip(*(item(*(k * np.array(step) + (0, 0, 2))) for k in range(8)))
         assert len(set(images)) > 2 and len(set(seeds)) == 8
-    data.transform = isaid.transforms(False, SIZE, "aerial")  # what is held out is not augmented
+    data.transform = isaid.make_transforms(
+        False, SIZE, "aerial"
+    )  # what is held out is not augmented
     assert item(0, 0, 2)[0] == item(0, 5, 2)[0]
 
 
@@ -355,11 +357,11 @@ def test_collate_pads_right_and_below():
 @pytest.mark.parametrize("suffix, read", [("jpg", 256), ("png", 1024)])
 def test_large_jpegs_are_decoded_small(tmp_path, suffix, read):
     """A JPEG of four times the size gives nearly the same item from a quarter of the pixels."""
-    path, transform = tmp_path / f"a.{suffix}", isaid.transforms(False, 256)
+    path, transform = tmp_path / f"a.{suffix}", isaid.make_transforms(False, 256)
     data = white_box((1024, 1024), [256, 512, 128, 64], transform)
     data.read = lambda i, at_least: coco.read_image(path, at_least)
     synthetic.draw_scene(0, 3, 256).resize((1024, 1024)).save(path, quality=95)
-    whole, data.at_least = data[0][0], 256
+    whole, data.min_size = data[0][0], 256
     small, target = data[0]
     assert data.read(0, 256)[0].size == (read, read) and target["size"] == (1024, 1024)
     assert target["boxes"].tolist() == [[0.3125, 0.53125, 0.125, 0.0625]]

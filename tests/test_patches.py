@@ -18,7 +18,7 @@ from util import coco, isaid_prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT.parent / "shared/data/isaid_raw"
-PACKED = isaid_prepare.pack(isaid_prepare.COLOURS).tolist()
+PACKED = isaid_prepare.pack(isaid_prepare.COLORS).tolist()
 SMALL = "--patch 80 --overlap 20 --workers 1"
 RAW, OUT = Path("raw/train/images"), Path("out/train")  # in the folder of a test
 

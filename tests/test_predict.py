@@ -23,7 +23,7 @@ class Rectangles(torch.nn.Module):
     def forward(self, images, padding):
         shape = 1, len(images), self.most
         logits, boxes = torch.full((*shape, 3), -9.0), torch.full((*shape, 4), 0.5)
-        for b, image in enumerate(coco.unnormalise(images).numpy()):
+        for b, image in enumerate(coco.unnormalize(images).numpy()):
             H, W, q = *(int((~padding[b]).any(d).sum()) for d in (1, 0)), 0
             for label, channel in enumerate(image):
                 pieces, _ = ndimage.label(channel[:H, :W] > 0.76)
@@ -55,7 +55,7 @@ def test_seams_neither_cut_nor_double(size, n, longest, seen, off):
     """In windows of 256 pixels that overlap by 64 the same is found as at once. The objects are
     as large as the overlap or larger than a window; at half their size to the nearest pixel."""
     image, boxes, labels = scene(*size, n, min(longest, min(size) // 2))
-    found = predict.find(Rectangles(), image, 256, 64, seen, batch_size=3, workers=1)
+    found = predict.detect_in_windows(Rectangles(), image, 256, 64, seen, batch_size=3, workers=1)
     distance = np.abs(found["boxes"][:, None] - boxes).max(-1)
     assert distance.min(0).max() <= off and sorted(distance.argmin(1)) == list(range(n))
     np.testing.assert_array_equal(found["labels"], labels[distance.argmin(1)])
@@ -70,9 +70,13 @@ def test_what_is_not_cut_wins():
     cases = (whole, [0, 0, 1], [1, 2]), (part, [0, 0], [0]), (part, [0, 1], [0, 1])
     for boxes, labels, best in cases:
         n, labels, scores = len(boxes), np.array(labels), np.array([0.9, 0.5, 0.4])
-        joined, kept = predict.join(boxes, labels, scores[:n], windows[:n], (150, 100), margin=1)
+        joined, kept = predict.merge_windows(
+            boxes, labels, scores[:n], windows[:n], (150, 100), margin=1
+        )
         assert kept.tolist() == best and joined.tolist() == boxes[best].tolist()
-    assert not len(predict.find(Rectangles(), Image.new("RGB", (99, 70)), 64, 16, 64)["boxes"])
+    assert not len(
+        predict.detect_in_windows(Rectangles(), Image.new("RGB", (99, 70)), 64, 16, 64)["boxes"]
+    )
 
 
 @pytest.mark.parametrize("side, step", [(90, 25), (60, 15), (40, 8)])
@@ -80,7 +84,7 @@ def test_rows_that_overlap(side, step):
     """Parallel things side by side, as parked lorries, stay as many as they are."""
     rng, width, found = np.random.default_rng(0), 1000, []
     truth = np.array([[x, 60, x + side, 60 + side] for x in range(5, width - side, step)], float)
-    for x0, x1 in isaid_prepare.spans(width, 256, 64):
+    for x0, x1 in isaid_prepare.tile_intervals(width, 256, 64):
         window = np.array([x0, 0, x1, 256], float)
         seen = predict.intersect(truth, window)
         seen = seen[predict.area(seen) > 0.2 * side**2]
@@ -88,7 +92,7 @@ def test_rows_that_overlap(side, step):
         found.append(np.concatenate([seen, np.tile(window, (len(seen), 1))], 1))
     boxes, windows = np.split(np.concatenate(found), 2, axis=1)
     labels, scores = np.zeros(len(boxes), int), rng.random(len(boxes))
-    joined, _ = predict.join(boxes, labels, scores, windows, (width, 256), margin=4)
+    joined, _ = predict.merge_windows(boxes, labels, scores, windows, (width, 256), margin=4)
     distance = np.abs(joined[:, None] - truth).max(-1)
     assert distance.min(1).max() < 4 and sorted(distance.argmin(1)) == list(range(len(truth)))
 

@@ -66,7 +66,7 @@ def test_a_table(table, tmp_path, capsys):
     states = [torch.load(runs / f"{x}-1/last.pt") for x in ("deformable-after", "start")]
     frozen = "backbone.0.body.layer1.0.conv1.weight"
     assert torch.equal(*(state["model"][frozen] for state in states))
-    whole, guess = shown.read_text(encoding="utf-8"), start["log"][-1]["ssl_guess"]
+    whole, guess = shown.read_text(encoding="utf-8"), start["log"][-1]["ssl_baseline"]
     last = [100 * content[f"deformable-scratch-{seed}"]["log"][-1]["ap50"] for seed in (0, 1)]
     assert f"{sum(last) / 2:.1f} ± {statistics.stdev(last):.1f} | not by all | 2 |" in whole
     assert f"| {guess:.3f} | 0.250 |" in whole and 0.25 <= guess <= 1
@@ -280,12 +280,12 @@ def test_the_mean_patch_by_hand(tmp_path):
     """The loss of a guess is that of predicting the mean of all counted patches."""
     flags = TINY.replace("64", "80")  # a border of 16 pixels belongs to no whole patch
     train.main(f"{flags} --setting pretrain --ssl_task reconstruct --out {tmp_path}/run".split())
-    data = isaid.synthetic("val", 2, 80, isaid.transforms(False, 80))
+    data = isaid.synthetic_dataset("val", 2, 80, isaid.make_transforms(False, 80))
     images = torch.stack([data[i][0][:, :64, :64] for i in range(2)])
     patches = images.unfold(2, 32, 32).unfold(3, 32, 32).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
     expected = float((patches - patches.mean(0)).abs().mean())
     (line,) = reproduce.read_log(tmp_path / "run")
-    assert line["ssl_guess"] == pytest.approx(expected, rel=1e-5) and line["ssl_chance"] is None
+    assert line["ssl_baseline"] == pytest.approx(expected, rel=1e-5) and line["ssl_chance"] is None
 
 
 def test_mistakes_get_one_line(table, capsys, monkeypatch):

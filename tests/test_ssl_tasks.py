@@ -49,7 +49,7 @@ def given(model, task, options=(), **flags):
     """(images, their padding, a model, a task for it, a corruption of the images)."""
     (images, padding), model = batch(), a_model(model, **dict(options))
     task = a_task(task, model, **flags)
-    return images, padding, model, task, task.draw(padding, [1, 2, 3])
+    return images, padding, model, task, task.sample_corruption(padding, [1, 2, 3])
 
 
 def results(task, model, images, padding, corruption):
@@ -69,29 +69,34 @@ def test_corrupting_an_image_by_hand(name, patch):
     images, _, _, task, corruption = given("deformable_detr", name, patch=patch)
     corrupted, columns = task.corrupt_images(images, corruption), corruption.grid[1]
     for b, (height, width) in enumerate(IMAGES):
-        share = round(corruption.whole[b].sum().item() / 2)
+        share = round(corruption.inside[b].sum().item() / 2)
         chosen = corruption.changed()[b].sum().item()
         assert chosen == share if name == "mim-continuous" else 1 < chosen <= share
-        assert not corruption.changed()[b][~corruption.whole[b]].any()
-        for p in range(corruption.whole.shape[1]):
+        assert not corruption.changed()[b][~corruption.inside[b]].any()
+        for p in range(corruption.inside.shape[1]):
             y, x = p // columns * patch, p % columns * patch
-            assert corruption.whole[b, p] == (y + patch <= height and x + patch <= width)
+            assert corruption.inside[b, p] == (y + patch <= height and x + patch <= width)
             here = corrupted[b, :, y : y + patch, x : x + patch]
-            y, x = (k * patch for k in divmod(corruption.source[b, p].item(), columns))
+            y, x = (k * patch for k in divmod(corruption.permutation[b, p].item(), columns))
             there = images[b, :, y : y + patch, x : x + patch]
             expected = torch.zeros_like(here) if corruption.masked[b, p] else there
             assert torch.equal(here, expected)
     if name == "jigsaw-discrete":
-        undone = corruption._replace(source=task.target(images, corruption).flatten(1)).undone()
-        assert torch.equal(task.corrupt_images(corrupted, undone), images)
+        inverse = corruption._replace(
+            permutation=task.target(images, corruption).flatten(1)
+        ).inverse()
+        assert torch.equal(task.corrupt_images(corrupted, inverse), images)
 
 
 def test_an_image_is_corrupted_by_its_seed_alone():
     task, (_, padding) = a_task("mim-continuous", a_model("detr")), batch()
-    together, alone = task.draw(padding, [3, 4, 5]), task.draw(padding[1:2], [4])
+    together, alone = (
+        task.sample_corruption(padding, [3, 4, 5]),
+        task.sample_corruption(padding[1:2], [4]),
+    )
     assert torch.equal(together.masked[1], alone.masked[0])
-    assert not torch.equal(together.masked[0], task.draw(padding, [8, 4, 5]).masked[0])
-    several = [task.draw(padding[:1], [seed]).masked[0] for seed in range(200)]
+    assert not torch.equal(together.masked[0], task.sample_corruption(padding, [8, 4, 5]).masked[0])
+    several = [task.sample_corruption(padding[:1], [seed]).masked[0] for seed in range(200)]
     share = torch.stack(several).float().mean(0)  # no favourites
     assert (share[:48] > 0.35).all() and (share[:48] < 0.65).all() and (share[48:] == 0).all()
 
@@ -112,7 +117,9 @@ def test_no_leak_through_feature_maps(name, options, patch):
     shown = (x.features.masked_fill(x.padding[:, None], 0) for x in memory)
     sum((x**3).sum() for x in shown).backward()
     masked = corruption.masked.unflatten(1, corruption.grid)
-    pixels = F.pad(ssl_tasks.spread(masked, task.patch, (200, 256)).float(), (0, 0, 0, 56))
+    pixels = F.pad(
+        ssl_tasks.patches_to_pixels(masked, task.patch, (200, 256)).float(), (0, 0, 0, 56)
+    )
     for level, stride in zip(levels, model.strides):
         H, W = level.padding.shape[-2:]
         under = F.max_pool2d(pixels[:, None], stride)[:, 0, :H, :W] > 0
@@ -128,7 +135,7 @@ def test_no_leak_through_the_image(name, options, patch):
     setting = given(name, "mim-continuous", options, on="image", patch=patch)
     images, padding, model, task, corruption = setting
     changed = corruption.changed().unflatten(1, corruption.grid)
-    where = ssl_tasks.spread(changed, task.patch, (200, 256))[:, None]
+    where = ssl_tasks.patches_to_pixels(changed, task.patch, (200, 256))[:, None]
     inputs = images, images.masked_fill(where, 3.0), images.masked_fill(padding[:, None], 9.0)
     memories = [results(task, model, x, padding, corruption)[0] for x in inputs]
     for level, other, padded in zip(*memories):
@@ -157,19 +164,19 @@ def test_a_fine_jigsaw_does_not_leak_through_coarse_cells():
 def test_the_loss_by_hand(name, kind, loss_on):
     images, padding, model, task, corruption = given(name, kind, loss_on=loss_on)
     memory, loss = results(task, model, images, padding, corruption)
-    prediction, errors, n = task.compare(memory, images, corruption)[0], [], task.patch
+    prediction, errors, n = task.predict_and_target(memory, images, corruption)[0], [], task.patch
     every = loss_on == "all" or kind == "reconstruct"
     for b, (height, width) in enumerate(IMAGES):
-        for p in range(corruption.whole.shape[1]):
+        for p in range(corruption.inside.shape[1]):
             row, column = divmod(p, corruption.grid[1])
             y, x = row * n, column * n
-            changed = corruption.masked[b, p] or corruption.source[b, p] != p
+            changed = corruption.masked[b, p] or corruption.permutation[b, p] != p
             if y + n > height or x + n > width or not (every or changed):
                 continue
             here = b, slice(None), slice(y, y + n), slice(x, x + n)
             if kind.endswith("discrete"):
                 small = F.adaptive_avg_pool2d(images[here], 4).flatten()
-                wanted = corruption.source[b, p]
+                wanted = corruption.permutation[b, p]
                 if kind == "mim-discrete":
                     wanted = (task.tokenizer.codes - small).square().sum(1).argmin()
                 errors.append(-prediction[b, :, row, column].log_softmax(0)[wanted])
@@ -302,7 +309,7 @@ class Rotation(ssl_tasks.ClassTask):
         return 4
 
     def target(self, images, corruption):  # (B, h, w)
-        return corruption.turns.unflatten(1, corruption.grid)
+        return corruption.quarter_turns.unflatten(1, corruption.grid)
 
 
 def test_a_task_that_turns_patches(monkeypatch, tmp_path):
@@ -315,14 +322,14 @@ def test_a_task_that_turns_patches(monkeypatch, tmp_path):
             levels = model.features(images, padding)
             pairs = zip(levels, task.corrupt_levels(levels, corruption), task.strides)
             stack = [(a.features, b.features, task.patch // s) for a, b, s in pairs]
-        assert 0 < (corruption.turns > 0).sum() < corruption.whole.sum()
-        assert torch.equal(task.loss_mask(corruption), corruption.turns > 0)
+        assert 0 < (corruption.quarter_turns > 0).sum() < corruption.inside.sum()
+        assert torch.equal(task.counted_patches(corruption), corruption.quarter_turns > 0)
         for before, after, p in stack:
-            for b, i in np.ndindex(*corruption.turns.shape):
+            for b, i in np.ndindex(*corruption.quarter_turns.shape):
                 y, x = (n * p for n in divmod(i, corruption.grid[1]))
                 here = (b, slice(None), slice(y, y + p), slice(x, x + p))
-                if corruption.whole[b, i]:
-                    turned = np.rot90(before[here].detach(), corruption.turns[b, i], (1, 2))
+                if corruption.inside[b, i]:
+                    turned = np.rot90(before[here].detach(), corruption.quarter_turns[b, i], (1, 2))
                     np.testing.assert_array_equal(after[here].detach(), turned)
                 else:
                     assert torch.equal(before[here], after[here])
@@ -352,9 +359,9 @@ def test_every_task_is_learnt(model, setting, task, blues, tmp_path):
     assert {detr.part_of(name) for name in weights} == parts
     if learns:
         if task.endswith("discrete"):
-            assert line["ssl_acc"] > max(0.75, 1.2 * line["ssl_guess"])
+            assert line["ssl_acc"] > max(0.75, 1.2 * line["ssl_baseline"])
         else:
-            assert line["ssl_loss"] < 0.6 * line["ssl_guess"]
+            assert line["ssl_loss"] < 0.6 * line["ssl_baseline"]
         metrics = evaluated(run)
         assert metrics["ssl_loss"] == pytest.approx(line["ssl_loss"], rel=1e-5)
         assert metrics.get("ap") == line.get("ap")

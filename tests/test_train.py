@@ -23,7 +23,7 @@ import detr
 import eval as evaluation
 import isaid
 import train
-from util import checkpoint, isaid_prepare, synthetic
+from util import checkpoint, isaid_prepare, plots, synthetic
 from util.cli import command
 
 TASK = "--setting multitask --ssl_weight 3".split()
@@ -32,8 +32,8 @@ TASK = "--setting multitask --ssl_weight 3".split()
 def prepared(*flags):
     """(run, its flags, its images, the first batch of its first epoch), before the first step."""
     args = train.parse([*TINY, "--out", "none", "--amp", "no", *flags])[0]
-    run, data, _, _ = train.prepare(args)
-    train.train_mode(run.model, args)
+    run, data, _, _ = train.build_run(args)
+    train.set_train_mode(run.model, args)
     return run, args, data, next(iter(isaid.epoch_loader(data, args, 1)))
 
 
@@ -112,7 +112,7 @@ def test_what_a_run_leaves(run):
     "--setting multitask --ssl_task mim-discrete --vocabulary 4"])  # fmt: skip
 def test_it_learns(flags, tmp_path, monkeypatch):
     """The loss falls with every step on the same four scenes, by more than a seventh in twelve."""
-    for module, name in ((checkpoint, "save"), (pictures, "draw_curves")):
+    for module, name in ((checkpoint, "save"), (plots, "draw_curves")):
         monkeypatch.setattr(module, name, lambda *_: None)  # for time
     flags += " --limit_train 4 --epochs 12 --eval_every 12 --augment none --clip_max_norm 9"
     flags += f" --lr 2e-3 --lr_backbone 2e-3 --out {tmp_path}/run"
@@ -134,7 +134,7 @@ def test_overfitting_four_scenes(tmp_path):
 def test_runs_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for flags, kind in ("", "detect"), ("--setting pretrain", "pretrain-mim-continuous"):
-        folders = [checkpoint.make_folder(train.parse(flags.split())[0]) for _ in range(3)]
+        folders = [checkpoint.make_run_folder(train.parse(flags.split())[0]) for _ in range(3)]
         assert folders == [f"runs/deformable_detr-{kind}-{n}" for n in (1, 2, 3)]
 
 
@@ -174,18 +174,18 @@ def test_imagenet_weights(tmp_path, monkeypatch):
 def test_init_of_a_run_with_other_classes(run, monkeypatch):
     """Class heads are dropped and named, all else is taken, or the parts that are named."""
     more = [*isaid_prepare.CATEGORIES, {"id": 16, "name": "thing"}]
-    monkeypatch.setattr(patches, "CATEGORIES", more)
+    monkeypatch.setattr(isaid_prepare, "CATEGORIES", more)
     before = torch.load(run[0] / "best.pt")["model"]
     for parts, others in ((detr.PARTS, []), (["encoder"], ["--init_parts", "encoder"])):
         args = train.parse([*TINY, "--init", str(run[0]), *others])[0]
-        made, _, _, notes = train.prepare(args)
+        made, _, _, notes = train.build_run(args)
         heads = ", ".join(f"class_embed.{i}.{x}" for i in (0, 1) for x in ("weight", "bias"))
         dropped = f"; absent or of another number of classes, start anew: {heads}" * (not others)
         assert notes["start"] == f"{' and '.join(parts)} from {run[0]}{dropped}"
         for name, x in made.model.state_dict().items():
             if "class_embed" not in name and x.dim() > 1:  # norms start at the same values anyway
                 assert torch.equal(x, before[name]) == (detr.part_of(name) in parts), name
-    assert made.content["categories"][15:] == [{"id": 16, "name": "thing"}]
+    assert made.metadata["categories"][15:] == [{"id": 16, "name": "thing"}]
 
 
 def test_init_from_two_sources(run, tmp_path, capsys):
@@ -194,7 +194,7 @@ def test_init_from_two_sources(run, tmp_path, capsys):
     second = {**first, "model": {k: torch.full_like(x, 7) for k, x in first["model"].items()}}
     torch.save(second, other := tmp_path / "other.pt")
     flags = f"--init {run[0]} --init_parts backbone encoder --init {other} --init_parts encoder"
-    made, _, _, notes = train.prepare(train.parse([*TINY, *flags.split()])[0])
+    made, _, _, notes = train.build_run(train.parse([*TINY, *flags.split()])[0])
     assert notes["start"] == f"backbone from {run[0]}; encoder from {other}"
     start = {"backbone": first["model"], "encoder": second["model"]}
     for name, x in made.model.state_dict().items():
@@ -218,7 +218,7 @@ def test_init_from_two_sources(run, tmp_path, capsys):
         torch.save({**first, "model": less}, tmp_path / "less.pt")
         flags = flags.replace("RUN", str(run[0])).replace("LESS", str(tmp_path / "less.pt"))
         with pytest.raises(ValueError, match=message):
-            train.prepare(train.parse([*TINY, *flags.split()])[0])
+            train.build_run(train.parse([*TINY, *flags.split()])[0])
 
 
 def test_frozen_parts_stay_as_they_are(run, tmp_path):
@@ -394,7 +394,7 @@ def test_who_reads_which_memory(model, flags, backbone, encoder, decoder, monkey
     levels = model.features(images, padding)
     clean = corrupted = model.encode(levels)
     if task and task.corrupts:
-        corruption = task.draw(padding, [target["seed"] for target in targets])
+        corruption = task.sample_corruption(padding, [target["seed"] for target in targets])
         corrupted = task.corrupt_levels(levels, corruption) if args.ssl_on == "features" else (
             model.features(task.corrupt_images(images, corruption), padding))  # fmt: skip
         corrupted = model.encode(corrupted)
@@ -438,7 +438,7 @@ def test_half_precision(model, monkeypatch):
     for flags in ([], ["--amp", "bf16"]):
         run, args, _, batch = prepared(*TASK, "--model", model, *flags)
         criterion, linear = run.model.criterion, run.model.transformer.encoder.layers[0].linear1
-        owners = (criterion, "set_losses"), (criterion, "costs"), (run.task, "errors")
+        owners = (criterion, "layer_losses"), (criterion, "costs"), (run.task, "patch_losses")
         given = spied(monkeypatch, *owners)
         linear.register_forward_hook(lambda layer, x, out: layers.append(out.dtype))
         losses.append(train.compute_losses(run.model, run.task, *batch, args))
@@ -481,9 +481,11 @@ def by_hand(run, args, halves, together):
     is divided by its own weights."""
     model, task, decodes = run.model, run.task, args.setting != "pretrain"
     run.optimizer.zero_grad()
-    drawn = [task and task.draw(x, [target["seed"] for target in y]) for _, x, y in halves]
+    drawn = [
+        task and task.sample_corruption(x, [target["seed"] for target in y]) for _, x, y in halves
+    ]
     objects = [sum(len(target["labels"]) for target in targets) for *_, targets in halves]
-    patches = [int(task.loss_mask(corruption).sum()) if task else 0 for corruption in drawn]
+    patches = [int(task.counted_patches(corruption).sum()) if task else 0 for corruption in drawn]
     assert len({*(objects if decodes else patches)}) == 2
     if together:
         objects, patches = [sum(objects) / 2] * 2, [sum(patches) / 2] * 2
@@ -518,7 +520,7 @@ KINDS = {"detr": "--model detr", "deformable": "", "two-stage": "--two_stage",
 GRADIENTS = """
 import sys, torch, test_train
 from util import distributed
-distributed.start("cpu")
+distributed.init("cpu")
 for kind, flags in test_train.KINDS.items():
     run, args, halves = test_train.two_halves(flags)
     found = test_train.gradients_of_a_step(run, args, [halves[distributed.rank()]])

@@ -6,7 +6,7 @@ A row of the picture is a query: its box; what it looks at in the decoder's last
 at the mean; what the cell in the middle of the box, with a cross, looks at in the encoder's last.
 DETR looks at all cells: a map, the mean of its heads. Deformable DETR looks at points on all
 levels: those of all heads, larger and redder with their weight. Without IMAGE the first held-out
-image with objects is drawn, and the run's metrics.json gets "attention", see `share_in_box`. IMAGE
+image with objects is drawn, and the run's metrics.json gets "attention", see `pointing_game`. IMAGE
 is seen whole, resized as the run's images are; of a large one give a part.
 """
 
@@ -33,7 +33,7 @@ COLUMNS = "its box", "decoder: what its query looks at", "encoder: what its midd
 
 
 # ---------------------------------------------------------------- where it looks
-class Look(NamedTuple):
+class AttentionMap(NamedTuple):
     """Where Q queries look with M heads, at n points each; in DETR all queries at the same ones,
     the centres of the cells, so that Q and M are 1 in `points`."""
 
@@ -43,7 +43,7 @@ class Look(NamedTuple):
 
 
 @torch.no_grad()
-def look(model, images, padding, part="decoder"):
+def attention_of(model, images, padding, part="decoder"):
     """(outputs of a detector, a Look of the last layer of its "decoder" or "encoder").
     In the encoder all cells are queries. The model runs as always; what its attention is given is
     recorded, and from that the same module tells where it looks."""
@@ -60,11 +60,11 @@ def look(model, images, padding, part="decoder"):
         query, reference, _, sizes, _ = arguments
         points, weights = module.sample(query, reference, sizes)  # (B, Q, M, L, P, 2)
         points = points / detr.valid_ratios(memory)[:, None, None, :, None]
-        return outputs, Look(points.flatten(3, 4), weights.flatten(3), shapes)
+        return outputs, AttentionMap(points.flatten(3, 4), weights.flatten(3), shapes)
     options.update(need_weights=True, average_attn_weights=False)
     weights = module(*arguments, **options)[1].transpose(1, 2)  # (B, Q, M, S)
-    centres = torch.cat(detr.cell_centres(memory), 1)  # (B, S, 2)
-    return outputs, Look(centres[:, None, None], weights, shapes)
+    centres = torch.cat(detr.cell_centers(memory), 1)  # (B, S, 2)
+    return outputs, AttentionMap(centres[:, None, None], weights, shapes)
 
 
 def mean_point(seen):
@@ -76,13 +76,13 @@ def mean_point(seen):
 
 
 @torch.no_grad()
-def share_in_box(model, data, batch_size, device):
+def pointing_game(model, data, batch_size, device):
     """{"in_box": the share of the objects in `data` at which their query looks: the mean of its
     points lies in the object's box; "by_chance": the same of a point anywhere in the image;
     "objects": how many}. An object's query is the one that the matching of training gives it."""
     hits, areas = [], []
-    for images, padding, targets in evaluation.held_out(data, batch_size, 0, "attention"):
-        outputs, seen = look(model, images.to(device), padding.to(device))
+    for images, padding, targets in evaluation.eval_loader(data, batch_size, 0, "attention"):
+        outputs, seen = attention_of(model, images.to(device), padding.to(device))
         labels, boxes = detr.pad_targets(targets, device)  # (B, T), (B, T, 4)
         counts = [len(target["labels"]) for target in targets]
         last = outputs["logits"][-1:], outputs["boxes"][-1:]
@@ -97,7 +97,7 @@ def share_in_box(model, data, batch_size, device):
 def batch(image, image_size):
     """A PIL image as the evaluation shows it to a model: images (1, 3, H, W), padding (1, H, W).
     image_size: the run's flag."""
-    resize, *_ = isaid.transforms(False, image_size).transforms
+    resize, *_ = isaid.make_transforms(False, image_size).transforms
     return isaid.collate([(isaid.to_tensor(resize(image)), None)])[:2]
 
 
@@ -107,10 +107,10 @@ def draw(path, model, image, run, n=4):
     drawn. run: its checkpoint, as evaluation.load_run returns it."""
     device = next(model.parameters()).device
     inputs = [x.to(device) for x in batch(image, run["args"]["image_size"])]
-    outputs, seen = look(model, *inputs)
+    outputs, seen = attention_of(model, *inputs)
     looks, means = [seen], mean_point(seen)[0].nan_to_num(0.5).cpu().numpy()  # (Q, 2)
     if model.transformer.encoder.layers:
-        looks.append(look(model, *inputs, "encoder")[1])
+        looks.append(attention_of(model, *inputs, "encoder")[1])
     (found,) = model.postprocess(outputs, [image.size[::-1]])
     best = nms(found["boxes"], found["scores"], 0.3)[:n]  # each of another object, best first
     best = best[: max(1, int((found["scores"][best] >= 0.1).sum()))]
@@ -154,11 +154,11 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     model, _, run = evaluation.load_run(args.run, args.device)
-    evaluation.must_detect(run)
+    evaluation.require_detector(run)
     flags, folder = argparse.Namespace(**run["args"]), run["path"].parent
     name = f"attention-{args.image.stem}.png" if args.image else "attention.png"
     out, metrics = args.out or folder / name, folder / "metrics.json"
-    coco.try_output(out)
+    coco.check_writable(out)
     before = coco.read_json(metrics) if metrics.exists() and not args.image else {}
     if not isinstance(before, dict):
         raise ValueError(f"{metrics}: is not of eval.py; delete it")
@@ -168,13 +168,13 @@ def main(argv=None):
             larger = f"{w} x {h} pixels, more than the {run['window']} of the images trained on"
             print(f"{args.image}: {larger}; objects may be too small in it: try a part of it")
     else:
-        coco.try_output(metrics)
-        data = isaid.open_split("train" if flags.overfit else "val", flags, train=False)
+        coco.check_writable(metrics)
+        data = isaid.load_split("train" if flags.overfit else "val", flags, train=False)
         with_objects = (i for i, labels in enumerate(data.labels) if len(labels))
         if (first := next(with_objects, None)) is None:
             raise coco.DataError(f"{data.name}: has no objects; name an image")
         image, _ = data.read(first)
-        share = share_in_box(model, data, flags.batch_size, args.device)
+        share = pointing_game(model, data, flags.batch_size, args.device)
         coco.write_text(metrics, json.dumps({**before, "attention": share}, indent=1))
         text = "of {objects:,} held-out objects {in_box:.1%} are looked at by the queries that are "
         print(f"{text}matched with them (by chance: {{by_chance:.1%}})".format(**share))

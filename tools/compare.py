@@ -43,7 +43,7 @@ def table(flags, logs):
     for run, log in logs.items():
         last = [next((x[key] for x in reversed(log) if key in x), None) for key in there]
         other = [str(flags[run].get(name)) for name in differ]
-        rows.append([run, str(log[-1]["epoch"]), *map(evaluation.show, last), *other])
+        rows.append([run, str(log[-1]["epoch"]), *map(evaluation.format_metric, last), *other])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     return [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]
@@ -60,7 +60,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     flags, logs = open_runs(args.runs)
-    coco.try_output(args.out)
+    coco.check_writable(args.out)
     drawn = plots.draw_panels(args.out, {
         label: {run: plots.points_of(log, key) for run, log in logs.items()}
         for key, label in FIGURES.items()

@@ -39,7 +39,7 @@ class Windows(torch.utils.data.Dataset):
     def __init__(self, image, window, overlap, image_size):
         self.image, self.scale = image, image_size / window
         rows, columns = (
-            isaid_prepare.spans(n, window, overlap) for n in (image.height, image.width)
+            isaid_prepare.tile_intervals(n, window, overlap) for n in (image.height, image.width)
         )
         self.boxes = [(x0, y0, x1, y1) for y0, y1 in rows for x0, x1 in columns]
 
@@ -53,21 +53,21 @@ class Windows(torch.utils.data.Dataset):
         return isaid.to_tensor(picture), {"size": (y1 - y0, x1 - x0), "window": self.boxes[i]}
 
 
-def find(model, image, window, overlap, image_size, score=0.3, batch_size=8, device="cpu",
+def detect_in_windows(model, image, window, overlap, image_size, score=0.3, batch_size=8, device="cpu",
          top=100, workers=0):  # fmt: skip
     """The objects of a PIL image: {"boxes" (n, 4), "labels" (n,), "scores" (n,)}, best first.
     window, overlap: pixels of the image; image_size: pixels that a window is resized to; top: at
     most, of each window."""
     data, parts = Windows(image, window, overlap, image_size), []
-    batches = isaid.loader(data, workers, batch_size=batch_size)
+    batches = isaid.data_loader(data, workers, batch_size=batch_size)
     batches = tqdm(batches, "windows", leave=False, disable=None)
-    for target, found in evaluation.detections(model, batches, device, top, "the image"):
+    for target, found in evaluation.detect(model, batches, device, top, "the image"):
         good = found["scores"] >= score
         window_of = torch.tensor(target["window"]).expand(int(good.sum()), 4)
         boxes = (found["boxes"][good] + window_of[:, [0, 1, 0, 1]]).double()
         parts.append((boxes, found["labels"][good], found["scores"][good], window_of))
     boxes, labels, scores, windows = (torch.cat(part).numpy() for part in zip(*parts))
-    boxes, best = join(boxes, labels, scores, windows, image.size, margin=window / 64)
+    boxes, best = merge_windows(boxes, labels, scores, windows, image.size, margin=window / 64)
     return {"boxes": boxes, "labels": labels[best], "scores": scores[best]}
 
 
@@ -102,7 +102,7 @@ def same_objects(boxes, labels, windows):
     return np.concatenate(pairs)
 
 
-def join(boxes, labels, scores, windows, size, margin):
+def merge_windows(boxes, labels, scores, windows, size, margin):
     """Make one of what several windows have seen of an object: (boxes (k, 4), best (k,)).
     boxes, windows (n, 4), labels, scores (n,), size (width, height) of the image; best: the index
     of each object's best detection. Of its boxes the best one stands that does not end, within
@@ -181,11 +181,11 @@ def parse(argv):
 @command
 def main(argv=None):
     args = parse(argv)
-    args.device = distributed.start(args.device)
+    args.device = distributed.init(args.device)
     if distributed.rank():  # one process does it all
         return
     model, _, run = evaluation.load_run(args.run, args.device)
-    evaluation.must_detect(run)
+    evaluation.require_detector(run)
     path, categories = run["path"], run["categories"]
     window, size = args.window or run["window"], run["args"]["image_size"] or 800
     overlap = window // 4 if args.overlap is None else args.overlap
@@ -195,7 +195,7 @@ def main(argv=None):
     out = args.out or path.parent / "predictions"
     out.mkdir(parents=True, exist_ok=True)
     for name in ("predictions.json", "predictions.csv"):
-        coco.try_output(out / name)
+        coco.check_writable(out / name)
     text = [f"{path} in windows of {window} pixels that overlap by {overlap}, resized to {size}"]
     how = args.score, args.batch_size, args.device, args.max_dets, args.workers
     images, results, bad = [], [], []
@@ -206,7 +206,7 @@ def main(argv=None):
         except coco.DataError as error:
             bad.append(str(error))
             continue
-        found = find(model, image, window, overlap, size, *how)
+        found = detect_in_windows(model, image, window, overlap, size, *how)
         results += evaluation.coco_results(found, len(images), categories, digits=2)
         images.append({"id": len(images), "file_name": name.as_posix(), "width": w, "height": h})
         plots.draw_objects(out / f"{name}{PICTURE}", image, found, categories)

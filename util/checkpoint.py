@@ -24,7 +24,14 @@ import detr
 from util import coco, distributed
 from util.cli import one_line
 
-MAY_DIFFER = {"resume", "out", "workers", "device", "data", "tokenizer_weights"}  # files may move
+MAY_CHANGE_ON_RESUME = {
+    "resume",
+    "out",
+    "workers",
+    "device",
+    "data",
+    "tokenizer_weights",
+}  # files may move
 NEED_SAME = "a run goes on with the flags, data and number of processes it was started with"
 
 
@@ -36,8 +43,8 @@ class Run:
     task: torch.nn.Module | None
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    content: dict  # for others: "args", "detector", "categories", "task", "window"
-    steps: int  # an epoch
+    metadata: dict  # for others: "args", "detector", "categories", "task", "window"
+    steps_per_epoch: int
     epoch: int = 1
     step: int = 0  # those of this epoch that are done
     sums: dict = dataclasses.field(default_factory=dict)  # of losses over these steps
@@ -47,7 +54,7 @@ class Run:
     best: float = -math.inf
     log: list = dataclasses.field(default_factory=list)  # a dict an epoch
 
-    def clocked(self, loader):
+    def timed_batches(self, loader):
         """The batches; counts the seconds of the epoch, and those in which it waits for data."""
         start = time.perf_counter()
         for batch in loader:
@@ -55,7 +62,7 @@ class Run:
             yield batch
             self.seconds, start = self.seconds + time.perf_counter() - start, time.perf_counter()
 
-    def add(self, terms, share):
+    def add_losses(self, terms, share):
         """Count the losses of a batch, which is a share of a step."""
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + share * value.detach()
@@ -63,11 +70,12 @@ class Run:
     def log_line(self, batch):
         """The log's line of this epoch; losses are means over batches and processes."""
         losses = {
-            f"train_{name}": distributed.mean(x) / self.steps for name, x in self.sums.items()
+            f"train_{name}": distributed.mean_over_ranks(x) / self.steps_per_epoch
+            for name, x in self.sums.items()
         }
         seconds = max(self.seconds, 1e-9)
         times = {"seconds": round(self.seconds, 2), "data_wait": round(self.waited / seconds, 4)}
-        rate = round(self.steps * batch * distributed.world() / seconds, 2)
+        rate = round(self.steps_per_epoch * batch * distributed.world_size() / seconds, 2)
         return {"epoch": self.epoch, **losses, **times, "images_per_second": rate}
 
     def next_epoch(self):
@@ -75,26 +83,26 @@ class Run:
         self.step, self.sums, self.seconds, self.waited = 0, {}, 0.0, 0.0
 
 
-PLAIN = "steps", "epoch", "step", "seconds", "waited", "first_loss", "best", "log"
+PLAIN = "steps_per_epoch", "epoch", "step", "seconds", "waited", "first_loss", "best", "log"
 
 
-def product(run):
+def inference_state(run):
     """What others need of a run; the decoder of a pretraining is left out."""
     weights, task = run.model.state_dict(), run.task and run.task.state_dict()
-    if run.content["args"]["setting"] == "pretrain":
+    if run.metadata["args"]["setting"] == "pretrain":
         weights = {k: x for k, x in weights.items() if detr.part_of(k) != "decoder"}
-    return {**run.content, "model": weights, "task_state": task, "epoch": run.epoch}
+    return {**run.metadata, "model": weights, "task_state": task, "epoch": run.epoch}
 
 
-def save_last(path, run):
+def save_resume_state(path, run):
     """Write what it takes to go on; every process calls this, the first one writes."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     sums = {name: value.cpu() for name, value in run.sums.items()}
-    processes = distributed.gather({"cpu": torch.get_rng_state(), "cuda": cuda, "sums": sums})
+    processes = distributed.all_gather({"cpu": torch.get_rng_state(), "cuda": cuda, "sums": sums})
     if distributed.rank() == 0:
         training = {name: getattr(run, name).state_dict() for name in ("optimizer", "schedule")}
         plain = {name: getattr(run, name) for name in PLAIN}
-        save(path, {**product(run), **training, **plain, "processes": processes})
+        save(path, {**inference_state(run), **training, **plain, "processes": processes})
 
 
 def save(path, content):
@@ -111,7 +119,7 @@ def save(path, content):
         raise OSError(f"{path}: cannot be written; is the disk full? ({error})") from None
 
 
-def open_last(args):
+def load_resume_state(args):
     """The checkpoint to go on from, or None yet. ValueError if it was made with other flags."""
     path = Path(args.out, "last.pt")
     if not path.exists():
@@ -123,7 +131,9 @@ def open_last(args):
     if not isinstance(before, dict):
         raise ValueError(f"{path}: is not a checkpoint of train.py; start from it with --init")
     differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-    changes = [f"--{k} {before.get(k)}, not {now.get(k)}" for k in differ if k not in MAY_DIFFER]
+    changes = [
+        f"--{k} {before.get(k)}, not {now.get(k)}" for k in differ if k not in MAY_CHANGE_ON_RESUME
+    ]
     if changes:
         raise ValueError(f"{path}: was made with {', '.join(changes)}; {NEED_SAME}")
     return state
@@ -146,7 +156,7 @@ def faults(state):
         if not there or isinstance(value, int) and value < least:
             yield f"its 'args' have no usable {name!r}, but {value!r:.60}"
     classes = {"images": [], "annotations": [], "categories": state["categories"]}
-    yield from coco.faults(classes, truth=False)
+    yield from coco.validation_errors(classes, truth=False)
     if max(1, len(state["categories"])) != state["detector"].get("num_classes"):
         yield "'categories' are more or fewer than its detector has classes"
     window = state["window"]
@@ -167,9 +177,9 @@ def resume(run, state, device):
     """Put a run where the checkpoint was saved, random numbers too. Raises ValueError."""
     processes = state.get("processes", ())
     for name, before, now in (
-        ("steps an epoch", state.get("steps"), run.steps),
-        ("processes", len(processes), distributed.world()),
-        ("classes", state.get("categories"), run.content["categories"]),
+        ("steps an epoch", state.get("steps_per_epoch"), run.steps_per_epoch),
+        ("processes", len(processes), distributed.world_size()),
+        ("classes", state.get("categories"), run.metadata["categories"]),
     ):
         if before != now:
             raise ValueError(f"last.pt: was made with {before} {name}, not {now}; {NEED_SAME}")
@@ -191,7 +201,7 @@ def resume(run, state, device):
         raise ValueError(f"last.pt: cannot be gone on from ({why}); use --init") from None
 
 
-class Signals:
+class GracefulStop:
     """Within this context the first SIGINT or SIGTERM is noted only; a second one interrupts."""
 
     def __enter__(self):
@@ -209,7 +219,7 @@ class Signals:
 
 
 # ---------------------------------------------------------------- the run folder
-def make_folder(args):
+def make_run_folder(args):
     """A new folder for the run with its config.json, or the one to go on with. ValueError."""
     if args.out is None:
         kind = args.setting if args.setting == "detect" else f"{args.setting}-{args.ssl_task}"
@@ -229,12 +239,12 @@ def make_folder(args):
     except OSError as error:
         why = f"cannot be made ({error.strerror}); name another folder"
         raise ValueError(f"--out {out} {why}") from None
-    coco.try_output(out / ".tried")
+    coco.check_writable(out / ".tried")
     return str(out)
 
 
 @contextlib.contextmanager
-def kept_if_used(out):
+def remove_if_unused(out):
     """Remove the folder of a run that ends before its first checkpoint: its name is free then."""
     try:
         yield

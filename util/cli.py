@@ -40,7 +40,7 @@ def number(kind, zero=False, most=2**32, words=()):
     return parse
 
 
-def words(line):
+def split_recipe_line(line):
     """The words of a line of flags: quotes hold spaces; # at the start of a word is a comment.
     Raises ValueError."""
     lexer = shlex.shlex(line, posix=True)
@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
                 continue
             try:
                 lines = Path(word[1:]).read_text(encoding="utf-8-sig").splitlines()
-                found += self.expanded([flag for line in lines for flag in words(line)])
+                found += self.expanded([flag for line in lines for flag in split_recipe_line(line)])
             except (OSError, ValueError, RecursionError) as error:
                 self.error(f"{word}: cannot be read as a file of flags ({one_line(error)})")
         return found
@@ -114,7 +114,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
 
 
-class Sources(argparse.Action):
+class InitAction(argparse.Action):
     """`--init A --init_parts x --init B` as [[A, [x]], [B, None]]: what to take of each."""
 
     def __call__(self, parser, namespace, value, option=None):

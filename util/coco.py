@@ -27,7 +27,7 @@ class DataError(ValueError):
 
 
 @contextlib.contextmanager
-def reading(path, what):
+def wrap_read_errors(path, what):
     """Whatever a library raises while it reads a file becomes a DataError of one line.
     Only calls of libraries, and looks at what they give, belong into it: our own mistakes elsewhere
     stay visible."""
@@ -43,14 +43,14 @@ def reading(path, what):
 
 
 def read_json(path):
-    with reading(path, "valid JSON"):
+    with wrap_read_errors(path, "valid JSON"):
         return json.loads(Path(path).read_bytes())  # in any of Unicode's encodings
 
 
 def write_text(path, text):
     """A file that is whole or not there, whenever the process ends. Links are followed, and what
     is no ordinary file stays as it is. Raises DataError."""
-    target = ordinary(path)
+    target = resolve_regular_file(path)
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -60,7 +60,7 @@ def write_text(path, text):
         raise DataError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def ordinary(path):
+def resolve_regular_file(path):
     """Where a file is behind links. DataError if a device, a pipe or a folder is there."""
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
@@ -68,9 +68,9 @@ def ordinary(path):
     return target
 
 
-def try_output(path):
+def check_writable(path):
     """Whether a file can be written, before hours of work depend on it. Raises DataError."""
-    target = ordinary(path)
+    target = resolve_regular_file(path)
     there = target.exists()
     try:
         open(target, "a").close()
@@ -96,12 +96,12 @@ def load_json(path, truth=True):
     content = read_json(path)
     if not truth and isinstance(content, dict):
         content = {"categories": [], "annotations": [], **content}
-    for fault in faults(content, truth):
+    for fault in validation_errors(content, truth):
         raise DataError(f"{path}: {fault}")
     return content
 
 
-def faults(content, truth=True):
+def validation_errors(content, truth=True):
     """Everything that makes the content of a COCO file unusable, one message after the other."""
     for key in FIELDS:
         entries = content.get(key) if isinstance(content, dict) else None
@@ -110,7 +110,7 @@ def faults(content, truth=True):
             return
     for key, fields in FIELDS.items():
         for i, entry in enumerate(content[key]):
-            yield from (f"entry {i} of {key!r} {fault}" for fault in entry_faults(entry, fields))
+            yield from (f"entry {i} of {key!r} {fault}" for fault in validate_entry(entry, fields))
     known = {}
     for key in ("images", "categories"):
         ids = [entry["id"] for entry in content[key] if isinstance(entry.get("id"), int)]
@@ -131,7 +131,7 @@ def faults(content, truth=True):
         yield "has boxes within 0..1 only; COCO's are in pixels: multiply by the image's sides"
 
 
-def entry_faults(entry, fields):
+def validate_entry(entry, fields):
     """What is wrong with the fields of an image, annotation or category."""
     for field, kind in fields.items():
         value = entry.get(field)
@@ -154,7 +154,7 @@ def _sensible(value, low=-(10**9), high=10**9):
     return isinstance(value, (int, float)) and low <= value <= high
 
 
-def suspicions(content):
+def dataset_warnings(content):
     """What a usable COCO file has that its author hardly meant, in lines; images have sizes."""
     images = content["images"]
     files = collections.Counter(os.path.normpath(image["file_name"]) for image in images)
@@ -251,8 +251,8 @@ def image_files(folder):
     paths, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         here = os.path.realpath(root)
-        folders[:] = [] if here in seen else sorted(filter(is_ours, folders))
-        files = [] if here in seen else [Path(root, name) for name in names if is_ours(name)]
+        folders[:] = [] if here in seen else sorted(filter(is_user_file, folders))
+        files = [] if here in seen else [Path(root, name) for name in names if is_user_file(name)]
         paths += [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
         seen.add(here)
     paths = sorted(path for path in paths if path.is_file() and not is_mask(path))
@@ -261,7 +261,7 @@ def image_files(folder):
     return paths
 
 
-def is_ours(name):
+def is_user_file(name):
     """Whether a file or folder was put there by its user, not by the system."""
     return not name.startswith((".", "@eaDir", "__MACOSX"))
 
@@ -300,8 +300,8 @@ def read_image(path, at_least=None):
     """(a picture as it is displayed, as RGB; its (width, height) so). Raises DataError.
     A JPEG is decoded at a half, a quarter or an eighth of its size if that leaves `at_least`
     pixels a side. What lies under transparency is shown; a fourth band of TIFF is left out."""
-    with reading(path, "an image that can be read"), Image.open(path) as image:
-        refuse_deep(path, image)
+    with wrap_read_errors(path, "an image that can be read"), Image.open(path) as image:
+        reject_high_bit_depth(path, image)
         turn, size = orientation(image), displayed_size(image)
         if at_least:
             image.draft("RGB", (at_least, at_least))
@@ -314,7 +314,7 @@ def read_image(path, at_least=None):
 
 def read_size(path):
     """(width, height) of an image as it is displayed. Raises DataError."""
-    with reading(path, "an image that can be read"), Image.open(path) as image:
+    with wrap_read_errors(path, "an image that can be read"), Image.open(path) as image:
         return displayed_size(image)
 
 
@@ -334,7 +334,7 @@ def displayed_size(image):
     return size[::-1] if orientation(image) > 4 else size
 
 
-def refuse_deep(path, image):
+def reject_high_bit_depth(path, image):
     """DataError for more than 8 bits a channel: converting would make it white, or nearly black."""
     codec = " ".join(str(part) for tile in image.tile for part in tile)
     deep = image.mode.startswith(("I", "F")) or re.search(r"\w;(16|32)[BLN]|SGI16", codec)
@@ -360,7 +360,7 @@ def check_size(image, name, size):
         )
 
 
-def unnormalise(images):
+def unnormalize(images):
     """Images (..., 3, H, W) as the models see them, in 0..1 again."""
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
     return (images * std + mean).clamp(0, 1)

@@ -31,7 +31,7 @@ from util.coco import DataError
 from util.synthetic import CLASSES
 
 # fmt: off
-COLOURS = ((0, 0, 63), (0, 63, 63), (0, 63, 0), (0, 63, 127), (0, 63, 191), (0, 63, 255),
+COLORS = ((0, 0, 63), (0, 63, 63), (0, 63, 0), (0, 63, 127), (0, 63, 191), (0, 63, 255),
            (0, 127, 63), (0, 127, 127), (0, 0, 127), (0, 0, 191), (0, 0, 255), (0, 191, 127),
            (0, 127, 191), (0, 127, 255), (0, 100, 155))  # of CLASSES in the masks
 # fmt: on
@@ -41,17 +41,17 @@ LEFT_OUT = ("P1527", "P1530")
 BAND = 512  # rows that are worked on at a time where whole images would need much memory
 
 
-def spans(length, patch, overlap):
+def tile_intervals(length, patch, overlap):
     """Windows along a side of `length` pixels: [(start, stop)]; the last ends at the border."""
     starts = (max(0, min(start, length - patch)) for start in range(0, length, patch - overlap))
     return [(start, min(start + patch, length)) for start in dict.fromkeys(starts)]
 
 
-def windows(stem, height, width, patch, overlap, devkit):
+def tile_windows(stem, height, width, patch, overlap, devkit):
     """The patches of an image: [(name, (y0, y1, x0, x1))], row by row."""
     if max(height, width) <= patch or devkit and min(height, width) <= patch:
         return [(f"{stem}.png", (0, height, 0, width))]
-    rows, columns = spans(height, patch, overlap), spans(width, patch, overlap)
+    rows, columns = tile_intervals(height, patch, overlap), tile_intervals(width, patch, overlap)
     found = [(*y, *x) for y in rows for x in columns]
     return [(f"{stem}_{'_'.join(map(str, window))}.png", window) for window in found]
 
@@ -62,20 +62,20 @@ def pack(colours):
     return np.asarray(colours) @ (1, 256, 65536)
 
 
-BY_COLOUR = np.argsort(pack(COLOURS))  # an object's class is the lowest of the colours under it
+BY_COLOUR = np.argsort(pack(COLORS))  # an object's class is the lowest of the colours under it
 RANK_TO_ID = np.array([0, *(BY_COLOUR + 1), 0])  # of a category; the last rank is "unlabeled"
-UNLABELED, UNKNOWN = len(COLOURS) + 1, len(COLOURS) + 2
+UNLABELED, UNKNOWN = len(COLORS) + 1, len(COLORS) + 2
 
 
 @functools.cache
-def rank_table():
+def color_to_class_table():
     table = np.full(2**24, UNKNOWN, np.uint8)
     table[0] = UNLABELED
-    table[pack(COLOURS)[BY_COLOUR]] = np.arange(1, len(COLOURS) + 1)
+    table[pack(COLORS)[BY_COLOUR]] = np.arange(1, len(COLORS) + 1)
     return table
 
 
-def bands(mask):
+def row_chunks(mask):
     """Packed colours, some rows at a time: yields (rows, W) uint32."""
     for top in range(0, mask.height, BAND):
         rows = mask.crop((0, top, mask.width, min(top + BAND, mask.height)))
@@ -83,10 +83,10 @@ def bands(mask):
         yield packed.reshape(rows.height, rows.width) & 0xFFFFFF
 
 
-def read_ranks(path):
+def read_class_map(path):
     """The class of every pixel as the rank of its colour: (H, W) uint8. Raises DataError."""
     mask, _ = coco.read_image(path)
-    ranks = np.concatenate([rank_table()[colours] for colours in bands(mask)])
+    ranks = np.concatenate([color_to_class_table()[colours] for colours in row_chunks(mask)])
     if ranks.max() == UNKNOWN:
         y, x = divmod(int(ranks.argmax()), mask.width)  # the first of them
         colour = mask.getpixel((x, y))
@@ -98,12 +98,12 @@ def read_instances(path):
     """The instance of every pixel: (H, W) integers, 0 for none, numbered in order of their ids."""
     mask, _ = coco.read_image(path)
     seen = np.zeros(2**24, bool)
-    for colours in bands(mask):
+    for colours in row_chunks(mask):
         seen[colours] = True
     seen[:FIRST_ID] = False
     kind = np.uint16 if seen.sum() < 2**16 else np.uint32
     number = np.where(seen, seen.cumsum(dtype=np.uint32), 0).astype(kind)
-    return np.concatenate([number[colours] for colours in bands(mask)])
+    return np.concatenate([number[colours] for colours in row_chunks(mask)])
 
 
 def find_objects(labels, ranks):
@@ -136,7 +136,7 @@ def smallest_part(mask):
 
 
 # ---------------------------------------------------------------- from the raw release to patches
-def cut(source, out, labelled, windowing):
+def tile_image(source, out, labelled, windowing):
     """Cut one image: writes its patches, then its record. Raises DataError.
     source: the image, its masks beside it. The record: [[name, height, width, [annotation]]]."""
     width, height = coco.read_size(source)
@@ -144,9 +144,9 @@ def cut(source, out, labelled, windowing):
         masks = [source.with_name(f"{source.stem}_instance_{x}_RGB.png") for x in ("id", "color")]
         for path in masks:
             coco.check_size({"width": width, "height": height}, path, coco.read_size(path))
-        labels, ranks = read_instances(masks[0]), read_ranks(masks[1])
+        labels, ranks = read_instances(masks[0]), read_class_map(masks[1])
     image, record = coco.read_image(source)[0], []
-    for name, (y0, y1, x0, x1) in windows(source.stem, height, width, **windowing):
+    for name, (y0, y1, x0, x1) in tile_windows(source.stem, height, width, **windowing):
         here = slice(y0, y1), slice(x0, x1)
         found = find_objects(labels[here], ranks[here]) if labelled else []
         record.append([name, y1 - y0, x1 - x0, found])
@@ -157,7 +157,7 @@ def cut(source, out, labelled, windowing):
     coco.write_text(out / "parts" / f"{source.stem}.json", json.dumps(record))
 
 
-def is_cut(out, stem):
+def is_tiled(out, stem):
     """Whether an earlier call has finished this image."""
     try:
         record = coco.read_json(out / "parts" / f"{stem}.json")
@@ -166,7 +166,7 @@ def is_cut(out, stem):
     return all((out / "images" / name).is_file() for name, *_ in record)
 
 
-def end_with_parent():
+def exit_with_parent():
     """Let a worker process end when the command is killed; it would wait for images forever."""
 
     def wait():
@@ -176,11 +176,11 @@ def end_with_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
-def cut_all(sources, out, split, windowing, workers):
+def tile_images(sources, out, split, windowing, workers):
     """Cut the images that no earlier call has finished; returns [what is wrong with an image]."""
-    todo, bad = [path for path in sources if not is_cut(out, path.stem)], []
-    with concurrent.futures.ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
-        jobs = [pool.submit(cut, path, out, split != "test", windowing) for path in todo]
+    todo, bad = [path for path in sources if not is_tiled(out, path.stem)], []
+    with concurrent.futures.ProcessPoolExecutor(workers, initializer=exit_with_parent) as pool:
+        jobs = [pool.submit(tile_image, path, out, split != "test", windowing) for path in todo]
         done = concurrent.futures.as_completed(jobs)
         start = len(sources) - len(todo)
         try:
@@ -195,10 +195,10 @@ def cut_all(sources, out, split, windowing, workers):
         except BaseException:  # a full disk, Ctrl-C: the images that wait would go on otherwise
             pool.shutdown(cancel_futures=True)
             raise
-    return sorted(bad, key=natural)
+    return sorted(bad, key=natural_sort_key)
 
 
-def begin(out, target, settings):
+def init_split_folder(out, target, settings):
     """Make the folder of a split, or accept that of an earlier call with the same settings."""
     note = out / "prepare.json"
     if target.exists() and not note.exists():
@@ -213,7 +213,7 @@ def begin(out, target, settings):
     coco.write_text(note, json.dumps(settings))
 
 
-def natural(name):
+def natural_sort_key(name):
     """A key that sorts P2 before P10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(name))]
 
@@ -221,11 +221,11 @@ def natural(name):
 def sources_of(folder, devkit, limit):
     """The images of a split of the raw release. Raises DataError if there are none."""
     found = [path for path in folder.glob("*") if path.suffix.lower() == ".png" and path.is_file()]
-    found = [path for path in found if coco.is_ours(path.name) and not coco.is_mask(path)]
+    found = [path for path in found if coco.is_user_file(path.name) and not coco.is_mask(path)]
     found = [path for path in found if not (devkit and path.stem in LEFT_OUT)]
     if not found:
         raise DataError(f"{folder}: holds no images; expected are P0000.png …, as iSAID has them")
-    return sorted(found, key=lambda path: natural(path.name))[:limit]
+    return sorted(found, key=lambda path: natural_sort_key(path.name))[:limit]
 
 
 def merge(out, target, stems, devkit):
@@ -255,10 +255,10 @@ def prepare_split(args, split):
     windowing = {"patch": args.patch, "overlap": args.overlap, "devkit": args.devkit}
     sources = sources_of(folder, args.devkit, args.limit)
     _, target = coco.split_files(args.out, split)
-    begin(out, target, {**windowing, "limit": args.limit})
+    init_split_folder(out, target, {**windowing, "limit": args.limit})
     text = "is there already, made with the same settings"
     if not target.exists():
-        bad = cut_all(sources, out, split, windowing, args.workers)
+        bad = tile_images(sources, out, split, windowing, args.workers)
         if bad:
             print(*bad, sep="\n", file=sys.stderr)
             advice = "mend or remove them and call again, what is finished is kept"

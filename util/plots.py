@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools.mask import iou
 
 
-def costs_no_figures(draw):
+def best_effort(draw):
     """Decorates what draws a file: if that fails, it is said, and the command goes on. Returns
     whether there is a picture now."""
 
@@ -49,7 +49,7 @@ def legible(text, otherwise, size):
 
 
 # ---------------------------------------------------------------- detections
-def colour(label, n):
+def class_color(label, n):
     """A colour of its own for each of n classes, RGB: neighbours in the list differ most."""
     table, place = (
         ("tab20", (2 * label + label // 10) % 20) if n <= 20 else ("hsv", 0.618 * label % 1)
@@ -65,7 +65,7 @@ def draw_boxes(image, entries, categories, side, inks=None):
     pen, ids = ImageDraw.Draw(image), [category["id"] for category in categories]
     for i, entry in enumerate(entries):
         label = ids.index(entry["category_id"])
-        ink = inks[i] if inks else colour(label, len(ids))
+        ink = inks[i] if inks else class_color(label, len(ids))
         font, text = legible(categories[label]["name"], f"class {ids[label]}", 11)
         text += f" {entry['score']:.2f}" if "score" in entry else ""
         x, y, w, h = (v * scale for v in entry["bbox"])
@@ -97,7 +97,7 @@ def save_rows(path, rows, w, h):
     sheet.save(path)
 
 
-def match(found, truth):
+def greedy_match(found, truth):
     """Which COCO results hit an object of their class (IoU 0.5, best first, each object once) and
     which objects are hit: two lists of bool."""
     right, hit = [], [False] * len(truth)
@@ -116,7 +116,7 @@ def match(found, truth):
 GREEN, RED = (0, 200, 0), (230, 0, 0)
 
 
-@costs_no_figures
+@best_effort
 def draw_detections(path, data, results, n=6, score=0.3, side=320):
     """The first n images that hold objects: the truth above, below it the COCO results of at least
     `score`, or the three best where there is none; green what is found, red what is not."""
@@ -131,15 +131,15 @@ def draw_detections(path, data, results, n=6, score=0.3, side=320):
                        for x in (truth, results))  # fmt: skip
         mine.sort(key=lambda result: -result["score"])
         good = [result for result in mine if result["score"] >= score]
-        right, _ = match(mine := good or mine[:3], there)
-        _, hit = match(good, there)
+        right, _ = greedy_match(mine := good or mine[:3], there)
+        _, hit = greedy_match(good, there)
         for row, entries, so in zip(rows.values(), (there, mine), (hit, right)):
             inks = [GREEN if yes else RED for yes in so]
             row.append(draw_boxes(image, entries, data.categories, side, inks))
     save_rows(path, rows, side, side)
 
 
-@costs_no_figures
+@best_effort
 def draw_objects(path, image, found, categories, smallest=800, largest=4000):
     """A whole image of a side between the two, with boxes, names and scores where there is room
     for them, best first, and a legend of the classes found.
@@ -153,7 +153,7 @@ def draw_objects(path, image, found, categories, smallest=800, largest=4000):
     pen = ImageDraw.Draw(sheet)
     boxes = found["boxes"] * scale
     for box, label in zip(boxes, found["labels"]):
-        pen.rectangle(tuple(box), outline=colour(label, number), width=max(2, line // 12))
+        pen.rectangle(tuple(box), outline=class_color(label, number), width=max(2, line // 12))
     names = {k: legible(categories[k]["name"], f"class {categories[k]['id']}", 0.6 * line)
              for k in shown}  # fmt: skip
     for box, label, score in zip(boxes, found["labels"], found["scores"]):
@@ -163,9 +163,9 @@ def draw_objects(path, image, found, categories, smallest=800, largest=4000):
         overlap = np.minimum(place[2:], boxes[:, 2:]) > np.maximum(place[:2], boxes[:, :2])
         if place[1] >= 0 and place[2] <= width and not overlap.all(1).any():
             boxes = np.concatenate([boxes, [place]])
-            write(pen, place, text, font, colour(label, number))
+            write(pen, place, text, font, class_color(label, number))
     for row, label in enumerate(shown):
-        x, y, ink = width + line / 2, line * (row + 0.5), colour(label, number)
+        x, y, ink = width + line / 2, line * (row + 0.5), class_color(label, number)
         pen.rectangle((x, y, x + line * 0.7, y + line * 0.7), fill=ink)
         name, category = categories[label]["name"], categories[label]["id"]
         font, name = legible(name, f"class {category}", line * 0.7)
@@ -179,7 +179,7 @@ def draw_objects(path, image, found, categories, smallest=800, largest=4000):
 
 
 # ---------------------------------------------------------------- attention
-def draw_look(image, points, weights, mark):
+def draw_attention_overlay(image, points, weights, mark):
     """A PIL image, paler, under what is looked at, red where the weights are largest.
     Either a map of weights (h, w) over the image, points None; or points (n, 2) x, y in pixels
     with weights (n,), yellow where they are small. mark: x, y of a cross."""
@@ -203,10 +203,10 @@ def draw_look(image, points, weights, mark):
     return image
 
 
-@costs_no_figures
+@best_effort
 def draw_attention(path, image, rows, categories, side=320):
     """A row for each query: its box in the PIL image, then what attends to what in it.
-    rows: {title: (COCO result, [(points, weights, mark) as draw_look takes them, in 0..1])}."""
+    rows: {title: (COCO result, [(points, weights, mark) as draw_attention_overlay takes them, in 0..1])}."""
     scale = 2 * side / max(image.size)  # twice as large as it is saved: smooth edges
     large = image.resize([round(n * scale) for n in image.size], Image.Resampling.BICUBIC)
     drawn = {}
@@ -215,13 +215,13 @@ def draw_attention(path, image, rows, categories, side=320):
         drawn[title] = [draw_boxes(large, [found], categories, side)]
         for points, weights, mark in looks:
             points, mark = (None if x is None else x * large.size for x in (points, mark))
-            drawn[title].append(draw_look(large, points, weights, mark).reduce(2))
+            drawn[title].append(draw_attention_overlay(large, points, weights, mark).reduce(2))
     w, h = (max(image.size[i] for image in sum(drawn.values(), [])) for i in (0, 1))
     save_rows(path, drawn, w, h)
 
 
 # ---------------------------------------------------------------- self-supervised tasks
-@costs_no_figures
+@best_effort
 def draw_ssl(path, panels, patch, text, n=6):
     """What a self-supervised task does to the first n images, a row for each panel; `text`, how
     well it is solved on all held-out images, is added to the last row's title.
@@ -249,7 +249,7 @@ def draw_ssl(path, panels, patch, text, n=6):
 def draw_curves(path, log):
     """Losses, AP and the self-supervised task by epoch, from the lines of log.jsonl as dicts."""
     there = {key for line in log for key, value in line.items() if value is not None}
-    guessed = ("ssl_guess", "ssl_chance")  # a loss of pixels, a share of classes
+    guessed = ("ssl_baseline", "ssl_chance")  # a loss of pixels, a share of classes
     names = {
         "loss, by its weighted terms": ("train_loss", "val_loss"),
         "on held-out images: AP": ("ap", "ap50", "ap75"),
@@ -269,7 +269,7 @@ def points_of(log, name):
     return [(line["epoch"], line[name]) for line in log if line.get(name) is not None]
 
 
-@costs_no_figures
+@best_effort
 def draw_panels(path, panels, terms=()):
     """Curves by epoch, a panel for each label: {label: {name: [(epoch, value)]}}; in the first one
     on bars of the terms {name: [(epoch, value)]} that add up to it."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
 from torch import nn
 
-from util.coco import reading, unnormalise
+from util.coco import unnormalize, wrap_read_errors
 
 
 def thumbnails(images, patch):
@@ -73,7 +73,7 @@ class Dalle(Tokenizer):
     @torch.no_grad()
     def forward(self, images):
         H, W = images.shape[-2:]
-        pixels = F.pad(unnormalise(images), (0, -W % self.patch, 0, -H % self.patch))
+        pixels = F.pad(unnormalize(images), (0, -W % self.patch, 0, -H % self.patch))
         pixels = F.avg_pool2d(pixels, self.patch // 8) * 0.8 + 0.1  # the range DALL-E knows
         self.state = {name: tensor.to(images.device) for name, tensor in self.state.items()}
         return dalle_logits(self.state, pixels).argmax(1)
@@ -85,7 +85,7 @@ def load_dalle(path):
     classes = [f"dall_e.{x}" for x in ("encoder.Encoder", "encoder.EncoderBlock", "utils.Conv2d")]
     names = "container.Sequential", "activation.ReLU", "linear.Identity", "pooling.MaxPool2d"
     classes += [f"torch.nn.modules.{name}" for name in names]
-    with reading(path, "OpenAI's encoder.pkl of DALL-E"):
+    with wrap_read_errors(path, "OpenAI's encoder.pkl of DALL-E"):
         with torch.serialization.safe_globals([(nn.Module, name) for name in classes]):
             content = torch.load(path, map_location="cpu", weights_only=True)
         state = content if isinstance(content, dict) else content.state_dict()

@@ -82,7 +82,7 @@ def by_turns(functions):
 
 
 if "--keep_memory" in sys.argv:
-    distributed.keep_memory()
+    distributed.keep_freed_memory()
 inputs = torch.randn(2, 3, SIZE, SIZE), torch.zeros(2, SIZE, SIZE, dtype=torch.bool)
 print(f"torch {torch.__version__}, transformers {transformers.__version__}, ", end="")
 print(f"{torch.get_num_threads()} threads\n")

@@ -49,7 +49,7 @@ def rows(sizes):
 def measure(flags, repeats):
     """{"step", "encoder": seconds, "memory": MB at the peak} of a row."""
     args, _ = train.parse(flags.split())
-    distributed.start(args.device)
+    distributed.init(args.device)
     torch.manual_seed(0)
     model = detr.build_detector(**train.detector_config(args, 15)).to(args.device)
     model.to(memory_format=torch.channels_last)
@@ -124,7 +124,7 @@ def exponent(grows, line, figure):
     return f"{math.log(y[figure] / x[figure]) / growth:.2f}"
 
 
-@plots.costs_no_figures
+@plots.best_effort
 def draw(path, found):
     """Each figure against the image's side, a line a detector and setting; logarithmic axes."""
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -154,7 +154,7 @@ def main(argv=None):
     add("--out", type=Path, default=Path("runs/cost"), help="folder for cost.md and cost.png")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    coco.try_output(args.out / "cost.md")
+    coco.check_writable(args.out / "cost.md")
     found, fresh = {}, multiprocessing.get_context("spawn")
     for name, grows, value, flags in rows(args.sizes):
         with concurrent.futures.ProcessPoolExecutor(1, fresh) as process:  # has a peak of its own
