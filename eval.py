@@ -7,8 +7,6 @@ held-out images metrics.json is written into the run folder; of others only wher
 For images of any size see tools/predict.py.
 """
 
-from util import distributed  # isort: skip (before torch)
-
 import argparse
 import collections
 import contextlib
@@ -17,7 +15,6 @@ import io
 import itertools
 import json
 import math
-import os
 import shlex
 import time
 from pathlib import Path
@@ -27,12 +24,15 @@ import torch
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
+import deformable_attn
 import detr
 import isaid
 import ssl_tasks
-from util import checkpoint, coco, plots
-from util.cli import Parser, command, number
-from util.coco import DataError
+from util import checkpoint, coco, distributed, plots
+from util.cli import Parser, command, number, usable_device
+from util.files import DataError, check_writable, write_text
+from util.images import unnormalize
+from util.weights import load_checkpoint
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
 SSL = "ssl_loss", "ssl_acc", "ssl_baseline", "ssl_chance"
@@ -186,7 +186,7 @@ def ssl_metrics(model, task, data, batch_size, workers, device):
         if not panels:
             panels = task.panels(images, prediction, target, corruption)
             for title, (x, *marks) in panels.items():
-                panels[title] = coco.unnormalize(x).masked_fill(padding[:, None], 1), *marks
+                panels[title] = unnormalize(x).masked_fill(padding[:, None], 1), *marks
     error, hits, patches = sum(distributed.all_gather(sums)).tolist()
     if not patches:
         message = "no patch was corrupted; take larger images or smaller patches"
@@ -273,25 +273,6 @@ def evaluate(model, task, data, args, out=None, top=100):
 
 
 # ---------------------------------------------------------------- opening a run
-def default_amp(device):
-    """bf16 on a CPU that multiplies in it (AVX-512 BF16, AMX) and does not only emulate it."""
-    units = "_is_avx512_bf16_supported", "_is_amx_tile_supported"  # not in every version of torch
-    fast = any(getattr(torch.cpu, unit, bool)() for unit in units)
-    return "bf16" if device == "cpu" and fast else "no"
-
-
-def usable_device(name):
-    """An argparse type: a device that exists here. "cuda" is the GPU of this process, "auto" that
-    or, without one, the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
-    try:
-        torch.empty(1, device=name).tolist()
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{name} cannot be used here ({why})") from None
-    return name
 
 
 def checkpoint_file(run):
@@ -308,7 +289,7 @@ def load_run(run, device):
     """A trained detector: (model, its task or None, its checkpoint). Raises ValueError.
     The checkpoint is a dict with "args", "categories", "window" … and "path"."""
     path, task = Path(checkpoint_file(run)), None
-    state = detr.load_checkpoint(path)
+    state = load_checkpoint(path)
     for fault in checkpoint.faults(state):
         start = f"start from it with train.py --init {shlex.quote(str(path))}"
         raise ValueError(f"{path}: {fault}; {start}")
@@ -321,7 +302,7 @@ def load_run(run, device):
         message = f"{path}: its weights do not fit its flags; was it written by another version?"
         raise ValueError(f"{message} ({str(error).splitlines()[0]})") from None
     reference = state["args"].get("attn") == "torch"  # a kernel of there may be missing here
-    detr.set_attention_backend(model, device, "torch" if reference else "auto")
+    deformable_attn.set_attention_backend(model, device, "torch" if reference else "auto")
     model.to(device, memory_format=torch.channels_last)  # convolutions are faster so
     return model, task, {**state, "path": path}
 
@@ -391,13 +372,13 @@ def main(argv=None):
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     for path in filter(None, (args.export, args.out and args.out / "metrics.json")):
-        distributed.run_on_rank0(coco.check_writable, path)
+        distributed.run_on_rank0(check_writable, path)
     metrics, results = evaluate(model, task, data, args, args.out, max(100, args.max_dets))
     if distributed.rank():
         return
     text = [f"{state['task']['name']}: {ssl_text(metrics)}"] if task else []
     if args.export:
-        coco.write_text(args.export, json.dumps(results))
+        write_text(args.export, json.dumps(results))
         text.append(f"{len(results):,} detections written to {args.export}")
     if "per_class" in metrics:
         text.append(metrics_table(metrics))
@@ -409,7 +390,7 @@ def main(argv=None):
             )
     if args.out:
         metrics = {"checkpoint": str(state["path"]), "data": data.name, **metrics}
-        coco.write_text(args.out / "metrics.json", json.dumps(metrics, indent=1))
+        write_text(args.out / "metrics.json", json.dumps(metrics, indent=1))
         text.append(f"\nwritten: {args.out}/metrics.json and pictures")
     print("\n".join(text))  # last: what it is piped to may have closed
 

@@ -10,8 +10,6 @@ Images" (arXiv 1905.12886).
 DATA is a folder in the layout of iSAID's patches, of COCO or of Roboflow; see coco.find_split.
 """
 
-from util import distributed  # noqa: F401 # isort: skip (before torch)
-
 import atexit
 import collections
 import functools
@@ -29,9 +27,10 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from util import coco, isaid_prepare
+from util import coco, distributed, isaid_prepare
 from util.cli import Parser, command, number
-from util.coco import DataError
+from util.files import DataError, read_json, write_text
+from util.images import MEAN, STD, check_size, read_image, read_size
 from util.synthetic import draw_scene, scene_objects
 
 SCENE_SIZE, SCENES = 128, {"train": 1000, "val": 200}  # of the synthetic dataset
@@ -76,7 +75,7 @@ class DetectionDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         i = index % len(self)
         image, (picture, (w, h)) = self.images[i], self.read(i, self.min_size)
-        coco.check_size(image, f"{self.name}: {image['file_name']}", (w, h))
+        check_size(image, f"{self.name}: {image['file_name']}", (w, h))
         shrink = torch.tensor(picture.size * 2) / torch.tensor([w, h, w, h])
         how = {"format": "XYWH", "canvas_size": picture.size[::-1]}
         boxes = tv_tensors.BoundingBoxes(self.boxes[i] * shrink, **how)
@@ -132,14 +131,14 @@ def load_coco(images_dir, json_path, transform, limit=None, seed=0, truth=True):
         raise DataError(f"{json_path}: {share} images are missing, the first is {missing[0]}")
     for image, path in zip(images, paths):
         if not image.get("width") or not image.get("height"):  # as in some of iSAID's own files
-            image["width"], image["height"] = coco.read_size(path)
+            image["width"], image["height"] = read_size(path)
     return DetectionDataset(
         str(json_path), content, functools.partial(_read, paths), transform, seed
     )
 
 
 def _read(paths, i, at_least=None):
-    return coco.read_image(paths[i], at_least)
+    return read_image(paths[i], at_least)
 
 
 def load_split(split, args, train):
@@ -239,7 +238,7 @@ def _end_loaders():
 
 # ---------------------------------------------------------------- augmentation
 floats = v2.ToDtype(torch.float32, scale=True)  # in 0..1
-to_tensor = v2.Compose([v2.ToImage(), floats, v2.Normalize(coco.MEAN, coco.STD)])
+to_tensor = v2.Compose([v2.ToImage(), floats, v2.Normalize(MEAN, STD)])
 AUGMENT = ("none", "flip", "crop", "aerial")
 
 
@@ -326,7 +325,7 @@ def write_scenes(out, counts, size, seed):
         for i, image in enumerate(data.images):
             data.read(i)[0].save(images_dir / image["file_name"])
         keys = "images", "categories", "annotations"
-        coco.write_text(json_path, json.dumps({key: getattr(data, key) for key in keys}))
+        write_text(json_path, json.dumps({key: getattr(data, key) for key in keys}))
     partial.rename(out)
 
 
@@ -338,13 +337,13 @@ QUERIES = {"DETR": 100, "Deformable DETR": 300}
 def check(images_dir, json_path, train=False):
     """What is in a dataset and what is wrong with it: (text, its classes or None if unusable).
     Reads every image. To train on, it must have boxes."""
-    content = coco.read_json(json_path)
+    content = read_json(json_path)
     wrong, images = list(coco.validation_errors(content)), []
     for image in [] if wrong else content["images"]:
         path = coco.find_image(images_dir, image["file_name"])
         try:
-            _, (w, h) = coco.read_image(path)
-            coco.check_size(image, path, (w, h))
+            _, (w, h) = read_image(path)
+            check_size(image, path, (w, h))
             images.append({**image, "width": w, "height": h})
         except DataError as error:
             wrong.append(str(error))

@@ -13,8 +13,6 @@ runs/TABLE or --out: what is there is not run again, a row that was interrupted 
 result to repeat it.
 """
 
-from util import distributed  # noqa: F401 # isort: skip (before torch)
-
 import collections
 import concurrent.futures
 import contextlib
@@ -37,10 +35,10 @@ import scipy.stats
 import torch
 from matplotlib.figure import Figure
 
-import eval as evaluation
 import train
-from util import checkpoint, coco, plots
+from util import checkpoint, cli, plots
 from util.cli import Parser, command, number, one_line, words
+from util.files import check_writable, read_json, write_text
 
 ROOT = Path(__file__).resolve().parent
 RUNS, RESULTS, RECIPES = ROOT / "runs", ROOT / "results", ROOT / "recipes"
@@ -199,7 +197,7 @@ def read_results(folders, rows):
             if not seed.isdecimal():  # of another row, whose name goes on
                 continue
             try:
-                result = coco.read_json(path)
+                result = read_json(path)
                 changed = difference(result["flags"], wanted)
                 result["log"][-1]["epoch"], origin(result)
             except (ValueError, KeyError, TypeError, AttributeError, IndexError):
@@ -271,18 +269,18 @@ class Runner:
             said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()
             errors = [line for line in said if line.startswith("error: ")]  # torchrun says more
             raise ValueError(f"{shlex.join(command)}: {(errors or said)[-1]}")
-        config, log = coco.read_json(folder / "config.json"), read_log(folder)
+        config, log = read_json(folder / "config.json"), read_log(folder)
         content = {"command": shlex.join(command), "flags": resolve(self.rows, name)}
         content.update(revision=config["revision"], versions=config["versions"], log=log)
         if anew:  # in one go; evaluations apart
             evaluations = sum(line.get("eval_seconds", 0) for line in log)
             content["seconds"] = round(time.monotonic() - start - evaluations, 1)
-        coco.write_text(self.out / f"{name}-{seed}.json", json.dumps(content, indent=1) + "\n")
+        write_text(self.out / f"{name}-{seed}.json", json.dumps(content, indent=1) + "\n")
 
     def finished(self, name, seed, wanted):
         """Whether a row need not be run: nothing needs it, or its run is there as its result is."""
         there = self.result(name, seed)
-        log = there and coco.read_json(there)["log"]
+        log = there and read_json(there)["log"]
         run_there = log and read_log(self.out / f"{name}-{seed}") == log
         return run_there or not self.needed(name, seed, wanted)
 
@@ -525,7 +523,7 @@ def make_table(args):
     if args.no_run and not there and not theirs:
         raise ValueError(f"{runner.out}: no results; name a folder with some or leave out --no_run")
     runner.out.mkdir(parents=True, exist_ok=True)
-    coco.check_writable(runner.out / "table.md")
+    check_writable(runner.out / "table.md")
     if not args.no_run:
         runner.run_all(wanted, args.seeds or [0])
     results = read_results(runner.folders, rows)
@@ -535,7 +533,7 @@ def make_table(args):
     if not found and not theirs:
         folders = " or ".join(map(str, runner.folders))
         raise ValueError(f"no results of these rows and seeds in {folders}")
-    device = checkpoint.device_name(evaluation.usable_device("auto"))
+    device = checkpoint.device_name(cli.usable_device("auto"))
     here = {"revision": checkpoint.revision(), "device": device, "data": args.data}
     for what, ours in here.items():
         of = (origin(run)[what] for name, runs in found.items() for run in runs.values()
@@ -545,7 +543,7 @@ def make_table(args):
                 print(f"{n} results are of {what} {other}, yours is {ours}")
     print(tables({**found, **theirs}, comparisons, goals))
     results.update(theirs)
-    coco.write_text(runner.out / "table.md", tables(results, comparisons, goals) + "\n")
+    write_text(runner.out / "table.md", tables(results, comparisons, goals) + "\n")
     draw(runner.out / "curves.png", results, comparisons)
 
 

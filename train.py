@@ -10,13 +10,17 @@ A run is a folder: config.json, log.jsonl (a line an epoch), last.pt, best.pt, a
 flags everything has the demonstration's small sizes; recipes hold the large ones.
 """
 
-from util import distributed  # isort: skip (before torch)
+import os
+
+# Idle OpenMP threads spin before they sleep. The default is so long that two runs on the same cores
+# starve each other. OpenMP reads this variable when torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import argparse
 import collections
 import inspect
 import math
-import os
 import shlex
 import signal
 import sys
@@ -30,8 +34,9 @@ import detr
 import eval as evaluation
 import isaid
 import ssl_tasks
-from util import checkpoint, plots
+from util import checkpoint, cli, distributed, plots
 from util.cli import InitAction, Parser, command, number
+from util.weights import PARTS, init_from_checkpoint, part_of
 
 
 # ---------------------------------------------------------------- the losses and the loop
@@ -206,7 +211,7 @@ def build_parser():
     size, images = number(int, most=10_000), number(int, most=isaid.VAL_START)
     few, deep = number(int, True, most=256), number(int, most=256)
     rate, factor, share = number(float), number(float, zero=True), number(float, True, most=1)
-    parts, switch = tuple(detr.PARTS), argparse.BooleanOptionalAction
+    parts, switch = tuple(PARTS), argparse.BooleanOptionalAction
     parser = Parser(description=__doc__)
 
     add = parser.add_argument_group("run").add_argument
@@ -215,7 +220,7 @@ def build_parser():
     add("--model", choices=tuple(detr.DETECTORS), default="deformable_detr", help="the detector")
     add("--epochs", type=count, default=7, help="passes over the training images")
     add("--seed", type=natural, default=0, help="of weights, order, augmentation and scenes")
-    add("--device", type=evaluation.usable_device, default="auto", help="cpu, cuda, cuda:1, mps")
+    add("--device", type=cli.usable_device, default="auto", help="cpu, cuda, cuda:1, mps")
     add("--out", help="run folder, must not exist; default: a new one in runs/")
     add("--resume", action="store_true", help="go on with the run in --out, or start it")
     add("--overfit", type=images, help="smoke test: train and evaluate on the same few images")
@@ -285,8 +290,8 @@ def parse(argv=None):
     given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not argparse}
     args = argparse.Namespace(**{**defaults, **given})
     args.image_size = args.image_size or (None if args.data else isaid.SCENE_SIZE)
-    trained = {"backbone", "encoder"} if args.setting == "pretrain" else set(detr.PARTS)
-    started = {part for _, parts in args.init for part in parts or detr.PARTS}
+    trained = {"backbone", "encoder"} if args.setting == "pretrain" else set(PARTS)
+    started = {part for _, parts in args.init for part in parts or PARTS}
     started |= {"backbone"} if args.backbone_weights == "imagenet" else set()
     for wrong, message in (
         (trained <= set(args.freeze), "--freeze leaves nothing to train; name fewer parts"),
@@ -300,7 +305,7 @@ def parse(argv=None):
             parser.error(message)
     if args.workers is None:
         args.workers = 0 if args.device == "cpu" else min(8, os.cpu_count() or 1)
-    args.amp = evaluation.default_amp(args.device) if args.amp == "auto" else args.amp
+    args.amp = cli.default_amp(args.device) if args.amp == "auto" else args.amp
     for name in ("data", "tokenizer_weights"):  # eval.py may run elsewhere
         if getattr(args, name):
             setattr(args, name, os.path.abspath(getattr(args, name)))
@@ -342,19 +347,19 @@ def build_model(config, args):
         raise ValueError(f"{message}; put them into {torch.hub.get_dir()}/checkpoints") from None
     source, anew = {"backbone": weights} if imagenet else {}, []
     for path, parts in args.init:
-        taken, names = detr.init_from_checkpoint(model, evaluation.checkpoint_file(path), parts)
+        taken, names = init_from_checkpoint(model, evaluation.checkpoint_file(path), parts)
         source.update(dict.fromkeys(taken, path))
-        anew = [name for name in anew if detr.part_of(name) not in taken] + names
+        anew = [name for name in anew if part_of(name) not in taken] + names
     parts = {path: [part for part in source if source[part] == path] for path in source.values()}
     note = "; ".join(f"{' and '.join(parts)} from {path}" for path, parts in parts.items())
     if anew:
         note += f"; absent or of another number of classes, start anew: {', '.join(anew)}"
-    started = source.keys() - {detr.part_of(name) for name in anew}
+    started = source.keys() - {part_of(name) for name in anew}
     for part in set(args.freeze) - started:
         raise ValueError(f"--freeze {part} would keep random weights; start it with --init")
     idle = [*args.freeze, "decoder"] if args.setting == "pretrain" else args.freeze
     for name, parameter in model.named_parameters():
-        if detr.part_of(name) in idle:
+        if part_of(name) in idle:
             parameter.requires_grad_(False)
     return model, note or "random weights"
 
@@ -397,7 +402,7 @@ def build_run(args):
     state = checkpoint.load_resume_state(args) if args.resume else None
     detector = detector_config(args, max(1, len(train_set.categories)))
     model, start = build_model(detector, args)
-    attention = detr.set_attention_backend(model, args.device, args.attn)
+    attention = deformable_attn.set_attention_backend(model, args.device, args.attn)
     model.to(args.device, memory_format=torch.channels_last)  # convolutions are faster so
     task, task_config = build_task(args, model.strides, None if state else train_set)
     content = {"args": vars(args), "detector": detector, "task": task_config}

@@ -3,19 +3,14 @@ N images, Q queries, M heads, D channels a head, L levels, P points, S = sum of 
 
 import functools
 import math
-import os
 import warnings
 from typing import List, Tuple  # noqa: UP035  (torch 2.6 knows no list[int] in operators)
 
-# OpenMP's threads spin while they wait and starve a second process; see util/distributed.py
-if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "20000"
+import torch
+from torch import Tensor, nn
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from . import cpu, cuda  # noqa: E402
-from .reference import ms_deform_attn_reference  # noqa: E402
+from . import cpu, cuda
+from .reference import ms_deform_attn_reference
 
 KERNELS = {"cpu": cpu, "cuda": cuda}  # by the kind of device they run on
 BACKENDS = ("auto", *KERNELS, "torch")
@@ -199,3 +194,13 @@ class MSDeformAttn(nn.Module):
         else:  # offsets in units of the box: P of them reach its border
             offsets = offsets * (reference[:, :, None, :, None, 2:] * (0.5 / P))
         return centre + offsets, weights.view(N, Q, M, L, P)
+
+
+def set_attention_backend(model, device, wanted="auto"):
+    """Let a model's deformable attention run as `wanted`. Returns what runs and why, in words; ""
+    for a model without. Raises ValueError."""
+    modules = [module for module in model.modules() if isinstance(module, MSDeformAttn)]
+    name, reason = backend(device, wanted) if modules else ("", "")
+    for module in modules:
+        module.backend = name
+    return f"{name}: {reason}" if modules else ""

@@ -14,7 +14,8 @@ import eval as evaluation
 import isaid
 import train
 from tools import attention
-from util import coco, plots
+from util import plots
+from util.files import read_json
 
 
 @pytest.mark.parametrize("part", ["decoder", "encoder"])
@@ -120,9 +121,9 @@ def run(request, tmp_path_factory):
 def test_the_command(run, tmp_path, capsys):
     """A row a query, in the shape of the image; metrics.json gets the share and keeps the rest."""
     evaluation.main([str(run)])
-    before = coco.read_json(run / "metrics.json")
+    before = read_json(run / "metrics.json")
     attention.main([str(run), "--queries", "1"])
-    metrics = coco.read_json(run / "metrics.json")
+    metrics = read_json(run / "metrics.json")
     share = metrics.pop("attention")
     assert metrics == before and 0 <= share["in_box"] <= 1 and 0 < share["by_chance"] < 0.5
     assert share["objects"] == sum(row["boxes"] for row in before["per_class"])
@@ -134,7 +135,7 @@ def test_the_command(run, tmp_path, capsys):
     assert "wide.png: 300 x 150 pixels, more than the 64 of the" in capsys.readouterr().out
     picture = Image.open(run / "attention-wide.png")
     assert picture.width == 3 * 324 and picture.height in (180, 360)
-    assert coco.read_json(run / "metrics.json") == {**before, "attention": share}
+    assert read_json(run / "metrics.json") == {**before, "attention": share}
 
 
 def test_mistakes_get_one_line(run, tmp_path, capsys):

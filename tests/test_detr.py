@@ -12,6 +12,7 @@ import torch
 from golden import fill
 
 import detr
+from util.weights import PARTS, init_from_checkpoint, load_checkpoint
 
 SMALL = dict(backbone="resnet18", hidden_dim=64, nheads=4, enc_layers=2, dec_layers=2)
 SMALL.update(dim_feedforward=96, num_queries=11)
@@ -310,14 +311,14 @@ def test_init_drops_class_heads_and_nothing_else(official, tmp_path, monkeypatch
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     model = detr.build_detector("deformable_detr", 15, **REFINED)
     own = model.class_embed[0].weight.clone()
-    _, dropped = detr.init_from_checkpoint(model, official)
+    _, dropped = init_from_checkpoint(model, official)
     heads = [f"class_embed.{i}.{kind}" for i in range(2) for kind in ("weight", "bias")]
     assert dropped == heads and torch.equal(model.class_embed[0].weight, own)
     state = torch.load(official, weights_only=False)["model"]
     found = {name: x for name, x in model.state_dict().items() if name not in dropped}
     assert all(torch.equal(tensor, state[name]) for name, tensor in found.items())
     same = detr.build_detector("deformable_detr", 91, **REFINED)
-    assert detr.init_from_checkpoint(same, f"file://{official}") == (list(detr.PARTS), [])
+    assert init_from_checkpoint(same, f"file://{official}") == (list(PARTS), [])
     assert torch.equal(same.class_embed[1].weight, state["class_embed.1.weight"])
 
 
@@ -330,7 +331,7 @@ MISFITS += [({"with_box_refine": False}, "unexpected transformer.decoder.bbox_em
 def test_init_refuses_what_does_not_fit(official, options, message):
     model = detr.build_detector("deformable_detr", 15, **{**REFINED, **options})
     with pytest.raises(ValueError, match=message):
-        detr.init_from_checkpoint(model, official)
+        init_from_checkpoint(model, official)
 
 
 def test_init_of_bad_files(tmp_path, official, capsys):
@@ -342,9 +343,9 @@ def test_init_of_bad_files(tmp_path, official, capsys):
     torch.save([1, 2], tmp_path / "list.pt")
     for name in ("evil.pt", "cut.pt", "text.pt", "pickle.pt", "list.pt", "none.pt"):
         with pytest.raises(ValueError, match=name):
-            detr.load_checkpoint(tmp_path / name)
+            load_checkpoint(tmp_path / name)
     with pytest.raises(ValueError, match="cannot be downloaded"):
-        detr.load_checkpoint(f"file://{tmp_path}/absent.pth")
+        load_checkpoint(f"file://{tmp_path}/absent.pth")
     assert "executed" not in capsys.readouterr().out
 
 

@@ -15,7 +15,8 @@ import detr
 import eval as evaluation
 import isaid
 import train
-from util import coco, plots
+from util import plots
+from util.files import DataError, read_json
 
 PERFECT = [*[pytest.approx(1)] * 5, None, pytest.approx(1)]  # of METRICS, without large objects
 
@@ -54,7 +55,7 @@ def test_truth_scores_one_and_nothing_zero(data, evaluator):
     assert sum(row["boxes"] for row in metrics["per_class"]) == len(data.annotations)
     assert evaluation.coco_metrics(data, [], evaluator)["ap"] == 0
     for key, value in (("image_id", 4040), ("category_id", 99)):
-        with pytest.raises(coco.DataError, match=f"the results have {key} {value}, which"):
+        with pytest.raises(DataError, match=f"the results have {key} {value}, which"):
             evaluation.coco_metrics(data, [{**data.truth[0], key: value}])
 
 
@@ -135,7 +136,7 @@ def run(tmp_path_factory):
 def test_own_images_and_others(run, tmp_path):
     """Of others nothing is written into the run; the figures of its own are those of training."""
     before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
-    metrics, logged = (coco.read_json(run / name) for name in ("metrics.json", "log.jsonl"))
+    metrics, logged = (read_json(run / name) for name in ("metrics.json", "log.jsonl"))
     same = *evaluation.METRICS, "val_loss"
     assert [metrics[key] for key in same] == [logged[key] for key in same]
     data = f"--data {run}/../data"
@@ -143,7 +144,7 @@ def test_own_images_and_others(run, tmp_path):
     for flags, n in ((data, 3), ("--split train", 8), ("--limit_val 2", 2), (other, 5)):
         for out in ([], ["--out", str(tmp_path)]):
             evaluation.main([str(run), *flags.split(), *out])
-        assert (metrics := coco.read_json(tmp_path / "metrics.json"))["images"] == n
+        assert (metrics := read_json(tmp_path / "metrics.json"))["images"] == n
     assert metrics["other"]["max_dets"] == 1000 and (tmp_path / "detections.png").exists()
     assert before == {path: path.stat().st_mtime_ns for path in run.iterdir()}
 
@@ -157,8 +158,8 @@ def test_a_closed_pipe_loses_nothing(run, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="141"):
         evaluation.main(flags.split())
     assert printed.call_count == 2
-    assert coco.read_json(tmp_path / "metrics.json")["images"] == 8
-    assert len(coco.read_json(tmp_path / "x.json")) == 800
+    assert read_json(tmp_path / "metrics.json")["images"] == 8
+    assert len(read_json(tmp_path / "x.json")) == 800
 
 
 def test_attention_and_collapse(run, tmp_path):
@@ -172,7 +173,7 @@ def test_attention_and_collapse(run, tmp_path):
     for folder, attn, collapsed in ((run, "torch", False), (tmp_path, auto, True)):
         model, _, _ = evaluation.load_run(folder, "cpu")
         assert model.transformer.encoder.layers[0].self_attn.backend == attn
-        assert coco.read_json(folder / "metrics.json")["collapsed"] is collapsed
+        assert read_json(folder / "metrics.json")["collapsed"] is collapsed
 
 
 def test_mistakes_get_one_line(run, tmp_path, capsys):

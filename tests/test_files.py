@@ -22,6 +22,9 @@ import ssl_tasks
 import train
 from tools import predict
 from util import cli, coco, isaid_prepare, plots
+from util.files import DataError
+from util.images import read_image, read_size
+from util.weights import init_from_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -92,8 +95,8 @@ def test_images_are_turned_as_they_are_displayed(tmp_path, suffix, turn):
     images = save_coco(tmp_path, [f"a.{suffix}"])
     stored.resize([8 * side for side in stored.size]).save(images / f"a.{suffix}", exif=exif)
     for at_least in (None, 60):  # JPEG is decoded at an eighth of its size then
-        image, size = coco.read_image(images / f"a.{suffix}", at_least)
-        assert size == coco.read_size(images / f"a.{suffix}") == (8 * 48, 8 * 64)
+        image, size = read_image(images / f"a.{suffix}", at_least)
+        assert size == read_size(images / f"a.{suffix}") == (8 * 48, 8 * 64)
         small = np.asarray(image.convert("L").resize((48, 64))).astype(float)
         assert np.abs(small - np.asarray(picture().convert("L"))).mean() < 8
 
@@ -148,8 +151,8 @@ def test_more_than_8_bits_are_refused(tmp_path):
     files = sorted(tmp_path.iterdir())
     assert len(files) == 9
     for path in files:
-        with pytest.raises(coco.DataError, match="more than 8 bits") as error:
-            coco.read_image(path)
+        with pytest.raises(DataError, match="more than 8 bits") as error:
+            read_image(path)
         assert str(error.value).startswith(f"{path}: ")
 
 
@@ -168,7 +171,7 @@ def test_bands_beyond_three_change_no_colour(tmp_path):
     palette.save(tmp_path / "palette.png", transparency=bytes([0] * 256))
     whole.save(tmp_path / "rgb.bmp")
     for path in tmp_path.iterdir():
-        image, size = coco.read_image(path)
+        image, size = read_image(path)
         expected = (109, 109, 109) if path.stem == "LA" else (100, 110, 120)
         assert image.mode == "RGB" and size == (4, 4)
         assert np.abs(np.subtract(image.getpixel((1, 2)), expected)).max() <= 1, path.name
@@ -250,7 +253,7 @@ def test_annotations_in_any_unicode(data):
         path.write_text(text, encoding=encoding)
         assert coco.load_json(path)["categories"] == [{"id": 1, "name": "größer"}]
     path.write_text(text, encoding="latin-1")
-    with pytest.raises(coco.DataError, match="is not valid JSON, .* no UTF-8; save it as UTF-8"):
+    with pytest.raises(DataError, match="is not valid JSON, .* no UTF-8; save it as UTF-8"):
         coco.load_json(path)
 
 
@@ -433,7 +436,7 @@ def test_wrapped_checkpoints(tmp_path):
     for name, content in wraps.items():
         torch.save(content, tmp_path / name)
         start.load_state_dict(fresh)
-        _, anew = detr.init_from_checkpoint(start, tmp_path / name)
+        _, anew = init_from_checkpoint(start, tmp_path / name)
         assert anew == (heads if name == "headless" else [])
         for key, value in start.state_dict().items():
             assert torch.equal(value, (fresh if key in anew else state)[key]), (name, key)
@@ -442,7 +445,7 @@ def test_wrapped_checkpoints(tmp_path):
         tmp_path / "x",
     )
     with pytest.raises(ValueError, match="missing input_proj.*unexpected xinput_proj"):
-        detr.init_from_checkpoint(start, tmp_path / "x")
+        init_from_checkpoint(start, tmp_path / "x")
 
 
 CHANGES = [  # of what a checkpoint says of its run

@@ -22,6 +22,9 @@ import reproduce
 import train
 from tools import predict
 from util import coco
+from util.files import DataError, read_json
+from util.images import read_image
+from util.weights import init_from_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 tried = collections.Counter()  # cases of each kind of input
@@ -44,9 +47,9 @@ MODEL = detr.build_detector("detr", 3, **SMALL)
 WEIGHTS = {"model": {k: x[:2] for k, x in MODEL.state_dict().items() if "norm" in k}, "args": 1}
 RUN = {"model": {}, "args": {**vars(train.parse([])[0]), "setting": "pretrain"}, "window": 64}
 RUN.update(task={"name": "x"}, task_state={}, categories=CLASSES)
-READERS = dict.fromkeys(PICTURES, lambda path: coco.read_image(path, 8))
+READERS = dict.fromkeys(PICTURES, lambda path: read_image(path, 8))
 READERS.update({"a.json": coco.load_json, "a.txt": reproduce.read_table})
-READERS["a.pt"] = lambda path: detr.init_from_checkpoint(MODEL, path)
+READERS["a.pt"] = lambda path: init_from_checkpoint(MODEL, path)
 
 
 @pytest.fixture
@@ -70,7 +73,7 @@ def attempt(name, function, *arguments):
     try:
         return function(*arguments)
     except ValueError as error:
-        assert type(error) in (ValueError, coco.DataError) and str(error), repr(error)
+        assert type(error) in (ValueError, DataError) and str(error), repr(error)
 
 
 def places(value):
@@ -150,7 +153,7 @@ def test_images_of_all_formats(tmp_path, monkeypatch, capsys):
     for i, name in enumerate(names):
         try:
             loaded[i]
-        except coco.DataError as error:
+        except DataError as error:
             bad[name] = str(error)
             assert name in bad[name] and "\n" not in bad[name]
     assert len(names) > 150 and len(names) / 9 < len(bad) < len(names)
@@ -167,7 +170,7 @@ def test_images_of_all_formats(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=f"error: {len(unread)} of {len(names)} images") as end:
         predict.main([str(tmp_path / "a.pt"), str(images), "--out", str(tmp_path / "out")])
     assert all(name in end.value.code for name in unread)
-    found = coco.read_json(tmp_path / "out/predictions.json")["images"]
+    found = read_json(tmp_path / "out/predictions.json")["images"]
     assert {image["file_name"] for image in found} == {*names} - unread
     with pytest.raises(SystemExit, match="1"):
         isaid.main(["prepare", str(tmp_path), str(tmp_path / "patches"), "--splits", "train"])
@@ -183,7 +186,7 @@ def test_images_that_say_they_are_huge(file, width, height):
     if not 4096 < width * height < Image.MAX_IMAGE_PIXELS * 2:  # of these memory is wanted
         content = (file.parent / "a.bmp").read_bytes()
         file.write_bytes(content[:18] + struct.pack("<II", width, height) + content[26:])
-        attempt("huge images", coco.read_image, file)
+        attempt("huge images", read_image, file)
 
 
 @fuzz

@@ -17,6 +17,8 @@ from torchvision.ops import box_convert, masks_to_boxes
 import isaid
 import train
 from util import coco, synthetic
+from util.files import DataError, read_json
+from util.images import read_image, unnormalize
 
 SIZE = 64
 PLAIN = isaid.make_transforms(False, SIZE)
@@ -98,7 +100,7 @@ def folder(tmp_path):
 def edit(folder, change):
     """Change the annotations to train on."""
     path = coco.split_files(folder, "train")[1]
-    content = coco.read_json(path)
+    content = read_json(path)
     change(content)
     path.write_text(json.dumps(content))
 
@@ -158,7 +160,7 @@ def test_any_folder_of_images(tmp_path):
     eval_loader, others = (coco.find_images(root, x)[1] for x in ("val", "train"))
     assert eval_loader == [root / names[i] for i in (0, 20, 40)]
     assert len(load(root, "train", "pretrain")) == 39 and not {*eval_loader} & {*others}
-    with pytest.raises(coco.DataError, match="holds one image"):
+    with pytest.raises(DataError, match="holds one image"):
         coco.find_images(tmp_path / "one", "val")
     for part, name in (("a", "train"), ("b", "val")):  # as ImageNet and iSAID's patches have them
         (root / part).rename(root / name)
@@ -219,7 +221,7 @@ BROKEN = {
 @pytest.mark.parametrize("message", BROKEN)
 def test_broken_files_are_named(folder, message):
     edit(folder, BROKEN[message])
-    with pytest.raises(coco.DataError, match=f"_train.json: .*{message}") as error:
+    with pytest.raises(DataError, match=f"_train.json: .*{message}") as error:
         load(folder)
     assert "\n" not in str(error.value)
 
@@ -241,11 +243,11 @@ def test_unusable_images_are_named(folder, capsys):
     status, out = check(folder, capsys)
     assert status == 1 and "faults   5\n" in out and "64 x 64 (1)" in out
     assert all(f"{path}{text}" in out for path, text in zip(paths, said))
-    with pytest.raises(coco.DataError, match="1 of 6 images are missing"):
+    with pytest.raises(DataError, match="1 of 6 images are missing"):
         load(folder)
     Image.new("RGB", (SIZE, SIZE)).save(paths[4])
     for i, text in enumerate(said[:4]):
-        with pytest.raises(coco.DataError, match=f"{paths[i].name}{text}"):
+        with pytest.raises(DataError, match=f"{paths[i].name}{text}"):
             load(folder)[i]
 
 
@@ -289,7 +291,7 @@ def test_boxes_follow_their_object(size, image_size, augment):
     data = white_box(size, [8, 30, 40, 20], isaid.make_transforms(True, image_size, augment))
     for data.epoch in range(40 if image_size else 6):
         picture, target = data[0]
-        bright = coco.unnormalize(picture).amin(0) > 0.66
+        bright = unnormalize(picture).amin(0) > 0.66
         H, W = bright.shape
         assert H == W == image_size if image_size else max(H, W) <= 1333 and min(H, W) <= 800
         if len(target["boxes"]) == 0:  # cropped away
@@ -318,7 +320,7 @@ def test_quarters_of_odd_sides(tmp_path):
     (data / "instancesonly_filtered_val.json").write_text(json.dumps(content))
     script = runpy.run_path(Path(isaid.__file__).parent / "results/tiles/quarters.py")
     script["quarters"]("val", data.parent, tmp_path / "out")
-    content = coco.read_json(tmp_path / "out/val/instancesonly_filtered_val.json")
+    content = read_json(tmp_path / "out/val/instancesonly_filtered_val.json")
     sizes = [(image["width"], image["height"]) for image in content["images"]]
     assert sizes == [(35, 25), (36, 26)]
     for image, annotation in zip(content["images"], content["annotations"], strict=True):
@@ -359,7 +361,7 @@ def test_large_jpegs_are_decoded_small(tmp_path, suffix, read):
     """A JPEG of four times the size gives nearly the same item from a quarter of the pixels."""
     path, transform = tmp_path / f"a.{suffix}", isaid.make_transforms(False, 256)
     data = white_box((1024, 1024), [256, 512, 128, 64], transform)
-    data.read = lambda i, at_least: coco.read_image(path, at_least)
+    data.read = lambda i, at_least: read_image(path, at_least)
     synthetic.draw_scene(0, 3, 256).resize((1024, 1024)).save(path, quality=95)
     whole, data.min_size = data[0][0], 256
     small, target = data[0]

@@ -15,6 +15,7 @@ from scipy import ndimage
 
 import isaid
 from util import coco, isaid_prepare
+from util.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT.parent / "shared/data/isaid_raw"
@@ -81,7 +82,7 @@ def prepare(flags):
 
 
 def annotations(split="train"):
-    return coco.read_json(coco.split_files("out", split)[1])
+    return read_json(coco.split_files("out", split)[1])
 
 
 @pytest.mark.parametrize("flag", ["", "--devkit"])

@@ -12,7 +12,9 @@ from scipy import ndimage
 import detr
 import train
 from tools import predict
-from util import coco, isaid_prepare
+from util import isaid_prepare
+from util.files import read_json
+from util.images import unnormalize
 
 
 class Rectangles(torch.nn.Module):
@@ -23,7 +25,7 @@ class Rectangles(torch.nn.Module):
     def forward(self, images, padding):
         shape = 1, len(images), self.most
         logits, boxes = torch.full((*shape, 3), -9.0), torch.full((*shape, 4), 0.5)
-        for b, image in enumerate(coco.unnormalize(images).numpy()):
+        for b, image in enumerate(unnormalize(images).numpy()):
             H, W, q = *(int((~padding[b]).any(d).sum()) for d in (1, 0)), 0
             for label, channel in enumerate(image):
                 pieces, _ = ndimage.label(channel[:H, :W] > 0.76)
@@ -125,14 +127,14 @@ def test_the_command(run, tmp_path, capsys):
     assert all(max(Image.open(out / f"{name}.boxes.jpg").size) >= 800 for name, _, _ in sizes)
     for _ in range(2):  # pictures beside the images neither replace them nor are taken for images
         predict.main(f"{run} {source} --out {source}".split())
-        assert len(coco.read_json(source / "predictions.json")["images"]) == 3
+        assert len(read_json(source / "predictions.json")["images"]) == 3
     assert all(path.read_bytes() == content for path, content in files.items())
     capsys.readouterr()
     predict.main(f"{run} {source}/a.png --score 1".split())
     assert "fewer than in every tenth window; if objects look larger" in capsys.readouterr().out
-    assert coco.read_json(run / "predictions/predictions.json")["annotations"] == []
+    assert read_json(run / "predictions/predictions.json")["annotations"] == []
     predict.main(f"{run} {source}/deep {source}/a.png {source}/./a.png".split())
-    images = coco.read_json(run / "predictions/predictions.json")["images"]
+    images = read_json(run / "predictions/predictions.json")["images"]
     assert [image["file_name"] for image in images] == ["deep/b.jpg", "a.png"]
 
 
@@ -150,5 +152,5 @@ def test_mistakes_get_one_line(run, tmp_path):
     }.items():
         with pytest.raises(SystemExit, match=f"^error: [^\n]*{message}[^\n]*$"):
             predict.main(flags.format(run=run, tmp=tmp_path).split())
-    images = coco.read_json(run / "predictions/predictions.json")["images"]
+    images = read_json(run / "predictions/predictions.json")["images"]
     assert [image["file_name"] for image in images] == ["b.png"]  # the others are done

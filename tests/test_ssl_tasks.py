@@ -13,7 +13,10 @@ import eval as evaluation
 import isaid
 import ssl_tasks
 import train
-from util import coco, tokenizers
+from util import tokenizers
+from util.files import read_json
+from util.images import MEAN, STD
+from util.weights import part_of
 
 SIZES = "--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 2 --dim_feedforward 32"
 TINY = "--image_size 128 --num_queries 8 --limit_train 12 --limit_val 5 --batch_size 4"
@@ -246,7 +249,7 @@ def test_dalle_tokens(dalle_file):
     images = batch()[0]
     images += F.interpolate(torch.randn(3, 3, 7, 8) * 3, scale_factor=32)[..., :200, :]
     tokenizer = tokenizers.Dalle(32, dalle_file)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (coco.MEAN, coco.STD))
+    mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
     pixels = F.pad((images * std + mean).clamp(0, 1), (0, 0, 0, 24))
     logits = tokenizers.dalle_logits(tokenizer.state, 0.8 * F.avg_pool2d(pixels, 4) + 0.1)
     tokens = tokenizer(images)
@@ -283,7 +286,7 @@ def trained(out, flags):
 
 def evaluated(run):
     evaluation.main([str(run)])
-    return coco.read_json(run / "metrics.json")
+    return read_json(run / "metrics.json")
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +359,7 @@ def test_every_task_is_learnt(model, setting, task, blues, tmp_path):
     weights = torch.load(run / "best.pt", weights_only=True)["model"]
     assert Image.open(run / "ssl.png").size[0] == 4 * 260
     parts = {"backbone", "encoder", *(["decoder"] if setting == "multitask" else [])}
-    assert {detr.part_of(name) for name in weights} == parts
+    assert {part_of(name) for name in weights} == parts
     if learns:
         if task.endswith("discrete"):
             assert line["ssl_acc"] > max(0.75, 1.2 * line["ssl_baseline"])
@@ -396,7 +399,7 @@ def test_pretrain_then_detect(pretrained, flags, taken, tmp_path):
     after = model.state_dict()
     for name, tensor in torch.load(pretrained / "best.pt", weights_only=True)["model"].items():
         if tensor.dim() > 1:  # norms start at the same values anyway
-            assert torch.equal(tensor, after[name]) == (detr.part_of(name) in taken), name
+            assert torch.equal(tensor, after[name]) == (part_of(name) in taken), name
 
 
 def test_official_augmentation_and_dalle(blues, tmp_path, dalle_file, capsys):

@@ -10,8 +10,6 @@ image with objects is drawn, and the run's metrics.json gets "attention", see `p
 is seen whole, resized as the run's images are; of a large one give a part.
 """
 
-from util import distributed  # noqa: F401 # isort: skip (before torch)
-
 import argparse
 import json
 import sys
@@ -26,8 +24,10 @@ from torchvision.ops import nms
 import detr
 import eval as evaluation
 import isaid
-from util import coco, plots
+from util import cli, plots
 from util.cli import Parser, command, number
+from util.files import DataError, check_writable, read_json, write_text
+from util.images import read_image
 
 COLUMNS = "its box", "decoder: what its query looks at", "encoder: what its middle cell looks at"
 
@@ -146,7 +146,7 @@ def parse(argv):
     add("image", nargs="?", type=Path, help="default: the first held-out image with objects")
     add("--queries", type=number(int), default=4, help="how many of the best are drawn")
     add("--out", type=Path, help="picture; default: attention.png, or attention-IMAGE.png, in RUN")
-    add("--device", type=evaluation.usable_device, default="auto", help="cpu, cuda, mps …")
+    add("--device", type=cli.usable_device, default="auto", help="cpu, cuda, mps …")
     return parser.parse_args(argv)
 
 
@@ -158,24 +158,24 @@ def main(argv=None):
     flags, folder = argparse.Namespace(**run["args"]), run["path"].parent
     name = f"attention-{args.image.stem}.png" if args.image else "attention.png"
     out, metrics = args.out or folder / name, folder / "metrics.json"
-    coco.check_writable(out)
-    before = coco.read_json(metrics) if metrics.exists() and not args.image else {}
+    check_writable(out)
+    before = read_json(metrics) if metrics.exists() and not args.image else {}
     if not isinstance(before, dict):
         raise ValueError(f"{metrics}: is not of eval.py; delete it")
     if args.image:
-        image, (w, h) = coco.read_image(args.image)
+        image, (w, h) = read_image(args.image)
         if run["window"] and max(w, h) > run["window"]:
             larger = f"{w} x {h} pixels, more than the {run['window']} of the images trained on"
             print(f"{args.image}: {larger}; objects may be too small in it: try a part of it")
     else:
-        coco.check_writable(metrics)
+        check_writable(metrics)
         data = isaid.load_split("train" if flags.overfit else "val", flags, train=False)
         with_objects = (i for i, labels in enumerate(data.labels) if len(labels))
         if (first := next(with_objects, None)) is None:
-            raise coco.DataError(f"{data.name}: has no objects; name an image")
+            raise DataError(f"{data.name}: has no objects; name an image")
         image, _ = data.read(first)
         share = pointing_game(model, data, flags.batch_size, args.device)
-        coco.write_text(metrics, json.dumps({**before, "attention": share}, indent=1))
+        write_text(metrics, json.dumps({**before, "attention": share}, indent=1))
         text = "of {objects:,} held-out objects {in_box:.1%} are looked at by the queries that are "
         print(f"{text}matched with them (by chance: {{by_chance:.1%}})".format(**share))
     if not draw(out, model, image, run, args.queries):

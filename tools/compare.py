@@ -6,15 +6,14 @@ RUN is a run folder of train.py, finished or not. A column of the table for each
 runs differ, or the code's revision. Rows over several seeds, with intervals, are reproduce.py's.
 """
 
-from util import distributed  # noqa: F401 # isort: skip (before torch)
-
 import sys
 from pathlib import Path
 
 import eval as evaluation
 import reproduce
-from util import coco, plots
+from util import plots
 from util.cli import Parser, command
+from util.files import check_writable, read_json
 
 FIGURES = {"train_loss": "training loss", "ap": "AP", "ap50": "AP50", "ssl_loss": "held-out task"}
 
@@ -26,7 +25,7 @@ def open_runs(folders):
         logs[folder] = reproduce.read_log(Path(folder))
         if not logs[folder]:
             raise ValueError(f"{folder}: has no epoch in a log.jsonl; is it a run of train.py?")
-        config = coco.read_json(Path(folder, "config.json"))
+        config = read_json(Path(folder, "config.json"))
         if not isinstance(config, dict) or not {"args", "revision"} <= config.keys():
             raise ValueError(f"{folder}/config.json: is not of train.py")
         flags[folder] = {**config["args"], "code": config["revision"]}
@@ -60,7 +59,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     flags, logs = open_runs(args.runs)
-    coco.check_writable(args.out)
+    check_writable(args.out)
     drawn = plots.draw_panels(args.out, {
         label: {run: plots.points_of(log, key) for run, log in logs.items()}
         for key, label in FIGURES.items()

@@ -6,8 +6,6 @@ Writes for each image a picture with the boxes, and for all of them predictions.
 format, with a score) and predictions.csv. Boxes here are xyxy in pixels of the whole image.
 """
 
-from util import distributed  # isort: skip (before torch)
-
 import csv
 import json
 import os
@@ -23,8 +21,10 @@ from tqdm import tqdm
 
 import eval as evaluation
 import isaid
-from util import coco, isaid_prepare, plots
+from util import cli, coco, distributed, isaid_prepare, plots
 from util.cli import Parser, command, number
+from util.files import DataError, check_writable, write_text
+from util.images import read_image
 
 AGREE = 0.5  # IoU from which two boxes are of one object
 INSIDE = 0.7  # share of a cut box inside another from which it is a part of that
@@ -141,7 +141,7 @@ def write(out, images, categories, found):
         result.update(id=i, iscrowd=0, area=round(box[2] * box[3], 2))
         rows.append([file, names[result["category_id"]], result["score"], *box])
     content = {"images": images, "categories": categories, "annotations": found}
-    coco.write_text(out / "predictions.json", json.dumps(content))
+    write_text(out / "predictions.json", json.dumps(content))
     with open(
         out / "predictions.csv", "w", newline="", encoding="utf-8", errors="backslashreplace"
     ) as file:
@@ -174,7 +174,7 @@ def parse(argv):
     add("--max_dets", type=count, default=100, help="detections a window")
     add("--batch_size", type=count, default=8, help="windows at a time")
     add("--workers", type=number(int, True, most=256), default=0, help="loader processes")
-    add("--device", type=evaluation.usable_device, default="auto", help="cpu, cuda, mps …")
+    add("--device", type=cli.usable_device, default="auto", help="cpu, cuda, mps …")
     return parser.parse_args(argv)
 
 
@@ -195,15 +195,15 @@ def main(argv=None):
     out = args.out or path.parent / "predictions"
     out.mkdir(parents=True, exist_ok=True)
     for name in ("predictions.json", "predictions.csv"):
-        coco.check_writable(out / name)
+        check_writable(out / name)
     text = [f"{path} in windows of {window} pixels that overlap by {overlap}, resized to {size}"]
     how = args.score, args.batch_size, args.device, args.max_dets, args.workers
     images, results, bad = [], [], []
     for file in files:
         name = file.relative_to(folder)
         try:
-            image, (w, h) = coco.read_image(file)
-        except coco.DataError as error:
+            image, (w, h) = read_image(file)
+        except DataError as error:
             bad.append(str(error))
             continue
         found = detect_in_windows(model, image, window, overlap, size, *how)

@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 import torchvision
 
-import detr
 from util import coco, distributed
 from util.cli import one_line
+from util.files import check_writable, write_text
+from util.weights import load_checkpoint, part_of
 
 MAY_CHANGE_ON_RESUME = {
     "resume",
@@ -90,7 +91,7 @@ def inference_state(run):
     """What others need of a run; the decoder of a pretraining is left out."""
     weights, task = run.model.state_dict(), run.task and run.task.state_dict()
     if run.metadata["args"]["setting"] == "pretrain":
-        weights = {k: x for k, x in weights.items() if detr.part_of(k) != "decoder"}
+        weights = {k: x for k, x in weights.items() if part_of(k) != "decoder"}
     return {**run.metadata, "model": weights, "task_state": task, "epoch": run.epoch}
 
 
@@ -126,7 +127,7 @@ def load_resume_state(args):
         if path.with_name("log.jsonl").exists():
             raise ValueError(f"{path}: is gone, but its run has been going; name another folder")
         return None
-    state, now = detr.load_checkpoint(path), vars(args)
+    state, now = load_checkpoint(path), vars(args)
     before = state.get("args")
     if not isinstance(before, dict):
         raise ValueError(f"{path}: is not a checkpoint of train.py; start from it with --init")
@@ -167,7 +168,7 @@ def faults(state):
 def load(model, task, state):
     """The weights of a checkpoint into model and task; a pretraining alone lacks the decoder's."""
     pretrain, own = state["args"]["setting"] == "pretrain", model.state_dict()
-    left = {k: x for k, x in own.items() if pretrain and detr.part_of(k) == "decoder"}
+    left = {k: x for k, x in own.items() if pretrain and part_of(k) == "decoder"}
     model.load_state_dict({**left, **state["model"]})
     if task:
         task.load_state_dict(state["task_state"])
@@ -232,14 +233,14 @@ def make_run_folder(args):
             versions = {"python": platform.python_version(), "torch": torch.__version__}
             versions |= {"torchvision": torchvision.__version__, "device": device_name(args.device)}
             config = {"args": vars(args), "versions": versions, "revision": revision()}
-            coco.write_text(out / "config.json", json.dumps(config, indent=1))
+            write_text(out / "config.json", json.dumps(config, indent=1))
     except FileExistsError:
         advice = ", or go on with its run: --resume" if out.is_dir() else ""
         raise ValueError(f"--out {out} exists already; name a new folder{advice}") from None
     except OSError as error:
         why = f"cannot be made ({error.strerror}); name another folder"
         raise ValueError(f"--out {out} {why}") from None
-    coco.check_writable(out / ".tried")
+    check_writable(out / ".tried")
     return str(out)
 
 
@@ -278,4 +279,4 @@ def device_name(device):
 
 def write_log(path, log):
     """log.jsonl, anew each time, so that no epoch is doubled or missing after an interruption."""
-    coco.write_text(path, "".join(json.dumps(line) + "\n" for line in log))
+    write_text(path, "".join(json.dumps(line) + "\n" for line in log))

@@ -10,12 +10,14 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch
+
 
 def one_line(error):
     """The message of an error, without the traceback that a loader process puts before it."""
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is no UTF-8; save it as UTF-8"
-    text = str(error).rpartition("util.coco.DataError: ")[2]
+    text = str(error).rpartition("util.files.DataError: ")[2]
     return " ".join(text.split()) or repr(error)
 
 
@@ -150,3 +152,24 @@ def command(main):
             sys.exit(130)
 
     return run
+
+
+def default_amp(device):
+    """bf16 on a CPU that multiplies in it (AVX-512 BF16, AMX) and does not only emulate it."""
+    units = "_is_avx512_bf16_supported", "_is_amx_tile_supported"  # not in every version of torch
+    fast = any(getattr(torch.cpu, unit, bool)() for unit in units)
+    return "bf16" if device == "cpu" and fast else "no"
+
+
+def usable_device(name):
+    """An argparse type: a device that exists here. "cuda" is the GPU of this process, "auto" that
+    or, without one, the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    try:
+        torch.empty(1, device=name).tolist()
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{name} cannot be used here ({why})") from None
+    return name

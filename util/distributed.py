@@ -1,5 +1,5 @@
 """Several processes, as torchrun starts them: who this one is, and what all of them have.
-Alone, every function is trivial. Import this module before torch, see below."""
+Alone, every function is trivial."""
 
 import atexit
 import ctypes
@@ -7,13 +7,8 @@ import os
 import sys
 import time
 
-# OpenMP's threads spin while they wait. If they sleep too soon, a training alone is slower; if they
-# never do, two on the same cores starve each other. OpenMP reads this as torch loads it.
-if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "20000"
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+import torch
+import torch.distributed as dist
 
 
 def init(device):

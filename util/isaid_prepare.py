@@ -27,7 +27,8 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from util import coco
-from util.coco import DataError
+from util.files import DataError, read_json, write_text
+from util.images import check_size, read_image, read_size
 from util.synthetic import CLASSES
 
 # fmt: off
@@ -85,7 +86,7 @@ def row_chunks(mask):
 
 def read_class_map(path):
     """The class of every pixel as the rank of its colour: (H, W) uint8. Raises DataError."""
-    mask, _ = coco.read_image(path)
+    mask, _ = read_image(path)
     ranks = np.concatenate([color_to_class_table()[colours] for colours in row_chunks(mask)])
     if ranks.max() == UNKNOWN:
         y, x = divmod(int(ranks.argmax()), mask.width)  # the first of them
@@ -96,7 +97,7 @@ def read_class_map(path):
 
 def read_instances(path):
     """The instance of every pixel: (H, W) integers, 0 for none, numbered in order of their ids."""
-    mask, _ = coco.read_image(path)
+    mask, _ = read_image(path)
     seen = np.zeros(2**24, bool)
     for colours in row_chunks(mask):
         seen[colours] = True
@@ -139,13 +140,13 @@ def smallest_part(mask):
 def tile_image(source, out, labelled, windowing):
     """Cut one image: writes its patches, then its record. Raises DataError.
     source: the image, its masks beside it. The record: [[name, height, width, [annotation]]]."""
-    width, height = coco.read_size(source)
+    width, height = read_size(source)
     if labelled:
         masks = [source.with_name(f"{source.stem}_instance_{x}_RGB.png") for x in ("id", "color")]
         for path in masks:
-            coco.check_size({"width": width, "height": height}, path, coco.read_size(path))
+            check_size({"width": width, "height": height}, path, read_size(path))
         labels, ranks = read_instances(masks[0]), read_class_map(masks[1])
-    image, record = coco.read_image(source)[0], []
+    image, record = read_image(source)[0], []
     for name, (y0, y1, x0, x1) in tile_windows(source.stem, height, width, **windowing):
         here = slice(y0, y1), slice(x0, x1)
         found = find_objects(labels[here], ranks[here]) if labelled else []
@@ -154,13 +155,13 @@ def tile_image(source, out, labelled, windowing):
         temporary = target.with_name(f".{name}")
         image.crop((x0, y0, x1, y1)).save(temporary, format="PNG", compress_level=4)
         os.replace(temporary, target)
-    coco.write_text(out / "parts" / f"{source.stem}.json", json.dumps(record))
+    write_text(out / "parts" / f"{source.stem}.json", json.dumps(record))
 
 
 def is_tiled(out, stem):
     """Whether an earlier call has finished this image."""
     try:
-        record = coco.read_json(out / "parts" / f"{stem}.json")
+        record = read_json(out / "parts" / f"{stem}.json")
     except DataError:
         return False
     return all((out / "images" / name).is_file() for name, *_ in record)
@@ -203,14 +204,14 @@ def init_split_folder(out, target, settings):
     note = out / "prepare.json"
     if target.exists() and not note.exists():
         raise DataError(f"{target}: was not made by this command; name another folder")
-    before = coco.read_json(note) if note.exists() else settings
+    before = read_json(note) if note.exists() else settings
     differ = [name for name in settings if before.get(name) != settings[name]]
     if differ:
         text = ", ".join(f"{name} {before.get(name)}, not {settings[name]}" for name in differ)
         raise DataError(f"{out}: was prepared with {text}; name another folder, or remove it")
     for folder in ("images", "parts"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    coco.write_text(note, json.dumps(settings))
+    write_text(note, json.dumps(settings))
 
 
 def natural_sort_key(name):
@@ -232,7 +233,7 @@ def merge(out, target, stems, devkit):
     """Join the records of the images of a split into its annotation file; returns a summary."""
     images, annotations, tiny = [], [], 0
     for stem in stems:
-        for name, height, width, objects in coco.read_json(out / "parts" / f"{stem}.json"):
+        for name, height, width, objects in read_json(out / "parts" / f"{stem}.json"):
             for found in objects:
                 is_tiny = found.pop("tiny")
                 tiny += is_tiny
@@ -241,7 +242,7 @@ def merge(out, target, stems, devkit):
                     annotations.append({**ids, **found})
             images.append({"id": len(images), "file_name": name, "height": height, "width": width})
     text = json.dumps({"images": images, "annotations": annotations, "categories": CATEGORIES})
-    coco.write_text(target, text)
+    write_text(target, text)
     counts = f"{len(stems):,} images, {len(images):,} patches, {len(annotations):,} objects"
     dropped = "more are dropped" if devkit else "of them the devkit drops"
     return counts + (f"; {tiny:,} {dropped} for a part of one or two pixels" if tiny else "")

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
 from torch import nn
 
-from util.coco import unnormalize, wrap_read_errors
+from util.files import wrap_read_errors
+from util.images import unnormalize
 
 
 def thumbnails(images, patch):

@@ -4,8 +4,6 @@ the same optimiser, dropout wherever the official code has it; ours in channels-
 train.py has it. From the repository's root, with transformers installed:
 PYTHONPATH=. python results/cost/beside_transformers.py [--keep_memory]"""
 
-from util import distributed  # isort: skip (before torch)
-
 import functools
 import re
 import statistics
@@ -17,6 +15,7 @@ import transformers
 
 import detr
 import train
+from util import distributed
 
 REPEATS = 7
 torch.manual_seed(0)

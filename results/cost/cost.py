@@ -9,8 +9,6 @@ cost grows as the number of pixels to that power, from the last size but one to 
 linear, 2 quadratic. What the memory does not suffice for is left out. Writes cost.md and cost.png.
 """
 
-from util import distributed  # isort: skip (before torch)
-
 import concurrent.futures.process
 import itertools
 import math
@@ -25,8 +23,9 @@ from matplotlib.figure import Figure
 
 import detr
 import train
-from util import coco, plots
+from util import distributed, plots
 from util.cli import Parser, command, number
+from util.files import check_writable, write_text
 
 DETECTORS = {"DETR": "@recipes/detr.txt", "DETR-DC5": "@recipes/detr.txt --dilation",
              "Deformable DETR": "@recipes/deformable_detr.txt"}  # fmt: skip
@@ -154,7 +153,7 @@ def main(argv=None):
     add("--out", type=Path, default=Path("runs/cost"), help="folder for cost.md and cost.png")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    coco.check_writable(args.out / "cost.md")
+    check_writable(args.out / "cost.md")
     found, fresh = {}, multiprocessing.get_context("spawn")
     for name, grows, value, flags in rows(args.sizes):
         with concurrent.futures.ProcessPoolExecutor(1, fresh) as process:  # has a peak of its own
@@ -166,7 +165,7 @@ def main(argv=None):
         found.setdefault((name, grows), {})[value] = figures
         said = (f"{figure} {figures[figure]:.3g} {unit}" for figure, unit in FIGURES.items())
         print(f"{name}, {grows} {value}:", *said)
-    coco.write_text(args.out / "cost.md", table(found) + "\n")
+    write_text(args.out / "cost.md", table(found) + "\n")
     draw(args.out / "cost.png", found)
 
 
