@@ -1,175 +1,223 @@
-"""Command lines: numbers, recipes, and mistakes that end a command with one line."""
+"""Command lines: types of flags, files of flags, and errors that end a command with one line."""
 
 import argparse
-import difflib
 import functools
-import itertools
 import math
 import os
 import shlex
 import sys
-from pathlib import Path
 
 import torch
 
 
 def one_line(error):
-    """The message of an error, without the traceback that a loader process puts before it."""
+    """Return the message of an error in one line, without a worker process's traceback."""
     if isinstance(error, UnicodeDecodeError):
-        return f"byte {error.start} is no UTF-8; save it as UTF-8"
-    text = str(error).rpartition("util.files.DataError: ")[2]
-    return " ".join(text.split()) or repr(error)
+        return f"invalid UTF-8 at byte {error.start}; save the file as UTF-8"
+    _, _, text = str(error).rpartition("util.files.DataError: ")
+    text = " ".join(text.split())
+    if not text:
+        return repr(error)
+    return text
 
 
-def number(kind, zero=False, most=2**32, words=()):
-    """An argparse type: a number greater than 0, or 0 too, and at most `most`; or a word."""
-    what = "a whole number" if kind is int else "a number"
-    least = "of at least 0" if zero else "of at least 1" if kind is int else "greater than 0"
+# ---------------------------------------------------------------- types of flags
+def int_range(low, high=None):
+    """Return an argparse type for whole numbers from `low` to `high`, both included."""
+    expected = f"a whole number of at least {low}"
+    if high is not None:
+        expected += f" and at most {high}"
 
     def parse(text):
-        if text in words:
-            return text
         try:
-            value = kind(text)
+            value = int(text)
         except ValueError:
-            value = math.nan
-        if not (0 < value <= most or zero and value == 0):
-            bound = f" and at most {most}" if value > most or most < 2**32 else ""
-            expected = " or ".join([f"{what} {least}{bound}", *words])
-            raise argparse.ArgumentTypeError(f"expected is {expected}, not {text!r}")
+            value = None
+        if value is None or value < low or value > (high or 2**32):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
         return value
 
     return parse
 
 
-def split_recipe_line(line):
-    """The words of a line of flags: quotes hold spaces; # at the start of a word is a comment.
-    Raises ValueError."""
-    lexer = shlex.shlex(line, posix=True)
-    lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""
-    found = list(itertools.takewhile(lambda word: not word.startswith("#"), lexer))
-    if found[-1:] == ["\\"]:
-        raise ValueError(r"leave out \ at the end of a line; a table's row is one line")
-    return found
+def float_range(low, high=None, open_low=False):
+    """Return an argparse type for numbers from `low` to `high`; open_low excludes `low` itself."""
+    if open_low:
+        expected = f"a number greater than {low}"
+    else:
+        expected = f"a number of at least {low}"
+    if high is not None:
+        expected += f" and at most {high}"
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        too_low = value <= low if open_low else value < low
+        if math.isnan(value) or too_low or value > (high or 2**32):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
 
 
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Leaves the description as it is and shows defaults, where there are any."""
+POSITIVE_INT = int_range(1)
+NON_NEGATIVE_INT = int_range(0)
+IMAGE_SIDE = int_range(1, 10_000)  # pixels
+NUM_WORKERS = int_range(0, 256)  # processes
+POSITIVE_FLOAT = float_range(0, open_low=True)
+NON_NEGATIVE_FLOAT = float_range(0)
+FRACTION = float_range(0, 1)
+
+
+def parse_device(name):
+    """Return the name of a device that works here; an argparse type.
+
+    "auto" is the GPU if there is one, else the CPU. "cuda" is the GPU of this process.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    several_processes = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if name == "cuda" or (name.startswith("cuda") and several_processes):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.empty(1, device=name).tolist()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        message = f"device {name!r} is not available ({reason})"
+        raise argparse.ArgumentTypeError(message) from None
+    return name
+
+
+def default_amp(device):
+    """Return "bf16" for a CPU with instructions for it (AVX-512 BF16, AMX), else "no"."""
+    if device != "cpu":
+        return "no"
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        if hasattr(torch.cpu, name) and getattr(torch.cpu, name)():  # missing in some versions
+            return "bf16"
+    return "no"
+
+
+# ---------------------------------------------------------------- parsing
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Leave the description as it is, and show defaults where there are any."""
 
     def _get_help_string(self, action):
-        none = action.default in (None, False, [])
-        return action.help if none else super()._get_help_string(action)
+        if action.default in (None, False, []):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes get one line; @FILE stands for the flags in a file, which may have comments."""
+    """A parser with one-line errors; @FILE stands for the flags in a file with comments."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=Help, allow_abbrev=False, **options)
+        super().__init__(
+            formatter_class=HelpFormatter, fromfile_prefix_chars="@", allow_abbrev=False, **options
+        )
 
-    def parse_args(self, args=None, namespace=None):
-        args = self.expanded(sys.argv[1:] if args is None else args)
-        parsed, unknown = self.parse_known_args(self.filled(args), namespace)
-        if unknown:
-            self.error(f"unknown: {' '.join(unknown)}{self.nearest(unknown[0])}")
-        return parsed
+    def parse_known_args(self, args=None, namespace=None):
+        if args is None:
+            args = sys.argv[1:]
+        self.reject_empty(args)
+        try:
+            return super().parse_known_args(args, namespace)
+        except RecursionError:
+            self.error("a file of flags includes itself")
 
-    def expanded(self, args):
-        """The words of a command line with those of a file in the place of @FILE."""
-        found = []
-        for word in args:
-            if not word.startswith("@"):
-                found.append(word)
-                continue
-            try:
-                lines = Path(word[1:]).read_text(encoding="utf-8-sig").splitlines()
-                found += self.expanded([flag for line in lines for flag in split_recipe_line(line)])
-            except (OSError, ValueError, RecursionError) as error:
-                self.error(f"{word}: cannot be read as a file of flags ({one_line(error)})")
-        return found
+    def convert_arg_line_to_args(self, arg_line):
+        """Split a line of a file of flags; called by argparse."""
+        try:
+            words = split_recipe_line(arg_line)
+        except ValueError as error:  # a quote that is not closed
+            self.error(f"{arg_line.strip()!r} in a file of flags: {one_line(error)}")
+        self.reject_empty(words)
+        return words
 
-    def filled(self, args):
-        """The words of a command line if none of them is empty, as "$NAME" may turn out."""
-        for before, word in zip(["", *args], args):
-            if word == "" or word.startswith("--") and word.endswith("="):
-                where = before if before.startswith("-") else word.rstrip("=") or "an argument"
-                self.error(f"{where} is empty; was it meant to be a variable that is not set?")
-        return args
-
-    def nearest(self, word):
-        """What an unknown word may have been meant to be, as the end of a message."""
-        if word.endswith(".txt") and Path(word).is_file():
-            return f"; did you mean @{word}?"
-        meant, parsers = {}, [self]
-        for action in self._actions:
-            parsers += action.choices.values() if isinstance(action.choices, dict) else []
-        for action in (action for parser in parsers for action in parser._actions):
-            for option in action.option_strings:
-                meant[option.lstrip("-")] = meant[str(action.help).split(",")[0]] = option
-        tidy = word.split("=")[0].lstrip("-")
-        for form in (tidy, tidy.replace("_", " ")):  # as a flag, as in a help text
-            for near in difflib.get_close_matches(form, meant, n=1):
-                return f"; did you mean {meant[near]}?"
-        return ""
+    def reject_empty(self, words):
+        """End with an error if a word is empty, as "$NAME" is if the variable is not set."""
+        for previous, word in zip(["", *words], words):
+            if word == "":
+                where = previous if previous.startswith("-") else "an argument"
+                self.error(f"{where} is empty; did you use an unset shell variable?")
+            if word.startswith("--") and word.endswith("="):
+                self.error(f"{word[:-1]} is empty; did you use an unset shell variable?")
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
 
 
+def split_recipe_line(line):
+    """Return the words of a line of flags: quotes keep spaces, a word that starts with # a comment.
+
+    Raises ValueError for a quote that is not closed.
+    """
+    lexer = shlex.shlex(line.removeprefix("\ufeff"), posix=True)  # the mark that some editors write
+    lexer.whitespace_split = True
+    lexer.commenters = ""  # "#" may be part of a path
+    lexer.escape = ""  # and so may a backslash
+    words = []
+    for word in lexer:
+        if word.startswith("#"):
+            break
+        words.append(word)
+    return words
+
+
 class InitAction(argparse.Action):
-    """`--init A --init_parts x --init B` as [[A, [x]], [B, None]]: what to take of each."""
+    """Collect `--init A --init_parts x --init B` as [[A, [x]], [B, None]]."""
 
     def __call__(self, parser, namespace, value, option=None):
-        sources = [*namespace.init] if isinstance(namespace.init, list) else []
-        if self.nargs and not sources:
-            parser.error(f"{option} stands after the --init that it belongs to")
-        if self.nargs and sources[-1][1]:
-            parser.error(f"{option} is there twice for {sources[-1][0]}; name all parts in one")
-        path, parts = (sources.pop()[0], value) if self.nargs else (value, None)
-        namespace.init = [*sources, [path, parts]]
+        sources = list(namespace.init)
+        if option == "--init":
+            sources.append([value, None])
+        elif not sources:
+            parser.error(f"{option} must follow the --init it applies to")
+        else:
+            path, parts = sources.pop()
+            if parts:
+                parser.error(f"{option} given twice for {path}; list all parts in one {option}")
+            sources.append([path, value])
+        namespace.init = sources
 
 
-def command(main):
-    """Decorates the main of a script: wrong input ends it with one line, Ctrl-C with status 130."""
+# ---------------------------------------------------------------- commands
+def cli_main(main):
+    """Decorate the main of a script: wrong input ends it with one line, Ctrl-C with status 130."""
 
     @functools.wraps(main)
     def run(argv=None):
         for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # names that a terminal cannot show cost nothing
+            if hasattr(stream, "reconfigure"):  # show ? for letters that the terminal cannot show
                 stream.reconfigure(errors="replace")
         try:
             main(argv)
             sys.stdout.flush()
         except BrokenPipeError:  # as in `… | head -1`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)  # as SIGPIPE would end it
+            sys.exit(141)  # the status of a process that SIGPIPE ends
         except (ValueError, OSError, FloatingPointError) as error:
-            text = one_line(error)
+            message = one_line(error)
             if getattr(error, "filename", None):
-                text = f"{error.filename}: {error.strerror}; name another file or folder"
-            sys.exit(f"error: {text}")
+                message = f"{error.filename}: {error.strerror}; choose a different path"
+            sys.exit(f"error: {message}")
         except KeyboardInterrupt:
             sys.exit(130)
 
     return run
 
 
-def default_amp(device):
-    """bf16 on a CPU that multiplies in it (AVX-512 BF16, AMX) and does not only emulate it."""
-    units = "_is_avx512_bf16_supported", "_is_amx_tile_supported"  # not in every version of torch
-    fast = any(getattr(torch.cpu, unit, bool)() for unit in units)
-    return "bf16" if device == "cpu" and fast else "no"
+# Names that callers still use.
+command = cli_main
+usable_device = parse_device
 
 
-def usable_device(name):
-    """An argparse type: a device that exists here. "cuda" is the GPU of this process, "auto" that
-    or, without one, the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
-    try:
-        torch.empty(1, device=name).tolist()
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{name} cannot be used here ({why})") from None
-    return name
+def number(kind, zero=False, most=None, words=()):
+    """An argparse type: a number greater than 0, or 0 too, and at most `most`; or a word."""
+    if kind is int:
+        check = int_range(0 if zero else 1, most)
+    else:
+        check = float_range(0, most, open_low=not zero)
+    return lambda text: text if text in words else check(text)
