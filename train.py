@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 import deformable_attn
 import detr
-import eval as evaluation
 import isaid
 import ssl_tasks
+from eval import LOGGED, checkpoint_file, epoch_text, evaluate, metrics_table
 from util import checkpoint, cli, distributed, plots
 from util.cli import InitAction, Parser, command, number
 from util.weights import PARTS, init_from_checkpoint, part_of
@@ -130,8 +130,8 @@ def train(run, train_set, val_set, args):
             checkpoint.save_resume_state(out / "last.pt", run)
             line = run.log_line(args.batch_size * args.accumulate)
             if epoch % args.eval_every == 0 or epoch == args.epochs:
-                metrics, _ = evaluation.evaluate(model, task, val_set, args, out)
-                line.update({name: metrics[name] for name in evaluation.LOGGED if name in metrics})
+                metrics, _ = evaluate(model, task, val_set, args, out)
+                line.update({name: metrics[name] for name in LOGGED if name in metrics})
                 if metrics["score"] >= run.best:  # of equals the last: AP may stay at zero long
                     run.best = metrics["score"]
                     if first:
@@ -140,7 +140,7 @@ def train(run, train_set, val_set, args):
             if first:
                 checkpoint.write_log(out / "log.jsonl", run.log)
                 plots.draw_curves(out / "curves.png", run.log)
-            bar.write(evaluation.epoch_text(line, args.epochs))
+            bar.write(epoch_text(line, args.epochs))
             run.next_epoch()
         checkpoint.save_resume_state(out / "last.pt", run)
     return metrics
@@ -347,7 +347,7 @@ def build_model(config, args):
         raise ValueError(f"{message}; put them into {torch.hub.get_dir()}/checkpoints") from None
     source, anew = {"backbone": weights} if imagenet else {}, []
     for path, parts in args.init:
-        taken, names = init_from_checkpoint(model, evaluation.checkpoint_file(path), parts)
+        taken, names = init_from_checkpoint(model, checkpoint_file(path), parts)
         source.update(dict.fromkeys(taken, path))
         anew = [name for name in anew if part_of(name) not in taken] + names
     parts = {path: [part for part in source if source[part] == path] for path in source.values()}
@@ -456,7 +456,7 @@ def main(argv=None):
     with checkpoint.remove_if_unused(args.out):
         metrics = train(run, train_set, val_set, args)
     if metrics and "per_class" in metrics:
-        print(f"\n{evaluation.metrics_table(metrics)}")
+        print(f"\n{metrics_table(metrics)}")
     print(f"\nlook at the pictures; evaluate: python eval.py {shlex.quote(args.out)}")
 
 

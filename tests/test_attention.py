@@ -10,9 +10,9 @@ from test_detr import SMALL, randomise
 from torchvision.ops import box_convert
 
 import detr
-import eval as evaluation
 import isaid
 import train
+from eval import main as eval_main
 from tools import attention
 from util import plots
 from util.files import read_json
@@ -120,7 +120,7 @@ def run(request, tmp_path_factory):
 
 def test_the_command(run, tmp_path, capsys):
     """A row a query, in the shape of the image; metrics.json gets the share and keeps the rest."""
-    evaluation.main([str(run)])
+    eval_main([str(run)])
     before = read_json(run / "metrics.json")
     attention.main([str(run), "--queries", "1"])
     metrics = read_json(run / "metrics.json")

@@ -12,9 +12,10 @@ from pycocotools.cocoeval import COCOeval
 
 import deformable_attn
 import detr
-import eval as evaluation
 import isaid
 import train
+from eval import METRICS, coco_metrics, detect_dataset, load_run, metrics_table
+from eval import main as eval_main
 from util import plots
 from util.files import DataError, read_json
 
@@ -43,20 +44,18 @@ def data():
     """Images that the model sees at half their size, and what one finds that knows them."""
     data, model = isaid.synthetic_dataset("val", 40, 128, isaid.make_transforms(False, 64)), Truth()
     model.images = iter(data)
-    data.truth = [
-        found for found in evaluation.detect_dataset(model, data, 4) if found["score"] > 0.5
-    ]
+    data.truth = [found for found in detect_dataset(model, data, 4) if found["score"] > 0.5]
     return data
 
 
 def test_truth_scores_one_and_nothing_zero(data, evaluator):
-    metrics = evaluation.coco_metrics(data, data.truth, evaluator)
-    assert [metrics[key] for key in evaluation.METRICS] == PERFECT
+    metrics = coco_metrics(data, data.truth, evaluator)
+    assert [metrics[key] for key in METRICS] == PERFECT
     assert sum(row["boxes"] for row in metrics["per_class"]) == len(data.annotations)
-    assert evaluation.coco_metrics(data, [], evaluator)["ap"] == 0
+    assert coco_metrics(data, [], evaluator)["ap"] == 0
     for key, value in (("image_id", 4040), ("category_id", 99)):
         with pytest.raises(DataError, match=f"the results have {key} {value}, which"):
-            evaluation.coco_metrics(data, [{**data.truth[0], key: value}])
+            coco_metrics(data, [{**data.truth[0], key: value}])
 
 
 @pytest.mark.parametrize("model", detr.DETECTORS)
@@ -66,7 +65,7 @@ def test_the_held_out_loss_is_that_of_training(model):
     torch.manual_seed(0)
     made = detr.build_detector(**train.detector_config(args, 15)).eval()
     data, losses = isaid.synthetic_dataset("val", 5, 64, isaid.make_transforms(False, 64)), []
-    evaluation.detect_dataset(made, data, 3, losses=losses)
+    detect_dataset(made, data, 3, losses=losses)
     assert [images for images, _ in losses] == [3, 2]
     for (_, loss), batch in zip(losses, isaid.data_loader(data, 0, batch_size=3)):
         terms = train.compute_losses(made, None, *batch, args)
@@ -93,14 +92,14 @@ def test_results_load_in_pycocotools_as_they_are(data, evaluator):
         box = (np.array(found["bbox"]) + rng.normal(0, 2.5, 4)).clip(1).tolist()
         label = int(rng.integers(1, 16)) if rng.random() < 0.2 else found["category_id"]
         results.append({**found, "category_id": label, "bbox": box, "score": rng.random()})
-    metrics = evaluation.coco_metrics(data, results, evaluator)
+    metrics = coco_metrics(data, results, evaluator)
     truth = COCO()
     truth.dataset = {key: getattr(data, key) for key in ("images", "categories", "annotations")}
     truth.createIndex()
     run = COCOeval(truth, truth.loadRes(results), "bbox")
     for step in (run.evaluate, run.accumulate, run.summarize):
         step()
-    found = [-1 if metrics[key] is None else metrics[key] for key in evaluation.METRICS]
+    found = [-1 if metrics[key] is None else metrics[key] for key in METRICS]
     assert found == pytest.approx(run.stats[[0, 1, 2, 3, 4, 5, 8]], abs=1e-9)
     aps = run.eval["precision"][:, :, :, 0, -1].mean((0, 1))  # -1 without ground truth
     assert [row["ap"] or 0 for row in metrics["per_class"]] == pytest.approx(aps.clip(0))
@@ -115,10 +114,10 @@ def test_the_devkits_ranges_and_a_class_without_truth(evaluator):
     content["categories"] = [{"id": 1, "name": "x"}, {"id": 2, "name": "y"}]
     data = isaid.DetectionDataset("", {**content, "annotations": found}, None, None)
     results = [*found, {**found[0], "category_id": 2}]
-    usual = evaluation.coco_metrics(data, results, evaluator)
-    devkit = evaluation.coco_metrics(data, results, evaluator, max_dets=1000, areas="isaid")
-    assert [devkit[key] for key in evaluation.METRICS] == PERFECT
-    assert re.search("y +0 +n/a +n/a$", evaluation.metrics_table(devkit))
+    usual = coco_metrics(data, results, evaluator)
+    devkit = coco_metrics(data, results, evaluator, max_dets=1000, areas="isaid")
+    assert [devkit[key] for key in METRICS] == PERFECT
+    assert re.search("y +0 +n/a +n/a$", metrics_table(devkit))
     assert usual["ap_medium"] is None and usual["ap_large"] == 0 and usual["ap"] < 0.7
     assert usual["ar"] == pytest.approx(100 / 151)  # the 151st does not count
 
@@ -129,7 +128,7 @@ def run(tmp_path_factory):
     isaid.write_scenes(root / "data", {"train": 8, "val": 3}, 64, seed=0)
     flags = "--hidden_dim 32 --enc_layers 1 --dec_layers 2 --image_size 64 --epochs 1 --attn torch"
     train.main(f"{flags} --data {root}/data --out {root}/run".split())
-    evaluation.main([f"{root}/run"])
+    eval_main([f"{root}/run"])
     return root / "run"
 
 
@@ -137,13 +136,13 @@ def test_own_images_and_others(run, tmp_path):
     """Of others nothing is written into the run; the figures of its own are those of training."""
     before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
     metrics, logged = (read_json(run / name) for name in ("metrics.json", "log.jsonl"))
-    same = *evaluation.METRICS, "val_loss"
+    same = *METRICS, "val_loss"
     assert [metrics[key] for key in same] == [logged[key] for key in same]
     data = f"--data {run}/../data"
     other = f"{data} --split train --limit_val 5 --max_dets 1000 --areas isaid"
     for flags, n in ((data, 3), ("--split train", 8), ("--limit_val 2", 2), (other, 5)):
         for out in ([], ["--out", str(tmp_path)]):
-            evaluation.main([str(run), *flags.split(), *out])
+            eval_main([str(run), *flags.split(), *out])
         assert (metrics := read_json(tmp_path / "metrics.json"))["images"] == n
     assert metrics["other"]["max_dets"] == 1000 and (tmp_path / "detections.png").exists()
     assert before == {path: path.stat().st_mtime_ns for path in run.iterdir()}
@@ -153,10 +152,10 @@ def test_a_closed_pipe_loses_nothing(run, tmp_path, monkeypatch):
     """What is written is there although only a line is read of what is printed (`| head -1`)."""
     printed = Mock(side_effect=[None, BrokenPipeError])
     monkeypatch.setattr(os, "dup2", Mock())  # the test's own output stays
-    monkeypatch.setattr(evaluation, "print", printed, raising=False)
+    monkeypatch.setattr("eval.print", printed, raising=False)
     flags = f"{run} --split train --out {tmp_path} --export {tmp_path}/x.json"
     with pytest.raises(SystemExit, match="141"):
-        evaluation.main(flags.split())
+        eval_main(flags.split())
     assert printed.call_count == 2
     assert read_json(tmp_path / "metrics.json")["images"] == 8
     assert len(read_json(tmp_path / "x.json")) == 800
@@ -169,9 +168,9 @@ def test_attention_and_collapse(run, tmp_path):
     for name, weight in state["model"].items():
         weight.mul_("input_proj" not in name)
     torch.save(state, tmp_path / "best.pt")
-    evaluation.main([str(tmp_path)])
+    eval_main([str(tmp_path)])
     for folder, attn, collapsed in ((run, "torch", False), (tmp_path, auto, True)):
-        model, _, _ = evaluation.load_run(folder, "cpu")
+        model, _, _ = load_run(folder, "cpu")
         assert model.transformer.encoder.layers[0].self_attn.backend == attn
         assert read_json(folder / "metrics.json")["collapsed"] is collapsed
 
@@ -196,6 +195,6 @@ def test_mistakes_get_one_line(run, tmp_path, capsys):
     ):
         torch.save({**state, **content}, tmp_path / "a.pt")
         with pytest.raises(SystemExit) as stop:
-            evaluation.main(flags.format(run=run, tmp=tmp_path).split())
+            eval_main(flags.format(run=run, tmp=tmp_path).split())
         said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
         assert re.fullmatch(f"error: [^\n]*{message}[^\n]*\n?", said), said

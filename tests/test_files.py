@@ -15,11 +15,11 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import detr
-import eval as evaluation
 import isaid
 import reproduce
 import ssl_tasks
 import train
+from eval import main as eval_main
 from tools import predict
 from util import cli, coco, isaid_prepare, plots
 from util.files import DataError
@@ -242,7 +242,7 @@ def test_files_without_truth(data, run, tmp_path):
         images = save_coco(data, ["0.png"], "test", annotations=None, categories=categories)
         picture().save(images / "0.png")
         out = tmp_path / f"{n}.json"
-        evaluation.main([str(run), "--data", str(data), "--split", "test", "--export", str(out)])
+        eval_main([str(run), "--data", str(data), "--split", "test", "--export", str(out)])
         assert {r["image_id"] for r in json.loads(out.read_text(encoding="utf-8"))} == {0}
 
 
@@ -336,7 +336,7 @@ MISTAKES = [
     (train.main, ["--num_queries", str(2**32)], "least 1 and at most 10000, not '4294967296'"),
     (train.main, ["--enc_layers", "257"], "a whole number of at least 0 and at most 256, not"),
     (train.main, ["--limit_train", str(10**7)], "at most 1000000, not '10000000'"),
-    (evaluation.main, ["RUN", "--max_dets", str(2**32)], "at most 10000, not '4294967296'"),
+    (eval_main, ["RUN", "--max_dets", str(2**32)], "at most 10000, not '4294967296'"),
     (predict.main, ["RUN", "a.png", "--workers", "999"], "at most 256, not '999'"),
     (predict.main, ["RUN", "a.png", "--score", "0", "README.md"], "unknown: README.md (--help"),
     (isaid.main, ["scenes", "x", "--val", str(10**7)], "at most 1000000, not '10000000'"),
@@ -346,10 +346,10 @@ MISTAKES = [
     (train.main, ["--init="], "--init is empty"),
     (train.main, ["--out", ""], "--out is empty"),
     (train.main, ["--tokenizer_weights", ""], "--tokenizer_weights is empty"),
-    (evaluation.main, [""], "an argument is empty"),
-    (evaluation.main, ["RUN", "--data", ""], "--data is empty"),
-    (evaluation.main, ["RUN", "--export", ""], "--export is empty"),
-    (evaluation.main, ["RUN", "--limit_vla", "1"], "did you mean --limit_val?"),
+    (eval_main, [""], "an argument is empty"),
+    (eval_main, ["RUN", "--data", ""], "--data is empty"),
+    (eval_main, ["RUN", "--export", ""], "--export is empty"),
+    (eval_main, ["RUN", "--limit_vla", "1"], "did you mean --limit_val?"),
     (predict.main, ["RUN", ""], "an argument is empty"),
     (predict.main, ["RUN", ".", "--out", ""], "--out is empty"),
     (isaid.main, ["check", ""], "an argument is empty"),
@@ -394,7 +394,7 @@ def test_names_that_no_file_can_have(run, tmp_path):
         for main, arguments in (
             (train.main, [*TINY, "--out", name]),
             (train.main, [*TINY, "--out", name, "--resume"]),
-            (evaluation.main, [run, "--out", name]),
+            (eval_main, [run, "--out", name]),
             (predict.main, [run, image, "--out", name]),
             (reproduce.main, ["tasks", "--no_run", "--out", name]),
             (isaid.main, ["scenes", name / "x"]),
@@ -473,7 +473,7 @@ def test_checkpoints_that_say_odd_things(run, tmp_path, place, value, message):
     if value is ...:
         del holder[key]
     torch.save(state, path := tmp_path / "odd.pt")
-    for main, more in ((evaluation.main, []), (predict.main, [run / "detections.png"])):
+    for main, more in ((eval_main, []), (predict.main, [run / "detections.png"])):
         said = error_of(main, path, *more)
         assert said.startswith(f"error: {path}: ") and message in said and "--init" in said
 
@@ -495,14 +495,14 @@ def test_outputs_are_tried_first(run, tmp_path, monkeypatch):
     """Where nothing can be written, it is said before anything is computed."""
     (wall := tmp_path / "file").write_text("not a folder")
     never = pytest.fail
-    monkeypatch.setattr(evaluation, "predict", lambda *_: never("computed first"))
-    monkeypatch.setattr(predict, "find", lambda *_, **__: never("computed first"))
+    monkeypatch.setattr("eval.evaluate", lambda *_: never("computed first"))
+    monkeypatch.setattr(predict, "detect_in_windows", lambda *_, **__: never("computed first"))
     Image.new("RGB", (80, 80)).save(tmp_path / "a.png")
     (tmp_path / "predictions.json").mkdir()
     for main, arguments in (
-        (evaluation.main, [run, "--out", wall / "x"]),
-        (evaluation.main, [run, "--export", wall / "x.json"]),
-        (evaluation.main, [run, "--export", tmp_path]),
+        (eval_main, [run, "--out", wall / "x"]),
+        (eval_main, [run, "--export", wall / "x.json"]),
+        (eval_main, [run, "--export", tmp_path]),
         (predict.main, [run, tmp_path / "a.png", "--out", wall / "x"]),
         (predict.main, [run, tmp_path / "a.png", "--out", tmp_path]),
     ):
@@ -512,11 +512,11 @@ def test_outputs_are_tried_first(run, tmp_path, monkeypatch):
 def test_what_is_no_ordinary_file_stays(run, tmp_path):
     """A pipe is refused at once, a link is followed."""
     os.mkfifo(tmp_path / "pipe")
-    said = error_of(evaluation.main, run, "--export", tmp_path / "pipe")
+    said = error_of(eval_main, run, "--export", tmp_path / "pipe")
     assert "pipe: cannot be written, it is no ordinary file" in said
     assert (tmp_path / "pipe").is_fifo()
     (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
-    evaluation.main([str(run), "--export", str(tmp_path / "link.json")])
+    eval_main([str(run), "--export", str(tmp_path / "link.json")])
     assert (tmp_path / "link.json").is_symlink() and (tmp_path / "target.json").stat().st_size > 9
 
 
@@ -525,7 +525,7 @@ def test_held_out_images_without_boxes(data, tmp_path):
     save_coco(data, [f"{i}.png" for i in range(4)], "val", annotations=[])
     train.main([*TINY, "--data", str(data), "--out", str(tmp_path / "run")])
     assert (tmp_path / "run/best.pt").exists()
-    assert "nothing to compare with; add --export" in error_of(evaluation.main, tmp_path / "run")
+    assert "nothing to compare with; add --export" in error_of(eval_main, tmp_path / "run")
 
 
 def test_a_slash_at_the_end(tmp_path):
@@ -538,7 +538,7 @@ def test_a_failed_picture_costs_no_figures(run, tmp_path, monkeypatch, capsys):
         raise RuntimeError("broken data stream")
 
     monkeypatch.setattr(Image.Image, "save", fail)
-    evaluation.main([str(run), "--out", str(tmp_path / "out")])
+    eval_main([str(run), "--out", str(tmp_path / "out")])
     said = capsys.readouterr().err
     assert "detections.png: is not drawn (RuntimeError: broken data stream)" in said
     assert json.loads((tmp_path / "out/metrics.json").read_text(encoding="utf-8"))["images"] == 2

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import detr
-import eval as evaluation
 import isaid
 import reproduce
 import train
+from eval import load_run
 from tools import predict
 from util import coco
 from util.files import DataError, read_json
@@ -197,7 +197,7 @@ def test_checkpoints_of_something_else(file, content):
     for value in (content, {"model": content}):
         torch.save(value, file)
         attempt("other checkpoints", READERS["a.pt"], file)
-        attempt("other runs", evaluation.load_run, file, "cpu")
+        attempt("other runs", load_run, file, "cpu")
 
 
 ACTIONS = [a for a in train.build_parser()._actions if "--help" not in a.option_strings]

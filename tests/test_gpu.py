@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_checkpoint import TINY, log_of
 
-import eval as evaluation
 import train
+from eval import main as eval_main
 from tools import attention, predict
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -41,7 +41,7 @@ def test_a_run_is_the_same_on_the_gpu(tmp_path, flags, monkeypatch):
 @pytest.mark.parametrize("flags", RUNS[:2])
 def test_a_run_goes_on_and_is_evaluated(tmp_path, flags, monkeypatch):
     run, flags, found = tmp_path / "run", f"{flags} --epochs 2 --amp bf16", []
-    monkeypatch.setattr(evaluation, "evaluate", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(train, "evaluate", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(SystemExit):  # after the first epoch
         trained(run, flags, "cuda")
     monkeypatch.undo()
@@ -49,7 +49,7 @@ def test_a_run_goes_on_and_is_evaluated(tmp_path, flags, monkeypatch):
     assert len(whole) == 2
     assert all(0 < line["train_loss"] < 100 for line in whole)
     for device in ("cuda", "cpu"):
-        evaluation.main([str(run), "--device", device])
+        eval_main([str(run), "--device", device])
         found.append(json.loads((run / "metrics.json").read_text(encoding="utf-8")))
     assert found[0]["val_loss"] == pytest.approx(found[1]["val_loss"], rel=0.01)
     scene = tmp_path / "scene.png"

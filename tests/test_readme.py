@@ -8,11 +8,11 @@ import torch
 from test_checkpoint import ROOT, TINY, log_of
 from torchvision.ops import box_convert
 
-import eval as evaluation
 import isaid
 import reproduce
 import ssl_tasks
 import train
+from eval import parse as eval_parse
 from tools import attention, compare, predict
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -82,7 +82,7 @@ def test_commands_parse(command, monkeypatch):
     script, *flags = shlex.split(command.split("#")[0])
     if script == "-m" and flags[0].startswith("tools."):
         script, *flags = flags
-    parsers = {"train.py": train.parse, "eval.py": evaluation.parse}
+    parsers = {"train.py": train.parse, "eval.py": eval_parse}
     parsers |= {"tools.predict": predict.parse, "tools.attention": attention.parse}
     parsers |= {"tools.compare": compare.parse}
     if script in parsers:

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 import detr
-import eval as evaluation
 import isaid
 import ssl_tasks
 import train
+from eval import main as eval_main
 from util import tokenizers
 from util.files import read_json
 from util.images import MEAN, STD
@@ -285,7 +285,7 @@ def trained(out, flags):
 
 
 def evaluated(run):
-    evaluation.main([str(run)])
+    eval_main([str(run)])
     return read_json(run / "metrics.json")
 
 
@@ -417,4 +417,4 @@ def test_what_cannot_be_is_refused(blues, pretrained, tmp_path):
     with pytest.raises(SystemExit, match="all images must have one size: give image_size"):
         trained(tmp_path / "run", f"--data {blues} --ssl_task jigsaw-discrete")
     with pytest.raises(SystemExit, match="it detects nothing"):
-        evaluation.main([str(pretrained), "--export", str(tmp_path / "x.json")])
+        eval_main([str(pretrained), "--export", str(tmp_path / "x.json")])

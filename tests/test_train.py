@@ -20,9 +20,9 @@ import torchvision
 from test_checkpoint import ROOT, TINY, Command, log_of, same_run
 
 import detr
-import eval as evaluation
 import isaid
 import train
+from eval import METRICS
 from util import checkpoint, isaid_prepare, plots, synthetic
 from util.cli import command
 from util.weights import PARTS, part_of
@@ -89,7 +89,7 @@ def test_what_a_run_leaves(run):
     assert [line["epoch"] for line in log] == [1, 2]
     losses = {f"train_{x}" for x in ("loss", "loss_ce", "loss_bbox", "loss_giou")}
     times = {"seconds", "data_wait", "images_per_second", "eval_seconds"}
-    assert log[0].keys() == losses | times | {*evaluation.METRICS, "val_loss", "epoch", "collapsed"}
+    assert log[0].keys() == losses | times | {*METRICS, "val_loss", "epoch", "collapsed"}
     terms = (sum(line[name] for name in losses - {"train_loss"}) for line in log)
     assert [*terms] == pytest.approx([line["train_loss"] for line in log])
     assert all(0 <= line["data_wait"] <= 1 and 0 <= line["ap"] <= 1 for line in log)
@@ -548,7 +548,7 @@ def test_every_image_counts_once(tmp_path):
     assert printed.count("epoch   1/2") == 1 and "8 images a step, 2 steps an epoch" in printed
     best = max(log_of(out), key=lambda line: (line["ap"], line["epoch"]))
     assert len(log_of(out)) == 2 and [path.name for path in tmp_path.glob("run*")] == ["run"]
-    names, tables = (*evaluation.METRICS, "ssl_loss"), []
+    names, tables = (*METRICS, "ssl_loss"), []
     for n in (1, 2, 3):
         Command(tmp_path, "eval.py", out, "--out", tmp_path / f"{n}", processes=n).end()
         metrics = json.loads((tmp_path / f"{n}/metrics.json").read_bytes())

@@ -22,8 +22,8 @@ from torch import Tensor
 from torchvision.ops import nms
 
 import detr
-import eval as evaluation
 import isaid
+from eval import coco_results, eval_loader, load_run, require_detector
 from util import cli, plots
 from util.cli import Parser, command, number
 from util.files import DataError, check_writable, read_json, write_text
@@ -81,7 +81,7 @@ def pointing_game(model, data, batch_size, device):
     points lies in the object's box; "by_chance": the same of a point anywhere in the image;
     "objects": how many}. An object's query is the one that the matching of training gives it."""
     hits, areas = [], []
-    for images, padding, targets in evaluation.eval_loader(data, batch_size, 0, "attention"):
+    for images, padding, targets in eval_loader(data, batch_size, 0, "attention"):
         outputs, seen = attention_of(model, images.to(device), padding.to(device))
         labels, boxes = detr.pad_targets(targets, device)  # (B, T), (B, T, 4)
         counts = [len(target["labels"]) for target in targets]
@@ -104,7 +104,7 @@ def batch(image, image_size):
 def draw(path, model, image, run, n=4):
     """Save a picture of where the n best queries of a model look in a PIL image; of several
     whose boxes overlap, the best; none below a score of 0.1 but the best. Returns whether it is
-    drawn. run: its checkpoint, as evaluation.load_run returns it."""
+    drawn. run: its checkpoint, as eval.load_run returns it."""
     device = next(model.parameters()).device
     inputs = [x.to(device) for x in batch(image, run["args"]["image_size"])]
     outputs, seen = attention_of(model, *inputs)
@@ -115,7 +115,7 @@ def draw(path, model, image, run, n=4):
     best = nms(found["boxes"], found["scores"], 0.3)[:n]  # each of another object, best first
     best = best[: max(1, int((found["scores"][best] >= 0.1).sum()))]
     found = {name: values[best].cpu() for name, values in found.items()}
-    results, rows = evaluation.coco_results(found, 0, run["categories"]), {}
+    results, rows = coco_results(found, 0, run["categories"]), {}
     h, w = seen.shapes[0]
     for k, (query, result) in enumerate(zip(found["queries"].tolist(), results)):
         x, y = outputs["boxes"][-1, 0, query, :2].tolist()
@@ -153,8 +153,8 @@ def parse(argv):
 @command
 def main(argv=None):
     args = parse(argv)
-    model, _, run = evaluation.load_run(args.run, args.device)
-    evaluation.require_detector(run)
+    model, _, run = load_run(args.run, args.device)
+    require_detector(run)
     flags, folder = argparse.Namespace(**run["args"]), run["path"].parent
     name = f"attention-{args.image.stem}.png" if args.image else "attention.png"
     out, metrics = args.out or folder / name, folder / "metrics.json"

@@ -9,8 +9,8 @@ runs differ, or the code's revision. Rows over several seeds, with intervals, ar
 import sys
 from pathlib import Path
 
-import eval as evaluation
 import reproduce
+from eval import format_metric
 from util import plots
 from util.cli import Parser, command
 from util.files import check_writable, read_json
@@ -42,7 +42,7 @@ def table(flags, logs):
     for run, log in logs.items():
         last = [next((x[key] for x in reversed(log) if key in x), None) for key in there]
         other = [str(flags[run].get(name)) for name in differ]
-        rows.append([run, str(log[-1]["epoch"]), *map(evaluation.format_metric, last), *other])
+        rows.append([run, str(log[-1]["epoch"]), *map(format_metric, last), *other])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     return [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]

@@ -19,8 +19,8 @@ from scipy.sparse.csgraph import connected_components
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-import eval as evaluation
 import isaid
+from eval import coco_results, detect, load_run, require_detector
 from util import cli, coco, distributed, isaid_prepare, plots
 from util.cli import Parser, command, number
 from util.files import DataError, check_writable, write_text
@@ -61,7 +61,7 @@ def detect_in_windows(model, image, window, overlap, image_size, score=0.3, batc
     data, parts = Windows(image, window, overlap, image_size), []
     batches = isaid.data_loader(data, workers, batch_size=batch_size)
     batches = tqdm(batches, "windows", leave=False, disable=None)
-    for target, found in evaluation.detect(model, batches, device, top, "the image"):
+    for target, found in detect(model, batches, device, top, "the image"):
         good = found["scores"] >= score
         window_of = torch.tensor(target["window"]).expand(int(good.sum()), 4)
         boxes = (found["boxes"][good] + window_of[:, [0, 1, 0, 1]]).double()
@@ -184,8 +184,8 @@ def main(argv=None):
     args.device = distributed.init(args.device)
     if distributed.rank():  # one process does it all
         return
-    model, _, run = evaluation.load_run(args.run, args.device)
-    evaluation.require_detector(run)
+    model, _, run = load_run(args.run, args.device)
+    require_detector(run)
     path, categories = run["path"], run["categories"]
     window, size = args.window or run["window"], run["args"]["image_size"] or 800
     overlap = window // 4 if args.overlap is None else args.overlap
@@ -207,7 +207,7 @@ def main(argv=None):
             bad.append(str(error))
             continue
         found = detect_in_windows(model, image, window, overlap, size, *how)
-        results += evaluation.coco_results(found, len(images), categories, digits=2)
+        results += coco_results(found, len(images), categories, digits=2)
         images.append({"id": len(images), "file_name": name.as_posix(), "width": w, "height": h})
         plots.draw_objects(out / f"{name}{PICTURE}", image, found, categories)
         text.append(f"{name}: {w} x {h}, {len(found['labels'])} objects")
