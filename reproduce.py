@@ -37,7 +37,7 @@ from matplotlib.figure import Figure
 
 import train
 from util import checkpoint, cli, plots
-from util.cli import Parser, command, number, one_line, words
+from util.cli import Parser, command, number, one_line, split_recipe_line as words
 from util.files import check_writable, read_json, write_text
 
 ROOT = Path(__file__).resolve().parent

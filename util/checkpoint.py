@@ -206,12 +206,12 @@ class GracefulStop:
     """Within this context the first SIGINT or SIGTERM is noted only; a second one interrupts."""
 
     def __enter__(self):
-        self.caught = 0
+        self.received = 0
         self.before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _note(self, number, frame):
-        self.caught = number
+        self.received = number
         self.__exit__()
 
     def __exit__(self, *_):
