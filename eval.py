@@ -172,11 +172,8 @@ def ssl_metrics(model, task, data, batch_size, workers, device):
             device
         )
         images, padding = images.to(device), padding.to(device)
-        if task.corrupts and task.on == "features":
-            levels = task.corrupt_levels(model.features(images, padding), corruption)
-        else:
-            levels = model.features(task.corrupt_images(images, corruption), padding)
-        prediction, target = task.predict_and_target(model.encode(levels), images, corruption)
+        memory = task.encode(model, images, padding, corruption)
+        prediction, target = task.predict_and_target(memory, images, corruption)
         error, right = task.patch_losses(prediction, target)
         counted = task.counted_patches(corruption)
         hits = counted if right is None else right & counted
@@ -184,17 +181,20 @@ def ssl_metrics(model, task, data, batch_size, workers, device):
         if sum(map(torch.numel, taken)) < MAX_BASELINE_VALUES:
             taken.append(task.counted_targets(target, counted).cpu())
         if not panels:
-            panels = task.panels(images, prediction, target, corruption)
-            for title, (x, *marks) in panels.items():
-                panels[title] = unnormalize(x).masked_fill(padding[:, None], 1), *marks
+            panels = plots.ssl_panels(task, images, prediction, target, corruption)
+            for panel in panels:
+                panel.images = unnormalize(panel.images).masked_fill(padding[:, None], 1)
     error, hits, patches = sum(distributed.all_gather(sums)).tolist()
     if not patches:
         message = "no patch was corrupted; take larger images or smaller patches"
         raise DataError(f"{data.name}: {message}")
     accuracy = hits / patches if isinstance(task, ssl_tasks.ClassTask) else None
-    guess, chance = task.baseline(torch.cat(taken)) if sum(map(len, taken)) else (None, None)
+    baseline = {"ssl_baseline": None, "ssl_chance": None}
+    targets = torch.cat(taken)
+    if len(targets):
+        baseline = task.baseline(targets)
     found = {"ssl_loss": error / patches, "ssl_acc": accuracy}
-    return {**found, "ssl_baseline": guess, "ssl_chance": chance}, panels
+    return {**found, **baseline}, panels
 
 
 # ---------------------------------------------------------------- text

@@ -1,8 +1,8 @@
 """Self-supervised tasks on the feature maps of a detector (arXiv 2205.05543).
 
-The image is cut into a grid of square patches. A task corrupts some of them, either in the image
-as the authors do or in the feature maps between CNN and encoder, and predicts from the encoder's
-memory what was there:
+The image is divided into a grid of square patches. A task corrupts some of them, either in the
+image, as the authors do, or in the feature maps between CNN and encoder. From the encoder's output,
+the memory, it predicts what was there:
 
     reconstruct         nothing is corrupted; predict the pixels
     mim-continuous      mask a share of the patches; predict their pixels (SimMIM, 2111.09886)
@@ -10,336 +10,480 @@ memory what was there:
     jigsaw-continuous   permute a share among themselves; predict the pixels that belong there
     jigsaw-discrete     permute a share; predict where the content came from (1603.09246)
 
-B images, C channels, H x W pixels or cells, h x w patches, P = h*w, K classes, s stride. A patch
-that is cut off by the border of its image is never corrupted, predicted or counted.
-Faults of the authors' code, put right here: its loss counts patches that did not move, its mask
-colour is normalised twice, its tokens in pretraining are of another crop, its decoder runs idly."""
+B images, C channels, H x W pixels or cells, h x w patches, P = h * w, K classes, s stride. A patch
+that the border of its image cuts off is never corrupted, predicted or counted.
 
-from typing import NamedTuple
+Bugs of the authors' code that are fixed here: its loss counts patches that did not move, its mask
+color is normalized twice, its tokens in pretraining are those of another crop, and its decoder
+runs in pretraining, where nothing is trained by it."""
+
+import abc
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from util import tokenizers
+from util.tokenizers import Dalle, KMeans, pad_to_patches
 
 
 # ---------------------------------------------------------------- what happens to the patches
-class Corruption(NamedTuple):
-    """What is done to the patches of a batch, numbered row by row."""
+@dataclass(frozen=True)
+class Corruption:
+    """What is done to the patches of a batch, which are numbered row by row."""
 
     grid: tuple  # (h, w)
-    inside: Tensor  # (B, P) bool, lies wholly inside its image; all others are left alone
-    masked: Tensor  # (B, P) bool, its content is hidden
-    permutation: Tensor  # (B, P) int64, a permutation: the patch whose content stands here
-    quarter_turns: (
-        Tensor | None
-    )  # (B, P) int64, left quarter turns of what stands here; None: no task's
+    inside: Tensor  # (B, P) bool: lies wholly inside its image; all other patches are left alone
+    masked: Tensor  # (B, P) bool: its content is hidden
+    permutation: Tensor  # (B, P) int64: the number of the patch whose content stands here now
+    quarter_turns: Tensor | None = None  # (B, P) int64: left quarter turns of what stands here
 
     def changed(self):
-        """(B, P) bool: masked, moved or turned; a patch permuted to its own place is not."""
-        own_places = torch.arange(self.permutation.shape[1]).to(self.permutation)
-        changed = self.masked | (self.permutation != own_places)
-        return changed if self.quarter_turns is None else changed | (self.quarter_turns > 0)
+        """Return which patches are masked, moved or turned: (B, P) bool.
+
+        A patch that the permutation sends to its own place has not changed.
+        """
+        own_place = torch.arange(self.permutation.shape[1], device=self.permutation.device)
+        changed = self.masked | (self.permutation != own_place)
+        if self.quarter_turns is not None:
+            changed = changed | (self.quarter_turns > 0)
+        return changed
 
     def inverse(self):
-        """The corruption that puts moved patches back."""
-        return self._replace(permutation=self.permutation.argsort(1))
+        """Return the corruption that puts moved patches back."""
+        return replace(self, permutation=self.permutation.argsort(1))
 
     def to(self, device):
-        there = (x if x is None else x.to(device, non_blocking=True) for x in self[1:])
-        return Corruption(self.grid, *there)
+        """Return the same corruption with its tensors on `device`."""
+        moved = replace(
+            self,
+            inside=self.inside.to(device),
+            masked=self.masked.to(device),
+            permutation=self.permutation.to(device),
+        )
+        if self.quarter_turns is not None:
+            moved = replace(moved, quarter_turns=self.quarter_turns.to(device))
+        return moved
 
 
 def patches_inside_image(padding, patch):
-    """Which patches lie wholly inside their image: padding (B, H, W) -> (B, h, w) bool."""
-    H, W = padding.shape[-2:]
-    outside = F.pad(padding, (0, -W % patch, 0, -H % patch), value=True)
-    return F.max_pool2d(outside[:, None].float(), patch)[:, 0] == 0
+    """Return which patches lie wholly inside their image.
 
-
-def patches_to_pixels(values, cells, size):
-    """Values of patches at each of their cells, `cells` a side: (B, h, w) -> (B, *size)."""
-    cellwise = values.repeat_interleave(cells, 1).repeat_interleave(cells, 2)
-    return cellwise[:, : size[0], : size[1]]
+    padding: (B, H, W) bool, True = padding
+    patch:   pixels per side
+    Returns (B, h, w) bool.
+    """
+    outside = pad_to_patches(padding[:, None].float(), patch, value=1.0)
+    return F.max_pool2d(outside, patch)[:, 0] == 0
 
 
 def corrupt_map(x, corruption, cells, fill):
-    """Corrupt a map or image x (B, C, H, W) with patches of cells x cells; fill (C,) masks."""
-    H, W = x.shape[2:]
-    patches = F.pixel_unshuffle(F.pad(x, (0, -W % cells, 0, -H % cells)), cells).flatten(2)
-    patches = patches.gather(2, corruption.permutation[:, None].expand_as(patches))  # (B, C', P)
-    for k in () if corruption.quarter_turns is None else (1, 2, 3):
-        turned = patches.unflatten(1, (-1, cells, cells)).rot90(k, (2, 3)).flatten(1, 3)
-        patches = torch.where(corruption.quarter_turns[:, None] == k, turned, patches)
-    fill = fill.repeat_interleave(cells * cells)[:, None]  # (C', 1), C' = C * cells * cells
-    patches = torch.where(corruption.masked[:, None], fill, patches)
-    return F.pixel_shuffle(patches.unflatten(2, corruption.grid), cells)[..., :H, :W]
+    """Permute, turn and mask the patches of a feature map or an image.
+
+    x:     (B, C, H, W)
+    cells: cells (pixels of an image) per side of a patch
+    fill:  (C,) what a masked cell contains
+    Returns (B, C, H, W).
+    """
+    H, W = x.shape[-2:]
+    # (B, C, H, W) -> (B, C * cells**2, P): a patch is a column now
+    patches = F.pixel_unshuffle(pad_to_patches(x, cells), cells).flatten(2)
+
+    source = corruption.permutation[:, None].expand_as(patches)
+    patches = patches.gather(2, source)
+
+    if corruption.quarter_turns is not None:
+        squares = patches.unflatten(1, (-1, cells, cells))  # (B, C, cells, cells, P)
+        for k in (1, 2, 3):
+            turned = squares.rot90(k, (2, 3)).flatten(1, 3)
+            patches = torch.where(corruption.quarter_turns[:, None] == k, turned, patches)
+
+    fill_column = fill.repeat_interleave(cells * cells)[:, None]  # (C * cells**2, 1)
+    patches = torch.where(corruption.masked[:, None], fill_column, patches)
+
+    corrupted = F.pixel_shuffle(patches.unflatten(2, corruption.grid), cells)
+    return corrupted[..., :H, :W]
+
+
+def choose(rng, patches, ratio):
+    """Return a random share of the patches, in random order."""
+    return rng.permutation(patches)[: round(ratio * len(patches))]
 
 
 # ---------------------------------------------------------------- what all tasks share
-class Task(nn.Module):
-    """Corrupts patches and predicts something of each from the finest level of the memory.
-    dim, strides: of the detector's maps, finest first. patch: pixels a side. ratio: share of an
-    image's patches that is corrupted. on: "features" or "image". loss_on: "corrupted" or "all"
-    patches count. image_size: pixels a side if all images have one size. hidden: the head has a
-    hidden layer, as the authors' has in multi-task learning. Values that do not go together raise
-    ValueError. A task overrides what it does differently, and has its name in TASKS:
+class Task(nn.Module, abc.ABC):
+    """Corrupt patches, and predict something about each from the finest level of the memory.
 
-        mask(rng, patches, grid)     -> the patches that are hidden, of `patches`, the whole ones
-        permute(rng, patches, grid)  -> (places, the patches whose content comes there)
-        turn(rng, patches, grid)     -> (places, by how many quarter turns each is turned)
-        outputs()                    -> how many numbers the head predicts at each cell
-        predict(x (B, C, H/s, W/s), (H, W)) -> the prediction, from the memory through self.head
-        target(images, corruption)   -> (B, 3, H, W) pixels, or (B, h, w) int64 classes
-        errors(prediction, target)   -> error of each patch (B, P), right or not (B, P) or None
-        taken(target, counted)       -> what is right at the n counted patches (B, P): (n, ...)
-        guess(what taken returns)    -> (what is reached without looking, by chance), or None each
-        answers(images, prediction, target, corruption) -> {title: (picture, right or not)}"""
+    A task of your own is a subclass of PixelTask or ClassTask that overrides what it does
+    differently, mostly `mask` or `permute` and `target`, and has a name in TASKS.
 
-    corrupts = True  # else the clean images will do, and every patch counts
+    num_outputs:  numbers that the head predicts per cell
+    dim:          channels of the detector's feature maps
+    strides:      pixels per cell of each feature map, finest first
+    patch:        pixels per side of a patch
+    ratio:        share of an image's patches that is corrupted
+    on:           what is corrupted, "features" or "image"
+    loss_patches: which patches the loss counts, "corrupted" or "all"
+    image_size:   pixels per side if all images are squares of one size, else None
+    hidden_layer: the head has a hidden layer, as the authors' has in multi-task learning
+    Raises ValueError if these do not fit together.
+    """
 
-    def __init__(self, dim, strides, patch, ratio=0.5, on="features", loss_on="corrupted",
-                 image_size=None, hidden=False):  # fmt: skip
+    corrupts = True  # False: the task reads the clean images, and every patch counts
+    rotates = False  # True: the task overrides `turn`
+    picture = None  # how util/plots.py shows it: "pixels", "classes", "tokens", "positions"
+
+    def __init__(self, *, num_outputs, dim, strides, patch, ratio=0.5, on="features",
+                 loss_patches="corrupted", image_size=None, hidden_layer=False):  # fmt: skip
         super().__init__()
-        self.dim, self.strides, self.patch, self.ratio, self.on = dim, strides, patch, ratio, on
-        self.count_all, self.image_size = loss_on == "all" or not self.corrupts, image_size
-        if patch % strides[0] or any(patch % s and s % patch for s in strides):
-            fault = f"a patch of {patch} pixels does not cover whole cells of the maps"
-            raise ValueError(f"{fault}; take one of {strides} or a multiple of {strides[-1]}")
-        number = round(ratio * (image_size // patch) ** 2) if image_size else 2
-        if number < 2 and not self.count_all or image_size and image_size < patch:
-            fault = f"images of {image_size} pixels: {number} patches of {patch} would be corrupted"
-            raise ValueError(f"{fault}; take larger images, smaller patches or a larger ratio")
-        if on == "features" and self.corrupts:  # what stands in a masked cell of each level
+        self.num_outputs = num_outputs
+        self.dim = dim
+        self.strides = strides
+        self.patch = patch
+        self.ratio = ratio
+        self.on = on
+        self.count_all = loss_patches == "all" or not self.corrupts
+        self.check_sizes(image_size)
+        if self.corrupts and on == "features":  # what a masked cell of each level contains
             self.mask_token = nn.Parameter(torch.randn(len(strides), dim) * 0.02)
-        head = nn.Conv2d(dim, self.outputs(), 1)
-        nn.init.normal_(head.weight, std=0.02)  # at first: the mean colour, all classes alike
-        nn.init.zeros_(head.bias)
-        self.head = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.ReLU(), head) if hidden else head
+        output_layer = nn.Conv2d(dim, num_outputs, 1)
+        nn.init.normal_(output_layer.weight, std=0.02)  # at first: gray, or all classes alike
+        nn.init.zeros_(output_layer.bias)
+        if hidden_layer:
+            self.head = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.ReLU(), output_layer)
+        else:
+            self.head = output_layer
 
+    def check_sizes(self, image_size):
+        """Raise ValueError if the patches do not fit the feature maps or the images."""
+        finest, coarsest = self.strides[0], self.strides[-1]
+        aligned = self.patch % finest == 0
+        for stride in self.strides:
+            if self.patch % stride != 0 and stride % self.patch != 0:
+                aligned = False
+        if not aligned:
+            raise ValueError(
+                f"patch size {self.patch} is not aligned with the feature strides; "
+                f"use one of {self.strides} or a multiple of {coarsest}"
+            )
+        if image_size is None:
+            return
+        if image_size < self.patch:
+            raise ValueError(
+                f"images of {image_size} pixels are smaller than a patch of {self.patch}; "
+                f"use larger images or smaller patches"
+            )
+        corrupted = round(self.ratio * (image_size // self.patch) ** 2)
+        if corrupted < 2 and not self.count_all:
+            raise ValueError(
+                f"only {corrupted} patches of {self.patch} pixels would be corrupted in a "
+                f"{image_size}-pixel image (need at least 2); "
+                f"use larger images, smaller patches or a larger ratio"
+            )
+
+    # ------------------------------------------------ the corruption
     def mask(self, rng, patches, grid):
+        """Return which patches are hidden.
+
+        rng:     numpy's random generator of this image
+        patches: (n,) the numbers of the patches inside this image
+        grid:    (h, w)
+        """
         return []
 
     def permute(self, rng, patches, grid):
+        """Return (places, sources): the patches that get another content, and whose they get.
+
+        The sources are the places in another order.
+        """
         return [], []
 
     def turn(self, rng, patches, grid):
+        """Return (places, turns): the patches that are turned, and by how many left quarters."""
         return [], []
 
     def sample_corruption(self, padding, seeds):
-        """The corruption of a batch, of each image from its own seed alone: padding (B, H, W)."""
-        whole = patches_inside_image(padding.cpu(), self.patch).numpy()  # (B, h, w)
-        grid, whole = whole.shape[1:], whole.reshape(len(whole), -1)
-        masked, source = np.zeros_like(whole), np.indices(whole.shape, np.int64)[1]
-        turns = np.zeros_like(source)
+        """Draw the corruption of a batch, of each image with its own seed.
+
+        padding: (B, H, W) bool, True = padding
+        seeds:   B integers
+        Returns a Corruption on the CPU.
+        """
+        inside = patches_inside_image(padding.cpu(), self.patch)  # (B, h, w)
+        B, h, w = inside.shape
+        masked = np.zeros((B, h * w), dtype=bool)
+        permutation = np.tile(np.arange(h * w, dtype=np.int64), (B, 1))  # every patch in its place
+        quarter_turns = np.zeros((B, h * w), dtype=np.int64)
         for i, seed in enumerate(seeds):
-            rng, patches = np.random.default_rng(seed), whole[i].nonzero()[0]
-            masked[i, self.mask(rng, patches, grid)] = True
-            places, sources = self.permute(rng, patches, grid)
-            source[i, places] = sources
-            places, quarters = self.turn(rng, patches, grid)
-            turns[i, places] = quarters
-        whole, masked, source, turns = map(torch.from_numpy, (whole, masked, source, turns))
-        turns = None if type(self).turn is Task.turn else turns
-        return Corruption(grid, whole, masked, source, turns)
+            rng = np.random.default_rng(seed)
+            patches = np.flatnonzero(inside[i].numpy())
+            masked[i, self.mask(rng, patches, (h, w))] = True
+            places, sources = self.permute(rng, patches, (h, w))
+            permutation[i, places] = sources
+            places, turns = self.turn(rng, patches, (h, w))
+            quarter_turns[i, places] = turns
+
+        corruption = Corruption(
+            grid=(h, w),
+            inside=inside.flatten(1),
+            masked=torch.from_numpy(masked),
+            permutation=torch.from_numpy(permutation),
+        )
+        if self.rotates:
+            corruption = replace(corruption, quarter_turns=torch.from_numpy(quarter_turns))
+        return corruption
 
     def corrupt_images(self, images, corruption):
-        return corrupt_map(images, corruption, self.patch, images.new_zeros(3))  # the mean colour
+        """Return the corrupted images; a masked patch has the mean color, 0 when normalized."""
+        return corrupt_map(images, corruption, self.patch, fill=images.new_zeros(3))
 
     def corrupt_levels(self, levels, corruption):
-        """A cell larger than a patch is masked if any patch under it changed: nothing is left of it
-        in the maps. (What the CNN carried into other cells remains; on="image" avoids it.)"""
-        out = []
+        """Return the feature levels with corrupted features.
+
+        A cell that is larger than a patch is masked if any patch under it changed: nothing is left
+        of it in the maps. (What the CNN carried into other cells remains; on="image" avoids it.)
+        """
+        corrupted = []
         for level, stride, token in zip(levels, self.strides, self.mask_token):
-            x, token = level.features, token.to(level.features.dtype)
-            if self.patch % stride == 0:
-                x = corrupt_map(x, corruption, self.patch // stride, token)
+            token = token.to(level.features.dtype)  # (C,)
+            if stride <= self.patch:
+                cells = self.patch // stride
+                features = corrupt_map(level.features, corruption, cells, fill=token)
             else:
                 changed = corruption.changed().unflatten(1, corruption.grid)[:, None].float()
-                touched = F.max_pool2d(changed, stride // self.patch, ceil_mode=True) > 0
-                x = torch.where(touched, token[:, None, None], x)
-            out.append(level._replace(features=x))
-        return out
+                under = F.max_pool2d(changed, stride // self.patch, ceil_mode=True)
+                features = torch.where(under > 0, token[:, None, None], level.features)
+            corrupted.append(level._replace(features=features))
+        return corrupted
 
-    def counted_patches(self, corruption):
-        """Patches that the loss counts: (B, P) bool."""
-        return corruption.inside & (corruption.changed() | self.count_all)
+    def encode(self, model, images, padding, corruption, levels=None):
+        """Return the memory that the task predicts from: the encoder's output, finest level first.
 
-    def counted_targets(self, target, counted):
-        return target[:0]
+        levels: model.features(images, padding) if that is computed already
+        """
+        if self.corrupts and self.on == "image":
+            corrupted_images = self.corrupt_images(images, corruption)
+            return model.encode(model.features(corrupted_images, padding))
+        if levels is None:
+            levels = model.features(images, padding)
+        if self.corrupts:
+            levels = self.corrupt_levels(levels, corruption)
+        return model.encode(levels)
+
+    # ------------------------------------------------ the prediction
+    @abc.abstractmethod
+    def predict(self, features, size):
+        """Return the prediction of the head: (B, 3, H, W) pixels or (B, K, h, w) class logits.
+
+        features: (B, C, H / s, W / s) finest level of the memory
+        size:     (H, W) of the images
+        """
+
+    @abc.abstractmethod
+    def target(self, images, corruption):
+        """Return what is correct: (B, 3, H, W) pixels or (B, h, w) int64 classes."""
+
+    @abc.abstractmethod
+    def patch_losses(self, prediction, target):
+        """Return (loss of each patch (B, P), whether it is correct (B, P) bool or None)."""
 
     def predict_and_target(self, memory, images, corruption):
-        """(prediction, target): what is predicted from the memory and what is right."""
+        """Return (what is predicted from the memory, what is correct)."""
         prediction = self.predict(memory[0].features, images.shape[-2:])
         return prediction, self.target(images, corruption)
 
+    def counted_patches(self, corruption):
+        """Return which patches the loss counts: (B, P) bool."""
+        if self.count_all:
+            return corruption.inside
+        return corruption.inside & corruption.changed()
+
     def loss(self, memory, images, corruption, num_patches=None):
-        """The mean error of the counted patches; num_patches: divide by this instead."""
-        error, _ = self.patch_losses(*self.predict_and_target(memory, images, corruption))
+        """Return the mean loss of the counted patches; their sum is divided by num_patches."""
+        prediction, target = self.predict_and_target(memory, images, corruption)
+        losses, _ = self.patch_losses(prediction, target)
         counted = self.counted_patches(corruption)
-        return (error * counted).sum() / max(num_patches or counted.sum(), 1)
+        if num_patches is None:
+            num_patches = counted.sum()
+        return (losses * counted).sum() / max(num_patches, 1)
+
+    # ------------------------------------------------ the baseline: the best constant prediction
+    @abc.abstractmethod
+    def counted_targets(self, target, counted):
+        """Return the targets of the n patches that are counted, for `baseline`: (n, ...)."""
+
+    @abc.abstractmethod
+    def baseline(self, targets):
+        """Return {"ssl_baseline": score of a constant prediction, "ssl_chance": score of chance}.
+
+        targets: (n, ...) from `counted_targets`, n > 0
+        """
 
     def check(self, images, padding):
-        """Try a batch before training. ValueError that names the method whose result does not fit,
-        or says that no patch of these images would count."""
-        (B, _, H, W), corruption = images.shape, self.sample_corruption(padding, range(len(images)))
-        (h, w), s = corruption.grid, self.strides[0]
+        """Try the task on a batch before training.
 
-        def expect(method, what, is_so):
-            if not is_so:
-                raise ValueError(f"{type(self).__name__}.{method}: {what}; see ssl_tasks.Task")
+        Raises ValueError if the result of a method does not fit, which it names, or if no patch
+        of these images counts.
+        """
+        B, _, H, W = images.shape
+        corruption = self.sample_corruption(padding, range(B))
+        h, w = corruption.grid
+        name = type(self).__name__
 
         places = torch.arange(h * w).expand(B, -1)
-        same = corruption.permutation.sort(1)[0].equal(places)
-        expect("permute", "sources are not the places in another order", same)
-        target, classes = self.target(images, corruption), isinstance(self, ClassTask)
-        wanted = (B, h, w) if classes else (B, 3, H, W)
-        expect("target", f"{tuple(target.shape)} instead of {wanted}", target.shape == wanted)
-        inside = not classes or 0 <= target.min() and target.max() < self.outputs()
-        expect("target", f"classes beyond the {self.outputs()} of outputs", inside)
-        memory = torch.zeros(B, self.dim, -(-H // s), -(-W // s))
-        for result in self.patch_losses(self.predict(memory, (H, W)), target):
-            fits = result is None or result.shape == (B, h * w)
-            expect("errors", f"not the shape {(B, h * w)} of the patches", fits)
-        counts = self.counted_patches(corruption).any()
-        share = f"a share of {self.ratio} leaves no patch of {self.patch} pixels to predict"
-        expect("mask", f"{share}; take smaller patches or a larger share", counts)
+        if not torch.equal(corruption.permutation.sort(1).values, places):
+            raise ValueError(f"{name}.permute: sources must be a permutation of the places")
+        if not self.counted_patches(corruption).any():
+            raise ValueError(
+                f"{name}.mask: ratio {self.ratio} leaves no {self.patch}-pixel patch to predict; "
+                f"use smaller patches or a larger ratio"
+            )
 
-    def panels(self, images, prediction, target, corruption):
-        """Rows of the picture: {title: (images (B, 3, H, W), patches to frame, right or not)}.
-        The last two are (B, P) bool or None."""
-        rows, moved = {"original": (images, None, None)}, corruption.changed() & ~corruption.masked
-        if self.corrupts:
-            title = "corrupted" if self.on == "image" else "corrupted, if it were the image"
-            title += "; white: moved or turned" * bool(moved.any())
-            rows[title] = self.corrupt_images(images, corruption), moved, None
-        for title, (picture, right) in self.answers(images, prediction, target, corruption).items():
-            title += "; green: right, red: wrong" * (right is not None)
-            rows[title] = picture, self.counted_patches(corruption), right
-        return rows
+        target = self.target(images, corruption)
+        expected_shape = (B, 3, H, W)
+        if isinstance(self, ClassTask):
+            expected_shape = (B, h, w)
+        if target.shape != expected_shape:
+            raise ValueError(
+                f"{name}.target: expected shape {expected_shape}, got {tuple(target.shape)}"
+            )
+        if isinstance(self, ClassTask) and not 0 <= target.min() <= target.max() < self.num_outputs:
+            raise ValueError(f"{name}.target: class index out of range [0, {self.num_outputs})")
+
+        s = self.strides[0]
+        features = torch.zeros(B, self.dim, math.ceil(H / s), math.ceil(W / s))
+        losses, correct = self.patch_losses(self.predict(features, (H, W)), target)
+        for values in (losses, correct):
+            if values is not None and values.shape != (B, h * w):
+                raise ValueError(
+                    f"{name}.patch_losses: expected shape {(B, h * w)}, got {tuple(values.shape)}"
+                )
 
 
 class PixelTask(Task):
-    """Predicts pixels, each cell of the finest level its own s x s of them; L1 loss."""
+    """Predict pixels, each cell of the finest level its own s x s of them; L1 loss."""
 
-    def outputs(self):
-        return 3 * self.strides[0] ** 2
+    picture = "pixels"
 
-    def predict(self, x, size):  # (B, C, H/s, W/s) -> (B, 3, H, W)
-        return F.pixel_shuffle(self.head(x), self.strides[0])[..., : size[0], : size[1]]
+    def __init__(self, *, strides, **config):
+        super().__init__(num_outputs=3 * strides[0] ** 2, strides=strides, **config)
+
+    def predict(self, features, size):
+        """(B, C, H / s, W / s) -> (B, 3, H, W)"""
+        H, W = size
+        return F.pixel_shuffle(self.head(features), self.strides[0])[..., :H, :W]
 
     def target(self, images, corruption):
         return images
 
     def patch_losses(self, prediction, target):
-        error = (prediction - target).abs().mean(1, keepdim=True)  # (B, 1, H, W)
-        return F.avg_pool2d(error, self.patch, ceil_mode=True).flatten(1), None
+        pixel_losses = (prediction - target).abs().mean(1, keepdim=True)  # (B, 1, H, W)
+        losses = F.avg_pool2d(pixel_losses, self.patch, ceil_mode=True)  # (B, 1, h, w)
+        return losses.flatten(1), None
 
-    def counted_targets(self, target, counted):  # (B, 3, H, W), (B, P) -> (n, 3, p, p)
-        p, (H, W) = self.patch, target.shape[-2:]
-        patches = F.pad(target, (0, -W % p, 0, -H % p)).unfold(2, p, p).unfold(3, p, p)
+    def counted_targets(self, target, counted):
+        """(B, 3, H, W), (B, P) -> (n, 3, patch, patch)"""
+        padded = pad_to_patches(target, self.patch)
+        rows = padded.unfold(2, self.patch, self.patch)  # (B, 3, h, W', patch)
+        patches = rows.unfold(3, self.patch, self.patch)  # (B, 3, h, w, patch, patch)
         return patches.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)[counted]
 
-    def baseline(self, patches):
-        """The error of predicting the mean patch everywhere, without looking; no chance level."""
-        return (patches - patches.mean(0)).abs().mean().item(), None
-
-    def answers(self, images, prediction, target, corruption):
-        counted = self.counted_patches(corruption).unflatten(1, corruption.grid)
-        here = patches_to_pixels(counted, self.patch, images.shape[-2:])[:, None]
-        rows = {} if target is images else {"target": (target, None)}
-        return {**rows, "predicted in frames": (torch.where(here, prediction, target), None)}
+    def baseline(self, targets):
+        """The loss of predicting the mean patch everywhere; pixels have no level of chance."""
+        loss = (targets - targets.mean(0)).abs().mean().item()
+        return {"ssl_baseline": loss, "ssl_chance": None}
 
 
 class ClassTask(Task):
-    """Predicts one of K classes for each patch from the mean of its cells; cross-entropy."""
+    """Predict one of K classes for each patch, from the mean of its cells; cross-entropy."""
 
-    def predict(self, x, size):  # (B, C, H/s, W/s) -> (B, K, h, w)
-        return self.head(F.avg_pool2d(x, self.patch // self.strides[0], ceil_mode=True))
+    picture = "classes"
+
+    def predict(self, features, size):
+        """(B, C, H / s, W / s) -> (B, K, h, w)"""
+        cells = self.patch // self.strides[0]
+        return self.head(F.avg_pool2d(features, cells, ceil_mode=True))
 
     def patch_losses(self, prediction, target):
-        error = F.cross_entropy(prediction, target, reduction="none")
-        return error.flatten(1), (prediction.argmax(1) == target).flatten(1)
+        losses = F.cross_entropy(prediction, target, reduction="none")  # (B, h, w)
+        correct = prediction.argmax(1) == target
+        return losses.flatten(1), correct.flatten(1)
 
-    def counted_targets(self, target, counted):  # (B, h, w), (B, P) -> (n,)
+    def counted_targets(self, target, counted):
+        """(B, h, w), (B, P) -> (n,)"""
         return target.flatten(1)[counted]
 
-    def baseline(self, classes):
-        """The share of the most frequent answer, and that of any: one in K."""
-        return classes.bincount().max().item() / len(classes), 1 / self.outputs()
-
-    def answers(self, images, prediction, target, corruption):
-        right = self.patch_losses(prediction, target)[1]
-        return {"answered": (self.corrupt_images(images, corruption), right)}
+    def baseline(self, targets):
+        """The accuracy of predicting the most frequent class everywhere, and of chance."""
+        accuracy = targets.bincount().max().item() / len(targets)
+        return {"ssl_baseline": accuracy, "ssl_chance": 1 / self.num_outputs}
 
 
 # ---------------------------------------------------------------- the five tasks
 class Reconstruct(PixelTask):
+    """Predict the pixels of images that are not corrupted."""
+
     corrupts = False
 
 
 class MaskedPixels(PixelTask):
+    """Mask a share of the patches; predict their pixels."""
+
     def mask(self, rng, patches, grid):
-        return rng.permutation(patches)[: round(self.ratio * len(patches))]
-
-
-class JigsawPixels(PixelTask):
-    def permute(self, rng, patches, grid):
-        places = rng.permutation(patches)[: round(self.ratio * len(patches))]
-        return places, rng.permutation(places)
+        return choose(rng, patches, self.ratio)
 
 
 class MaskedTokens(ClassTask):
-    """vocabulary: number of tokens from k-means; tokenizer_weights: DALL-E's file instead."""
+    """Mask a share of the patches; predict their visual tokens.
 
-    mask = MaskedPixels.mask
+    vocab_size:        number of tokens, found by k-means
+    tokenizer_weights: file of DALL-E's encoder, whose tokens are predicted instead
+    """
 
-    def __init__(self, dim, strides, patch, vocabulary=64, tokenizer_weights=None, **options):
-        dalle = tokenizer_weights and tokenizers.Dalle(patch, tokenizer_weights)
-        tokenizer = dalle or tokenizers.KMeans(patch, vocabulary)
-        self.vocabulary = len(tokenizer.codes)
-        super().__init__(dim, strides, patch, **options)
+    picture = "tokens"
+
+    def __init__(self, *, patch, vocab_size=64, tokenizer_weights=None, **config):
+        if tokenizer_weights:
+            tokenizer = Dalle(patch, tokenizer_weights)
+        else:
+            tokenizer = KMeans(patch, vocab_size)
+        super().__init__(num_outputs=len(tokenizer.codebook), patch=patch, **config)
         self.tokenizer = tokenizer
 
-    def outputs(self):
-        return self.vocabulary
+    def mask(self, rng, patches, grid):
+        return choose(rng, patches, self.ratio)
 
-    def target(self, images, corruption):  # (B, h, w)
-        return self.tokenizer(images)
+    def target(self, images, corruption):
+        return self.tokenizer(images)  # (B, h, w)
 
-    def answers(self, images, prediction, target, corruption):
-        counted = self.counted_patches(corruption).unflatten(1, corruption.grid)
-        shown = torch.where(counted, prediction.argmax(1), target)
-        tokens, shown = (self.tokenizer.paint(x, images.shape[-2:]) for x in (target, shown))
-        right = self.patch_losses(prediction, target)[1]
-        return {"its visual tokens": (tokens, None), "predicted": (shown, right)}
+
+class JigsawPixels(PixelTask):
+    """Permute a share of the patches among themselves; predict the pixels that belong there."""
+
+    def permute(self, rng, patches, grid):
+        places = choose(rng, patches, self.ratio)
+        return places, rng.permutation(places)
 
 
 class JigsawPositions(ClassTask):
-    permute = JigsawPixels.permute
+    """Permute a share of the patches among themselves; predict where the content came from."""
 
-    def outputs(self):
-        if not self.image_size:
-            raise ValueError("for this jigsaw all images must have one size: give image_size")
-        return (-(-self.image_size // self.patch)) ** 2
+    picture = "positions"
 
-    def target(self, images, corruption):  # (B, h, w)
-        return corruption.permutation.unflatten(1, corruption.grid)
+    def __init__(self, *, patch, image_size=None, **config):
+        if image_size is None:  # the number of positions is the number of classes
+            raise ValueError("jigsaw-discrete requires images of equal size; set --image_size")
+        num_positions = math.ceil(image_size / patch) ** 2
+        super().__init__(num_outputs=num_positions, patch=patch, image_size=image_size, **config)
 
-    def answers(self, images, prediction, target, corruption):
-        """The counted patches are put back where all predictions, as one assignment, want them."""
-        guess, counted = corruption.permutation.clone(), self.counted_patches(corruption)
-        for source, scores, chosen in zip(guess, prediction.flatten(2), counted):
-            patches = chosen.nonzero()[:, 0]  # they change places among themselves
-            scores = scores[patches][:, patches].T.cpu().numpy()  # (places, origins)
-            source[patches] = patches[linear_sum_assignment(scores, maximize=True)[1]]
-        put_back = corruption._replace(permutation=guess).inverse()
-        right = put_back.permutation == corruption.inverse().permutation
-        solved = self.corrupt_images(self.corrupt_images(images, corruption), put_back)
-        return {"put back, one to each place": (solved, right)}
+    def permute(self, rng, patches, grid):
+        places = choose(rng, patches, self.ratio)
+        return places, rng.permutation(places)
+
+    def target(self, images, corruption):
+        return corruption.permutation.unflatten(1, corruption.grid)  # (B, h, w)
 
 
 TASKS = {
@@ -351,9 +495,6 @@ TASKS = {
 }
 
 
-def build_task(name, **arguments):
-    """The task of that name, with the arguments of its class. ValueError if it lacks a method."""
-    lacking = [x for x in ("outputs", "predict", "target", "errors") if not hasattr(TASKS[name], x)]
-    if lacking:
-        raise ValueError(f"{TASKS[name].__name__} lacks {', '.join(lacking)}: see ssl_tasks.Task")
-    return TASKS[name](**arguments)
+def build_task(name, **config):
+    """Return the task of that name; config: the arguments of its class."""
+    return TASKS[name](**config)

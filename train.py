@@ -370,10 +370,10 @@ def build_task(args, strides, train_set):
         return None, None
     config = {"name": args.ssl_task, "dim": args.hidden_dim, "strides": list(strides)}
     config.update(patch=args.ssl_patch or max(strides), image_size=args.image_size)
-    config.update(ratio=args.ssl_ratio, on=args.ssl_on, loss_on=args.ssl_loss_on)
-    config["hidden"] = args.setting == "multitask"
+    config.update(ratio=args.ssl_ratio, on=args.ssl_on, loss_patches=args.ssl_loss_on)
+    config["hidden_layer"] = args.setting == "multitask"
     if ssl_tasks.TASKS[args.ssl_task] is ssl_tasks.MaskedTokens:
-        config.update(vocabulary=args.vocabulary, tokenizer_weights=args.tokenizer_weights)
+        config.update(vocab_size=args.vocabulary, tokenizer_weights=args.tokenizer_weights)
     task = ssl_tasks.build_task(**config)
     if hasattr(task, "tokenizer") and train_set:
         order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(args.seed))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REMOVED = {"matcher": ("detr.py", "costs"), "schedule": ("train.py", "build_schedule"),
            "operator": ("deformable_attn/reference.py", "ms_deform_attn_reference")}  # fmt: skip
 PLANTED = {
-    "inverted": ("ssl_tasks.py", "(pbeehcgvba.punatrq() |", "(~pbeehcgvba.punatrq() |")
+    "inverted": ("ssl_tasks.py", "vafvqr & pbeehcgvba.punatrq()", "vafvqr & ~pbeehcgvba.punatrq()")
 }  # ROT13
 TURN = 'raise NotImplementedError("your turn, see COURSE.md")'
 

@@ -136,18 +136,18 @@ def test_attention():
 
 def test_inverted():
     """Only what moved counts, and all of it; a patch permuted to its own place did not move.
-    With loss_on="all" every patch counts, but never one that is cut off by the image's border."""
+    With loss_patches="all" every patch counts, but never one cut off by the image's border."""
     padding = torch.zeros(8, 128, 128, dtype=torch.bool)
     padding[:, 80:] = True
     whole = (torch.arange(16) < 8).expand(8, -1)
-    for loss_on in ("corrupted", "all"):
-        how = {"ratio": 1, "loss_on": loss_on}
+    for loss_patches in ("corrupted", "all"):
+        how = {"ratio": 1, "loss_patches": loss_patches}
         task = ssl_tasks.build_task("jigsaw-continuous", dim=8, strides=[32], patch=32, **how)
         corruption = task.sample_corruption(padding, range(8))
         moved = corruption.permutation != torch.arange(16)
         assert 0 < (~moved & whole).sum()
-        right = moved if loss_on == "corrupted" else whole
-        assert torch.equal(task.counted_patches(corruption), right), loss_on
+        right = moved if loss_patches == "corrupted" else whole
+        assert torch.equal(task.counted_patches(corruption), right), loss_patches
 
 
 def test_rotation(tmp_path):
@@ -167,7 +167,7 @@ def test_rotation(tmp_path):
         label = target[b].flatten()[i].item()
         assert turns and label_of.setdefault(turns[0], label) == label
     assert len({*label_of.values()}) == len(label_of) == 3  # all turns occur, each has its answer
-    assert {*label_of.values()} <= {*range(task.outputs())}
+    assert {*label_of.values()} <= {*range(task.num_outputs)}
     train.main(f"--setting pretrain --ssl_task rotation --ssl_on image --limit_train 32 --epochs 1 "
                f"--limit_val 8 --out {tmp_path}/run".split())  # fmt: skip
 

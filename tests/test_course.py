@@ -61,12 +61,14 @@ def attention(layer, query, memory):
 
 ROTATION = """
 class Rotation(ClassTask):
-    def turn(self, rng, patches, grid):
-        places = rng.permutation(patches)[: round(self.ratio * len(patches))]
-        return places, rng.integers(1, 4, len(places))
+    rotates = True
 
-    def outputs(self):
-        return 3
+    def __init__(self, **config):
+        super().__init__(num_outputs=3, **config)
+
+    def turn(self, rng, patches, grid):
+        places = choose(rng, patches, self.ratio)
+        return places, rng.integers(1, 4, len(places))
 
     def target(self, images, corruption):  # of patches that are not turned it does not count
         return (corruption.quarter_turns - 1).clamp(min=0).unflatten(1, corruption.grid)
@@ -85,12 +87,13 @@ MOBILE = """
         norm = FrozenBatchNorm2d"""
 
 
-MASK = "return corruption.inside & (corruption.changed() | self.count_all)"
+MASK = "return corruption.inside & corruption.changed()"
+ALL = "return corruption.inside\n"
 TURNS, TARGET = "rng.integers(1, 4, len(places))", "(corruption.quarter_turns - 1).clamp(min=0)"
 WRONG = [  # what is not right though it looks so: (exercise, right, wrong)
-    ("inverted", MASK, "return (corruption.changed() | self.count_all)"),
     ("inverted", MASK, "return corruption.changed()"),
-    ("inverted", MASK, "return corruption.inside & corruption.changed()"),
+    ("inverted", ALL, "return torch.ones_like(corruption.inside)\n"),
+    ("inverted", ALL, "return corruption.inside & corruption.changed()\n"),
     ("rotation", TURNS, "rng.integers(1, 2, len(places))"),
     ("rotation", TARGET, "corruption.quarter_turns.clamp(max=1)"),
 ]

@@ -602,8 +602,8 @@ class Rotation(ssl_tasks.ClassTask):
 
     fault = None
 
-    def outputs(self):
-        return 2 if self.fault == "target: classes" else 4
+    def __init__(self, **config):
+        super().__init__(num_outputs=2 if self.fault == "target: class" else 4, **config)
 
     def permute(self, rng, patches, grid):
         return patches, patches * 0 if self.fault == "permute" else patches
@@ -616,11 +616,13 @@ class Rotation(ssl_tasks.ClassTask):
         return target if self.fault == "target" else target.unflatten(1, corruption.grid)
 
     def patch_losses(self, prediction, target):
-        error, right = super().errors(prediction, target)
-        return (error[:, :-1] if self.fault == "errors" else error), right
+        losses, correct = super().patch_losses(prediction, target)
+        return (losses[:, :-1] if self.fault == "patch_losses" else losses), correct
 
 
-@pytest.mark.parametrize("fault", [None, "permute", "mask", "target", "target: classes", "errors"])
+@pytest.mark.parametrize(
+    "fault", [None, "permute", "mask", "target", "target: class", "patch_losses"]
+)
 def test_a_task_that_does_not_fit_is_named_before_training(fault, monkeypatch, tmp_path):
     monkeypatch.setitem(ssl_tasks.TASKS, "reconstruct", Rotation)
     monkeypatch.setattr(Rotation, "fault", fault)
@@ -635,4 +637,5 @@ def test_a_task_that_does_not_fit_is_named_before_training(fault, monkeypatch, t
 def test_a_task_without_its_methods_is_named(monkeypatch):
     monkeypatch.setitem(ssl_tasks.TASKS, "reconstruct", type("Empty", (ssl_tasks.Task,), {}))
     flags = [*TINY, "--setting", "pretrain", "--ssl_task", "reconstruct"]
-    assert "Empty lacks outputs, predict, target, errors" in error_of(train.main, *flags)
+    with pytest.raises(TypeError, match="Empty.* patch_losses.* predict.* target"):
+        train.main([str(flag) for flag in flags])

@@ -1,5 +1,6 @@
 """Self-supervised tasks: nothing leaks, masks and tokens are as they should be, all are learnt."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,7 +14,7 @@ import isaid
 import ssl_tasks
 import train
 from eval import main as eval_main
-from util import tokenizers
+from util import plots, tokenizers
 from util.files import read_json
 from util.images import MEAN, STD
 from util.weights import part_of
@@ -41,10 +42,10 @@ def a_model(name, **options):
 def a_task(name, model, patch=None, image_size=256, **options):
     torch.manual_seed(2)
     patch, tokens = patch or max(model.strides), name == "mim-discrete"
-    options.update(image_size=image_size, patch=patch, **({"vocabulary": 8} if tokens else {}))
+    options.update(image_size=image_size, patch=patch, **({"vocab_size": 8} if tokens else {}))
     task = ssl_tasks.build_task(name, dim=32, strides=model.strides, **options)
     if tokens:
-        task.tokenizer.codes.normal_()
+        task.tokenizer.codebook.normal_()
     return task
 
 
@@ -57,10 +58,7 @@ def given(model, task, options=(), **flags):
 
 def results(task, model, images, padding, corruption):
     """(memory, loss) of a task, as evaluation makes them."""
-    if task.corrupts and task.on == "features":
-        memory = model.encode(task.corrupt_levels(model.features(images, padding), corruption))
-    else:
-        memory = model.encode(model.features(task.corrupt_images(images, corruption), padding))
+    memory = task.encode(model, images, padding, corruption)
     return memory, task.loss(memory, images, corruption)
 
 
@@ -85,9 +83,8 @@ def test_corrupting_an_image_by_hand(name, patch):
             expected = torch.zeros_like(here) if corruption.masked[b, p] else there
             assert torch.equal(here, expected)
     if name == "jigsaw-discrete":
-        inverse = corruption._replace(
-            permutation=task.target(images, corruption).flatten(1)
-        ).inverse()
+        target = task.target(images, corruption).flatten(1)
+        inverse = dataclasses.replace(corruption, permutation=target).inverse()
         assert torch.equal(task.corrupt_images(corrupted, inverse), images)
 
 
@@ -120,9 +117,7 @@ def test_no_leak_through_feature_maps(name, options, patch):
     shown = (x.features.masked_fill(x.padding[:, None], 0) for x in memory)
     sum((x**3).sum() for x in shown).backward()
     masked = corruption.masked.unflatten(1, corruption.grid)
-    pixels = F.pad(
-        ssl_tasks.patches_to_pixels(masked, task.patch, (200, 256)).float(), (0, 0, 0, 56)
-    )
+    pixels = F.pad(plots.patches_to_pixels(masked, task.patch, (200, 256)).float(), (0, 0, 0, 56))
     for level, stride in zip(levels, model.strides):
         H, W = level.padding.shape[-2:]
         under = F.max_pool2d(pixels[:, None], stride)[:, 0, :H, :W] > 0
@@ -138,7 +133,7 @@ def test_no_leak_through_the_image(name, options, patch):
     setting = given(name, "mim-continuous", options, on="image", patch=patch)
     images, padding, model, task, corruption = setting
     changed = corruption.changed().unflatten(1, corruption.grid)
-    where = ssl_tasks.patches_to_pixels(changed, task.patch, (200, 256))[:, None]
+    where = plots.patches_to_pixels(changed, task.patch, (200, 256))[:, None]
     inputs = images, images.masked_fill(where, 3.0), images.masked_fill(padding[:, None], 9.0)
     memories = [results(task, model, x, padding, corruption)[0] for x in inputs]
     for level, other, padded in zip(*memories):
@@ -163,12 +158,12 @@ def test_a_fine_jigsaw_does_not_leak_through_coarse_cells():
 # ---------------------------------------------------------------- what is predicted and counted
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", ssl_tasks.TASKS)
-@pytest.mark.parametrize("loss_on", ["corrupted", "all"])
-def test_the_loss_by_hand(name, kind, loss_on):
-    images, padding, model, task, corruption = given(name, kind, loss_on=loss_on)
+@pytest.mark.parametrize("loss_patches", ["corrupted", "all"])
+def test_the_loss_by_hand(name, kind, loss_patches):
+    images, padding, model, task, corruption = given(name, kind, loss_patches=loss_patches)
     memory, loss = results(task, model, images, padding, corruption)
     prediction, errors, n = task.predict_and_target(memory, images, corruption)[0], [], task.patch
-    every = loss_on == "all" or kind == "reconstruct"
+    every = loss_patches == "all" or kind == "reconstruct"
     for b, (height, width) in enumerate(IMAGES):
         for p in range(corruption.inside.shape[1]):
             row, column = divmod(p, corruption.grid[1])
@@ -181,7 +176,7 @@ def test_the_loss_by_hand(name, kind, loss_on):
                 small = F.adaptive_avg_pool2d(images[here], 4).flatten()
                 wanted = corruption.permutation[b, p]
                 if kind == "mim-discrete":
-                    wanted = (task.tokenizer.codes - small).square().sum(1).argmin()
+                    wanted = (task.tokenizer.codebook - small).square().sum(1).argmin()
                 errors.append(-prediction[b, :, row, column].log_softmax(0)[wanted])
             else:
                 errors.append((prediction[here] - images[here]).abs().mean())
@@ -194,7 +189,7 @@ def test_the_loss_by_hand(name, kind, loss_on):
 
 def test_masking_nothing():
     """It costs nothing, or if all patches count it is reconstruction."""
-    setting = given("deformable_detr", "mim-continuous", ratio=0.0, loss_on="all")
+    setting = given("deformable_detr", "mim-continuous", ratio=0.0, loss_patches="all")
     images, padding, model, masked, corruption = setting
     plain = a_task("reconstruct", model)
     plain.head.load_state_dict(masked.head.state_dict())
@@ -215,9 +210,9 @@ def test_kmeans_tokens():
     images, taken = images + torch.randn(images.shape) * 0.05, torch.ones(6, 4, 4) > 0
     tokenizer = tokenizers.KMeans(32, 5)
     tokenizer.fit([(images[:4], taken[:4]), (images[4:], taken[4:])], seed=0)
-    means = tokenizer.codes.view(5, 3, 16).mean(2)
+    means = tokenizer.codebook.view(5, 3, 16).mean(2)
     assert (torch.cdist(colours, means).min(1).values < 0.05).all()
-    painted = tokenizer.paint(tokenizer(images), (128, 128))
+    painted = tokenizer.decode(tokenizer(images), (128, 128))
     assert (painted - images).abs().mean() < 0.1
     with pytest.raises(ValueError, match="a vocabulary of 97 needs as many patches.* has 96"):
         tokenizers.KMeans(32, 97).fit([(images, taken)], seed=0)
@@ -302,14 +297,16 @@ def blues(tmp_path_factory):
 
 
 class Rotation(ssl_tasks.ClassTask):
-    """Turn a share of the patches; by how much is asked."""
+    """Turn a share of the patches; predict by how many quarters."""
+
+    rotates = True
+
+    def __init__(self, **config):
+        super().__init__(num_outputs=4, **config)
 
     def turn(self, rng, patches, grid):
-        places = ssl_tasks.MaskedPixels.mask(self, rng, patches, grid)
+        places = ssl_tasks.choose(rng, patches, self.ratio)
         return places, rng.integers(1, 4, len(places))
-
-    def outputs(self):
-        return 4
 
     def target(self, images, corruption):  # (B, h, w)
         return corruption.quarter_turns.unflatten(1, corruption.grid)
@@ -414,7 +411,7 @@ def test_official_augmentation_and_dalle(blues, tmp_path, dalle_file, capsys):
 
 
 def test_what_cannot_be_is_refused(blues, pretrained, tmp_path):
-    with pytest.raises(SystemExit, match="all images must have one size: give image_size"):
+    with pytest.raises(SystemExit, match="images of equal size; set --image_size"):
         trained(tmp_path / "run", f"--data {blues} --ssl_task jigsaw-discrete")
     with pytest.raises(SystemExit, match="it detects nothing"):
         eval_main([str(pretrained), "--export", str(tmp_path / "x.json")])

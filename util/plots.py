@@ -1,13 +1,18 @@
 """Pictures of detections, self-supervised tasks, runs and attention."""
 
 import functools
+import math
 import sys
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from matplotlib import colormaps, font_manager
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools.mask import iou
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
 
 def best_effort(draw):
@@ -221,28 +226,142 @@ def draw_attention(path, image, rows, categories, side=320):
 
 
 # ---------------------------------------------------------------- self-supervised tasks
+@dataclass
+class Panel:
+    """A row of the figure of a self-supervised task: the same step for several images."""
+
+    title: str
+    images: Tensor  # (B, 3, H, W)
+    framed: Tensor | None = None  # (B, P) bool: patches with a frame, white if nothing is `correct`
+    correct: Tensor | None = None  # (B, P) bool: whether a frame is green or red
+
+
+def ssl_panels(task, images, prediction, target, corruption):
+    """Return the panels that show what a self-supervised task does and what it predicts.
+
+    images:     (B, 3, H, W)
+    prediction: (B, 3, H, W) pixels or (B, K, h, w) class logits
+    target:     (B, 3, H, W) pixels or (B, h, w) classes
+    """
+    panels = [Panel("original", images)]
+    if task.corrupts:
+        title = "corrupted"
+        if task.on == "features":
+            title = "corruption shown on the image (applied to the features)"
+        moved = corruption.changed() & ~corruption.masked
+        if moved.any():
+            title += "; white: moved or turned"
+        panels.append(Panel(title, task.corrupt_images(images, corruption), moved))
+
+    draw_answer = {"pixels": pixel_panels, "tokens": token_panels,
+                   "positions": position_panels, "classes": class_panels}[task.picture]  # fmt: skip
+    counted = task.counted_patches(corruption)
+    for panel in draw_answer(task, images, prediction, target, corruption, counted):
+        panel.framed = counted
+        if panel.correct is not None:
+            panel.title += "; green: correct, red: wrong"
+        panels.append(panel)
+    return panels
+
+
+def pixel_panels(task, images, prediction, target, corruption, counted):
+    """Show the predicted pixels of the counted patches, the correct ones elsewhere."""
+    size = images.shape[-2:]
+    in_frame = patches_to_pixels(counted.unflatten(1, corruption.grid), task.patch, size)
+    predicted = Panel("predicted in frames", torch.where(in_frame[:, None], prediction, target))
+    if target is images:
+        return [predicted]
+    return [Panel("target", target), predicted]
+
+
+def class_panels(task, images, prediction, target, corruption, counted):
+    """Show the corrupted images, and in which patches the predicted class is correct."""
+    _, correct = task.patch_losses(prediction, target)
+    return [Panel("predicted", task.corrupt_images(images, corruption), correct=correct)]
+
+
+def token_panels(task, images, prediction, target, corruption, counted):
+    """Show what the tokens look like: the correct ones, and the predicted ones where they count."""
+    size = images.shape[-2:]
+    _, correct = task.patch_losses(prediction, target)
+    counted = counted.unflatten(1, corruption.grid)
+    predicted_tokens = torch.where(counted, prediction.argmax(1), target)
+    return [
+        Panel("visual tokens", task.tokenizer.decode(target, size)),
+        Panel("predicted", task.tokenizer.decode(predicted_tokens, size), correct=correct),
+    ]
+
+
+def position_panels(task, images, prediction, target, corruption, counted):
+    """Show the puzzle put together as predicted.
+
+    Each counted patch goes to another place: the assignment with the largest sum of logits.
+    """
+    predicted_permutation = corruption.permutation.clone()
+    logits = prediction.flatten(2)  # (B, sources, places)
+    for b in range(len(images)):
+        patches = counted[b].nonzero()[:, 0]  # they change places among themselves
+        scores = logits[b, patches][:, patches].T.cpu().numpy()  # (places, sources)
+        _, sources = linear_sum_assignment(scores, maximize=True)
+        predicted_permutation[b, patches] = patches[sources]
+    reassembly = replace(corruption, permutation=predicted_permutation).inverse()
+    correct = reassembly.permutation == corruption.inverse().permutation
+    corrupted = task.corrupt_images(images, corruption)
+    reassembled = task.corrupt_images(corrupted, reassembly)
+    return [Panel("reassembled (one-to-one assignment)", reassembled, correct=correct)]
+
+
+def patches_to_pixels(values, patch, size):
+    """Repeat the value of each patch at all its pixels: (B, h, w) -> (B, H, W), size = (H, W)."""
+    H, W = size
+    pixels = values.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+    return pixels[:, :H, :W]
+
+
 @best_effort
 def draw_ssl(path, panels, patch, text, n=6):
-    """What a self-supervised task does to the first n images, a row for each panel; `text`, how
-    well it is solved on all held-out images, is added to the last row's title.
-    panels: {title: (images (B, 3, H, W) in 0..1, patches to frame (B, P) or None, right or not
-    (B, P) or None)}; frames are white, or green where right and red where wrong."""
-    H, W = next(iter(panels.values()))[0].shape[-2:]
-    scale = (256 if max(H, W) <= 16 * patch else 512) / max(H, W)
-    w, h, step = round(W * scale), round(H * scale), patch * scale
-    rows = {title: [] for title in panels}
-    for title, (images, framed, right) in panels.items():
-        images = (images[:n] * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-        for b, image in enumerate(images):
-            image = Image.fromarray(image).resize((w, h), Image.Resampling.NEAREST)
-            for i in [] if framed is None else framed[b].nonzero()[:, 0].tolist():
-                y, x = (k * step for k in divmod(i, -(-W // patch)))
-                ink = "white" if right is None else "lime" if right[b, i] else "red"
-                frame = x, y, x + step - 1, y + step - 1
-                ImageDraw.Draw(image).rectangle(frame, outline=ink)
-            rows[title].append(image)
-    rows[f"{title}; all held-out images: {text}"] = rows.pop(title)
-    save_rows(path, rows, w, h)
+    """Draw what a self-supervised task does to the first n images, a row per panel.
+
+    panels: from `ssl_panels`, with images in 0..1
+    patch:  pixels per side of a patch
+    text:   the metrics on all held-out images, for the title of the last row
+    """
+    H, W = panels[0].images.shape[-2:]
+    longest = 256 if max(H, W) <= 16 * patch else 512
+    scale = longest / max(H, W)
+    width = round(W * scale)
+    height = round(H * scale)
+    rows = {}
+    for panel in panels:
+        row = []
+        arrays = (panel.images[:n] * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+        for b, array in enumerate(arrays):
+            image = Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST)
+            draw_frames(image, panel, b, patch * scale, columns=math.ceil(W / patch))
+            row.append(image)
+        rows[panel.title] = row
+    last_title = panels[-1].title
+    rows[f"{last_title}; all held-out images: {text}"] = rows.pop(last_title)
+    save_rows(path, rows, width, height)
+
+
+def draw_frames(image, panel, b, side, columns):
+    """Draw the frames of image b of a panel: white, or green if correct and red if wrong.
+
+    side:    pixels per side of a patch in this PIL image
+    columns: patches per row
+    """
+    if panel.framed is None:
+        return
+    for i in panel.framed[b].nonzero()[:, 0].tolist():
+        color = "white"
+        if panel.correct is not None:
+            color = "lime" if panel.correct[b, i] else "red"
+        row, column = divmod(i, columns)
+        x = column * side
+        y = row * side
+        frame = (x, y, x + side - 1, y + side - 1)
+        ImageDraw.Draw(image).rectangle(frame, outline=color)
 
 
 # ---------------------------------------------------------------- curves

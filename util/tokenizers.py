@@ -13,25 +13,32 @@ from util.files import wrap_read_errors
 from util.images import unnormalize
 
 
-def thumbnails(images, patch):
-    """Each patch reduced to 4 x 4 pixels: (B, 3, H, W) -> (B, h, w, 48)."""
-    H, W = images.shape[-2:]
-    small = F.avg_pool2d(F.pad(images, (0, -W % patch, 0, -H % patch)), patch // 4)
+def pad_to_patches(x, patch, value=0.0):
+    """Extend maps (..., H, W) at the right and the bottom until they consist of whole patches."""
+    H, W = x.shape[-2:]
+    missing_columns = -W % patch
+    missing_rows = -H % patch
+    return F.pad(x, (0, missing_columns, 0, missing_rows), value=value)
+
+
+def patch_thumbnails(images, patch):
+    """Reduce each patch to 4 x 4 pixels: (B, 3, H, W) -> (B, h, w, 48)."""
+    small = F.avg_pool2d(pad_to_patches(images, patch), patch // 4)
     return F.pixel_unshuffle(small, 4).movedim(1, -1)
 
 
 class Tokenizer(nn.Module):
     """Gives every patch a visual token: (B, 3, H, W) -> (B, h, w) int64.
-    `codes` (K, 48) holds what a token looks like, as a thumbnail of 4 x 4 pixels."""
+    `codebook` (K, 48) holds what a token looks like, as a thumbnail of 4 x 4 pixels."""
 
-    def __init__(self, patch, vocabulary):
+    def __init__(self, patch, vocab_size):
         super().__init__()
         self.patch = patch
-        self.register_buffer("codes", torch.zeros(vocabulary, 48))
+        self.register_buffer("codebook", torch.zeros(vocab_size, 48))
 
-    def paint(self, tokens, size):
+    def decode(self, tokens, size):
         """A picture of tokens: (B, h, w) -> (B, 3, *size)."""
-        small = F.pixel_shuffle(self.codes[tokens].movedim(-1, 1), 4)
+        small = F.pixel_shuffle(self.codebook[tokens].movedim(-1, 1), 4)
         return F.interpolate(small, scale_factor=self.patch / 4)[..., : size[0], : size[1]]
 
 
@@ -40,8 +47,8 @@ class KMeans(Tokenizer):
 
     def fit(self, batches, seed):
         """batches: (images, which patches to take (B, h, w) bool). ValueError if too few."""
-        sample = torch.cat([thumbnails(x, self.patch)[taken] for x, taken in batches]).numpy()
-        K, n = len(self.codes), len(sample)
+        sample = torch.cat([patch_thumbnails(x, self.patch)[taken] for x, taken in batches]).numpy()
+        K, n = len(self.codebook), len(sample)
         if n < K:
             message = f"a vocabulary of {K} needs as many patches, the tokenizer's sample has {n}"
             raise ValueError(f"{message}; lower it or take more images")
@@ -49,10 +56,10 @@ class KMeans(Tokenizer):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a code without patches stays where it is
             codes, _ = kmeans2(sample, K, iter=20, minit=start, seed=np.random.default_rng(seed))
-        self.codes.copy_(torch.from_numpy(codes))
+        self.codebook.copy_(torch.from_numpy(codes))
 
     def forward(self, images):
-        return torch.cdist(thumbnails(images, self.patch), self.codes).argmin(-1)
+        return torch.cdist(patch_thumbnails(images, self.patch), self.codebook).argmin(-1)
 
 
 class Dalle(Tokenizer):
@@ -66,15 +73,14 @@ class Dalle(Tokenizer):
 
     def fit(self, batches, seed):
         """For pictures only: a token looks like the mean of the patches that have it, or grey."""
-        sample = [(self(x)[taken], thumbnails(x, self.patch)[taken]) for x, taken in batches]
+        sample = [(self(x)[taken], patch_thumbnails(x, self.patch)[taken]) for x, taken in batches]
         tokens, looks = map(torch.cat, zip(*sample))
-        count = tokens.bincount(minlength=len(self.codes)).clamp(min=1)
-        self.codes.index_add_(0, tokens, looks).div_(count[:, None])
+        count = tokens.bincount(minlength=len(self.codebook)).clamp(min=1)
+        self.codebook.index_add_(0, tokens, looks).div_(count[:, None])
 
     @torch.no_grad()
     def forward(self, images):
-        H, W = images.shape[-2:]
-        pixels = F.pad(unnormalize(images), (0, -W % self.patch, 0, -H % self.patch))
+        pixels = pad_to_patches(unnormalize(images), self.patch)
         pixels = F.avg_pool2d(pixels, self.patch // 8) * 0.8 + 0.1  # the range DALL-E knows
         self.state = {name: tensor.to(images.device) for name, tensor in self.state.items()}
         return dalle_logits(self.state, pixels).argmax(1)
