@@ -144,8 +144,8 @@ def test_mistakes_get_one_line(run, tmp_path, capsys):
     (tmp_path / "b.png").write_text("no image")
     for flags, message in (
         ("{tmp}/a.pt", "a.pt: is of a pretraining, it detects nothing"),
-        ("{run} {tmp}/b.png", "b.png: is not an image that can be read"),
-        ("{run} --out {tmp}/none/x.png", "none/x.png: cannot be written"),
+        ("{run} {tmp}/b.png", "b.png: not a readable image"),
+        ("{run} --out {tmp}/none/x.png", "none/x.png: cannot write"),
     ):
         with pytest.raises(SystemExit, match=f"^error: [^\n]*{message}[^\n]*$"):
             attention.main(flags.format(run=run, tmp=tmp_path).split())

@@ -190,7 +190,7 @@ def test_mistakes_get_one_line(run, tmp_path, capsys):
         (b, {}, "b.pt: is not a checkpoint of train.py, which has 'args'; start from it with"),
         ("{tmp}/none", {}, "none: no such run folder or checkpoint file"),
         ("{run}/..", {}, "has no best.pt and no last.pt; is it a run folder of train.py"),
-        ("{run} --export {tmp}/none/x", {}, "none/x: cannot be written"),
+        ("{run} --export {tmp}/none/x", {}, "none/x: cannot write"),
         ("{run} --split test", {}, "--split test has no ground truth; add --export"),
     ):
         torch.save({**state, **content}, tmp_path / "a.pt")

@@ -291,7 +291,7 @@ def test_what_systems_leave_behind_is_no_image(tmp_path):
     (raw / "P9.png").mkdir()
     for name in ("P2.png", "P10.PNG", "._P1.png", "P2_instance_id_RGB.png", "notes.txt"):
         picture().save(raw / name, format="PNG")
-    assert [path.name for path in isaid_prepare.sources_of(raw, False, None)] == [
+    assert [path.name for path in isaid_prepare.find_sources(raw, False, None)] == [
         "P2.png",
         "P10.PNG",
     ]

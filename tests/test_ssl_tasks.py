@@ -266,7 +266,7 @@ def test_dalle_files_execute_nothing(tmp_path, dalle_file, capsys):
     torch.save({"blocks.input.w": torch.zeros(3)}, tmp_path / "other.pkl")
     (tmp_path / "cut.pkl").write_bytes(dalle_file.read_bytes()[:2000])
     for name in ("evil", "other", "cut", "none"):
-        message = "is missing" if name == "none" else "is not OpenAI's encoder"
+        message = "file not found" if name == "none" else "not OpenAI's encoder"
         with pytest.raises(ValueError, match=rf"{name}.pkl: {message}"):
             tokenizers.load_dalle(tmp_path / f"{name}.pkl")
     assert "executed" not in capsys.readouterr().out

@@ -262,7 +262,7 @@ def test_what_stands_last_counts_and_what_has_no_effect_is_said(line):
 
 
 MISTAKES = """
---data nowhere | nowhere: no such folder
+--data nowhere | nowhere: folder not found
 --out {file}/run | --out {file}/run cannot be made
 --batch_size 0 | --batch_size: expected is a whole number of at least 1, not '0'
 --limit_train 3 --accumulate 2 | 3 training images do not fill a step
@@ -566,14 +566,14 @@ def test_an_error_in_one_process_ends_all(folder, tmp_path):
         f"else: os.chdir({str(folder.parent)!r})\ntrain.main(sys.argv[1:])")  # fmt: skip
     flags = *TINY, "--data", "data", "--out", tmp_path / "run"
     _, errors = Command(tmp_path, tmp_path / "elsewhere.py", *flags, processes=2).end(1)
-    assert errors.startswith("error: /data: no such folder") and errors.count("\n") == 1
+    assert errors.startswith("error: /data: folder not found") and errors.count("\n") == 1
 
 
 def test_a_bad_image_is_named(folder, tmp_path):
     """In one line, also by a loader process; met by one of two processes it ends both."""
     shutil.copytree(folder, tmp_path / "data")
     (bad := tmp_path / "data/train/images/scene_000003.png").write_bytes(b"nonsense")
-    message = f"error: {bad}: is not an image that can be read, or it is damaged ("
+    message = f"error: {bad}: not a readable image, or corrupted ("
     flags = ["train.py", *TINY, "--data", str(tmp_path / "data"), "--out"]
     for n in (0, 1):
         _, errors = Command(tmp_path, *flags, tmp_path / f"{n}", "--workers", n).end(1)

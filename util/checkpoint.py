@@ -157,7 +157,7 @@ def faults(state):
         if not there or isinstance(value, int) and value < least:
             yield f"its 'args' have no usable {name!r}, but {value!r:.60}"
     classes = {"images": [], "annotations": [], "categories": state["categories"]}
-    yield from coco.validation_errors(classes, truth=False)
+    yield from coco.validation_errors(classes, require_annotations=False)
     if max(1, len(state["categories"])) != state["detector"].get("num_classes"):
         yield "'categories' are more or fewer than its detector has classes"
     window = state["window"]

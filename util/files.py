@@ -1,4 +1,4 @@
-"""Files: JSON in, text out whole or not at all, and errors that name the file."""
+"""Read and write files so that no error goes unnamed and no file is left half written."""
 
 import contextlib
 import json
@@ -9,33 +9,41 @@ from util.cli import one_line
 
 
 class DataError(ValueError):
-    """Something is wrong with the data; the message names the file, the value and what to do."""
+    """An error in the user's files; its message names the file, the value and what to do."""
 
 
 @contextlib.contextmanager
-def wrap_read_errors(path, what):
-    """Whatever a library raises while it reads a file becomes a DataError of one line.
-    Only calls of libraries, and looks at what they give, belong into it: our own mistakes elsewhere
-    stay visible."""
+def wrap_read_errors(path, expected):
+    """Turn whatever a library raises while it reads a file into a DataError of one line.
+
+    Put only calls of libraries, and checks of what they return, into the block: bugs of our own
+    must stay visible.
+
+    path:     the file, named in the message
+    expected: what the file should be, e.g. "valid JSON"
+    """
     try:
         yield
     except DataError:
         raise
     except FileNotFoundError:
-        raise DataError(f"{path}: is missing") from None
+        raise DataError(f"{path}: file not found") from None
     except Exception as error:  # Pillow, json and torch raise a dozen kinds
-        why = f"{type(error).__name__}: {one_line(error):.150}"
-        raise DataError(f"{path}: is not {what}, or it is damaged ({why})") from None
+        reason = f"{type(error).__name__}: {one_line(error):.150}"
+        raise DataError(f"{path}: not {expected}, or corrupted ({reason})") from None
 
 
 def read_json(path):
+    """Return the content of a JSON file in UTF-8, UTF-16 or UTF-32. Raises DataError."""
     with wrap_read_errors(path, "valid JSON"):
-        return json.loads(Path(path).read_bytes())  # in any of Unicode's encodings
+        return json.loads(Path(path).read_bytes())
 
 
 def write_text(path, text):
-    """A file that is whole or not there, whenever the process ends. Links are followed, and what
-    is no ordinary file stays as it is. Raises DataError."""
+    """Write a text file completely or not at all, even if the process is killed.
+
+    A symbolic link stays, and the file that it points to is written. Raises DataError.
+    """
     target = resolve_regular_file(path)
     temporary = target.with_name(f".{target.name}.tmp")
     try:
@@ -43,24 +51,27 @@ def write_text(path, text):
         os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
+        raise DataError(f"{path}: cannot write file ({error.strerror})") from None
 
 
 def resolve_regular_file(path):
-    """Where a file is behind links. DataError if a device, a pipe or a folder is there."""
+    """Return the path of a file with all symbolic links followed; the file need not exist.
+
+    Raises DataError if a device, a pipe or a folder has this path.
+    """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
-        raise DataError(f"{path}: cannot be written, it is no ordinary file; name another one")
+        raise DataError(f"{path}: cannot write, not a regular file; choose a different path")
     return target
 
 
 def check_writable(path):
-    """Whether a file can be written, before hours of work depend on it. Raises DataError."""
+    """Raise DataError unless a file can be written; called before a long computation."""
     target = resolve_regular_file(path)
-    there = target.exists()
+    existed = target.exists()
     try:
         open(target, "a").close()
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
-    if not there:
+        raise DataError(f"{path}: cannot write file ({error.strerror})") from None
+    if not existed:
         target.unlink()

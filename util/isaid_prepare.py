@@ -1,14 +1,17 @@
-"""iSAID's raw release as patches: images and colour-coded masks cut into windows, as COCO.
+"""Cut iSAID's raw release into patches: images and color-coded masks in, a COCO dataset out.
 
     python isaid.py prepare RAW OUT
 
-The patches, their names and their annotations are those of the devkit
-(github.com/CAPTAIN-WHU/iSAID_Devkit), except that masks are exact run lengths where the devkit
-writes polygons through pixel centres, without holes; that annotation ids start at 1, because 0
-means "none" to pycocotools; and, unless `devkit` is asked for, that three oddities are left out:
-- an image with one side up to `patch` is copied whole there, here it is cut along the longer side;
-- an object with a separate part of one or two pixels is dropped there, here it is kept;
-- P1527 and P1530 are left out there."""
+The patches, their names and their annotations are those of the official devkit
+(github.com/CAPTAIN-WHU/iSAID_Devkit), with these differences:
+- A mask is an exact run-length encoding. The devkit writes polygons through the centers of the
+  pixels and fills holes.
+- Annotation ids start at 1, because to pycocotools 0 means "none".
+Three oddities of the devkit are reproduced with --devkit only:
+- It copies an image whole if one side is at most `patch`; we cut it along the longer side.
+- It drops an object if one of its separate parts has one or two pixels; we keep it.
+- It leaves out the images P1527 and P1530.
+"""
 
 import concurrent.futures
 import functools
@@ -29,128 +32,238 @@ from tqdm import tqdm
 from util import coco
 from util.files import DataError, read_json, write_text
 from util.images import check_size, read_image, read_size
-from util.synthetic import CLASSES
 
-# fmt: off
-COLORS = ((0, 0, 63), (0, 63, 63), (0, 63, 0), (0, 63, 127), (0, 63, 191), (0, 63, 255),
-           (0, 127, 63), (0, 127, 127), (0, 0, 127), (0, 0, 191), (0, 0, 255), (0, 191, 127),
-           (0, 127, 191), (0, 127, 255), (0, 100, 155))  # of CLASSES in the masks
-# fmt: on
-CATEGORIES = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
-FIRST_ID, SMALLEST = 1000, 10  # ids below are no objects; an object must have more pixels
-LEFT_OUT = ("P1527", "P1530")
-BAND = 512  # rows that are worked on at a time where whole images would need much memory
+# The color of each class in iSAID's masks; the classes are in the order of the category ids
+CLASS_COLORS = {
+    "ship": (0, 0, 63),
+    "storage_tank": (0, 63, 63),
+    "baseball_diamond": (0, 63, 0),
+    "tennis_court": (0, 63, 127),
+    "basketball_court": (0, 63, 191),
+    "Ground_Track_Field": (0, 63, 255),
+    "Bridge": (0, 127, 63),
+    "Large_Vehicle": (0, 127, 127),
+    "Small_Vehicle": (0, 0, 127),
+    "Helicopter": (0, 0, 191),
+    "Swimming_pool": (0, 0, 255),
+    "Roundabout": (0, 191, 127),
+    "Soccer_ball_field": (0, 127, 191),
+    "plane": (0, 127, 255),
+    "Harbor": (0, 100, 155),
+}
+CATEGORIES = [{"id": i, "name": name} for i, name in enumerate(CLASS_COLORS, start=1)]
+FIRST_INSTANCE_ID = 1000  # lower numbers in the masks of instances are not objects
+MIN_PIXELS = 11  # the devkit ignores smaller objects
+DEVKIT_LEAVES_OUT = ("P1527", "P1530")
+ROWS_PER_CHUNK = 512  # to convert a whole mask at once would need gigabytes
 
 
+# ---------------------------------------------------------------- windows
 def tile_intervals(length, patch, overlap):
-    """Windows along a side of `length` pixels: [(start, stop)]; the last ends at the border."""
-    starts = (max(0, min(start, length - patch)) for start in range(0, length, patch - overlap))
-    return [(start, min(start + patch, length)) for start in dict.fromkeys(starts)]
+    """Return the windows along a side of an image: [(start, stop)]; the last ends at the border.
+
+    length:  pixels of the side
+    patch:   pixels of a window; a shorter side is one window
+    overlap: pixels that neighboring windows share at least
+    """
+    intervals = []
+    for start in range(0, length, patch - overlap):
+        start = max(0, min(start, length - patch))
+        interval = (start, min(start + patch, length))
+        if interval not in intervals:
+            intervals.append(interval)
+    return intervals
 
 
 def tile_windows(stem, height, width, patch, overlap, devkit):
-    """The patches of an image: [(name, (y0, y1, x0, x1))], row by row."""
-    if max(height, width) <= patch or devkit and min(height, width) <= patch:
+    """Return the patches of an image, row by row: [(file name, (y0, y1, x0, x1))].
+
+    stem:           name of the image's file without its suffix
+    height, width:  of the image in pixels
+    patch, overlap: of the windows, as in tile_intervals
+    devkit:         True: an image with one side of at most `patch` is a single patch
+    """
+    fits = max(height, width) <= patch
+    if devkit:
+        fits = min(height, width) <= patch
+    if fits:
         return [(f"{stem}.png", (0, height, 0, width))]
-    rows, columns = tile_intervals(height, patch, overlap), tile_intervals(width, patch, overlap)
-    found = [(*y, *x) for y in rows for x in columns]
-    return [(f"{stem}_{'_'.join(map(str, window))}.png", window) for window in found]
+    windows = []
+    for y0, y1 in tile_intervals(height, patch, overlap):
+        for x0, x1 in tile_intervals(width, patch, overlap):
+            windows.append((f"{stem}_{y0}_{y1}_{x0}_{x1}.png", (y0, y1, x0, x1)))
+    return windows
 
 
 # ---------------------------------------------------------------- masks
-def pack(colours):
-    """Colours (..., 3) as single numbers R + 256 G + 65536 B."""
-    return np.asarray(colours) @ (1, 256, 65536)
+def pack_colors(colors):
+    """Return colors (..., 3) as single numbers R + 256 G + 65536 B."""
+    return np.asarray(colors) @ (1, 256, 65536)
 
 
-BY_COLOUR = np.argsort(pack(COLORS))  # an object's class is the lowest of the colours under it
-RANK_TO_ID = np.array([0, *(BY_COLOUR + 1), 0])  # of a category; the last rank is "unlabeled"
-UNLABELED, UNKNOWN = len(COLORS) + 1, len(COLORS) + 2
+# The devkit gives an object the class with the lowest color number of those under it. A class map
+# therefore holds for each pixel the place of its color among the sorted ones, from 1: the smallest
+# value under an object is its class, and UNLABELED counts only where there is nothing else.
+SORTED_CLASSES = np.argsort(pack_colors(list(CLASS_COLORS.values())))
+UNLABELED = len(CLASS_COLORS) + 1  # black
+UNKNOWN = len(CLASS_COLORS) + 2  # any other color; an error
+CATEGORY_IDS = np.concatenate([[0], SORTED_CLASSES + 1, [0]])  # by value in a class map; 0: none
 
 
 @functools.cache
 def color_to_class_table():
+    """Return the value in a class map of every packed color: (2**24,) uint8."""
+    colors = pack_colors(list(CLASS_COLORS.values()))
     table = np.full(2**24, UNKNOWN, np.uint8)
     table[0] = UNLABELED
-    table[pack(COLORS)[BY_COLOUR]] = np.arange(1, len(COLORS) + 1)
+    table[colors[SORTED_CLASSES]] = np.arange(1, len(CLASS_COLORS) + 1)
     return table
 
 
 def row_chunks(mask):
-    """Packed colours, some rows at a time: yields (rows, W) uint32."""
-    for top in range(0, mask.height, BAND):
-        rows = mask.crop((0, top, mask.width, min(top + BAND, mask.height)))
-        packed = np.frombuffer(rows.tobytes("raw", "RGBX"), "<u4")
-        yield packed.reshape(rows.height, rows.width) & 0xFFFFFF
+    """Yield the packed colors of a mask, some rows at a time: (rows, W) uint32."""
+    for top in range(0, mask.height, ROWS_PER_CHUNK):
+        rows = mask.crop((0, top, mask.width, min(top + ROWS_PER_CHUNK, mask.height)))
+        colors = np.frombuffer(rows.tobytes("raw", "RGBX"), "<u4")
+        yield colors.reshape(rows.height, rows.width) & 0xFFFFFF
 
 
 def read_class_map(path):
-    """The class of every pixel as the rank of its colour: (H, W) uint8. Raises DataError."""
+    """Read a mask of classes; returns the class map (H, W) uint8, see SORTED_CLASSES.
+
+    Raises DataError for a color of no class.
+    """
     mask, _ = read_image(path)
-    ranks = np.concatenate([color_to_class_table()[colours] for colours in row_chunks(mask)])
-    if ranks.max() == UNKNOWN:
-        y, x = divmod(int(ranks.argmax()), mask.width)  # the first of them
-        colour = mask.getpixel((x, y))
-        raise DataError(f"{path}: the colour {colour} at x {x}, y {y} is of no class")
-    return ranks
+    table = color_to_class_table()
+    class_map = np.concatenate([table[colors] for colors in row_chunks(mask)])
+    if class_map.max() == UNKNOWN:
+        y, x = divmod(int(class_map.argmax()), mask.width)  # the first such pixel
+        color = mask.getpixel((x, y))
+        raise DataError(f"{path}: color {color} at (x={x}, y={y}) does not belong to any class")
+    return class_map
 
 
 def read_instances(path):
-    """The instance of every pixel: (H, W) integers, 0 for none, numbered in order of their ids."""
+    """Read a mask of instances; returns labels (H, W): 0 for no object, 1, 2, ... by their ids."""
     mask, _ = read_image(path)
-    seen = np.zeros(2**24, bool)
-    for colours in row_chunks(mask):
-        seen[colours] = True
-    seen[:FIRST_ID] = False
-    kind = np.uint16 if seen.sum() < 2**16 else np.uint32
-    number = np.where(seen, seen.cumsum(dtype=np.uint32), 0).astype(kind)
-    return np.concatenate([number[colours] for colours in row_chunks(mask)])
+    is_used = np.zeros(2**24, bool)
+    for ids in row_chunks(mask):
+        is_used[ids] = True
+    is_used[:FIRST_INSTANCE_ID] = False
+    dtype = np.uint16 if is_used.sum() < 2**16 else np.uint32
+    label_of_id = np.where(is_used, is_used.cumsum(dtype=np.uint32), 0).astype(dtype)
+    return np.concatenate([label_of_id[ids] for ids in row_chunks(mask)])
 
 
-def find_objects(labels, ranks):
-    """The objects of a window: labels and ranks (h, w), of `read_instances` and `read_ranks`.
-    Returns annotations, without ids, in the devkit's order: by class, then by instance. "tiny":
-    the devkit drops it for a part of one or two pixels that lies in no hole of another part."""
-    found = []
-    for label, here in enumerate(ndimage.find_objects(labels), 1):
-        if here is None:  # not in this window
+def find_objects(labels, class_map):
+    """Return the annotations of a window in the devkit's order: by class, then by instance.
+
+    labels:    (h, w) of read_instances
+    class_map: (h, w) of read_class_map
+    The annotations have no ids yet. "tiny" says that the devkit drops the object.
+    """
+    annotations = []
+    for label, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is None:  # not in this window
             continue
-        mask = labels[here] == label
-        area, category = int(mask.sum()), int(RANK_TO_ID[ranks[here][mask].min()])
-        if area > SMALLEST and category:
-            whole = np.zeros(labels.shape, np.uint8, order="F")
-            whole[here] = mask
-            rle = coco_mask.encode(whole)
-            rle["counts"] = rle["counts"].decode()
-            box = [here[1].start, here[0].start, *mask.shape[::-1]]
-            tiny = smallest_part(mask) < 3  # looked at first because filling is slow
-            tiny = tiny and smallest_part(ndimage.binary_fill_holes(mask)) < 3
-            kind = {"category_id": category, "segmentation": rle, "iscrowd": 0}
-            found.append({**kind, "area": area, "bbox": box, "tiny": tiny})
-    return sorted(found, key=lambda annotation: annotation["category_id"])
+        rows, columns = box
+        mask = labels[box] == label
+        area = int(mask.sum())
+        category_id = int(CATEGORY_IDS[class_map[box][mask].min()])
+        if area < MIN_PIXELS or category_id == 0:
+            continue
+        h, w = mask.shape
+        annotations.append(
+            {
+                "category_id": category_id,
+                "segmentation": encode_mask(mask, box, labels.shape),
+                "iscrowd": 0,
+                "area": area,
+                "bbox": [columns.start, rows.start, w, h],
+                "tiny": has_tiny_part(mask),
+            }
+        )
+    return sorted(annotations, key=lambda annotation: annotation["category_id"])
+
+
+def encode_mask(mask, box, window_shape):
+    """Return COCO's run-length encoding of an object's mask in its window.
+
+    mask:         (h, w) bool, of the object's bounding box
+    box:          two slices, rows and columns of that box in the window
+    window_shape: (height, width)
+    """
+    window = np.zeros(window_shape, np.uint8, order="F")
+    window[box] = mask
+    encoding = coco_mask.encode(window)
+    encoding["counts"] = encoding["counts"].decode()
+    return encoding
+
+
+def has_tiny_part(mask):
+    """Return True if a part of a mask (h, w) has one or two pixels and lies in no hole of another.
+
+    For such a part the devkit drops the whole object.
+    """
+    if smallest_part(mask) > 2:  # tested first because filling is slow
+        return False
+    return smallest_part(ndimage.binary_fill_holes(mask)) <= 2
 
 
 def smallest_part(mask):
-    """Pixels of the smallest connected part of a mask (h, w)."""
+    """Return the number of pixels of the smallest connected part of a mask (h, w)."""
     parts, _ = ndimage.label(mask, np.ones((3, 3)))
     return int(np.bincount(parts.reshape(-1))[1:].min())
 
 
-# ---------------------------------------------------------------- from the raw release to patches
-def tile_image(source, out, labelled, windowing):
-    """Cut one image: writes its patches, then its record. Raises DataError.
-    source: the image, its masks beside it. The record: [[name, height, width, [annotation]]]."""
+# ---------------------------------------------------------------- images
+def find_sources(folder, devkit, limit):
+    """Return the paths of the first `limit` images of a split of the raw release, in order.
+
+    Raises DataError if there are none.
+    """
+    sources = []
+    for path in folder.glob("*"):
+        is_image = path.suffix.lower() == ".png" and path.is_file() and not coco.is_mask(path)
+        if is_image and coco.is_user_file(path.name):
+            sources.append(path)
+    if devkit:
+        sources = [path for path in sources if path.stem not in DEVKIT_LEAVES_OUT]
+    if not sources:
+        raise DataError(f"{folder}: contains no images; expected iSAID files such as P0000.png")
+    return sorted(sources, key=lambda path: natural_sort_key(path.name))[:limit]
+
+
+def natural_sort_key(name):
+    """Return a key that sorts P2 before P10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def tile_image(source, out, has_masks, windowing):
+    """Write the patches of an image, and then a record of them in the folder `parts`.
+
+    source:    path of the image, with its masks next to it
+    out:       folder of the split
+    has_masks: False for test images
+    windowing: {"patch", "overlap", "devkit"} for tile_windows
+    The record, [[file name, height, width, annotations] of each patch], tells the next call that
+    the image is finished. Raises DataError.
+    """
     width, height = read_size(source)
-    if labelled:
-        masks = [source.with_name(f"{source.stem}_instance_{x}_RGB.png") for x in ("id", "color")]
-        for path in masks:
+    if has_masks:
+        instance_mask = source.with_name(f"{source.stem}_instance_id_RGB.png")
+        class_mask = source.with_name(f"{source.stem}_instance_color_RGB.png")
+        for path in (instance_mask, class_mask):
             check_size({"width": width, "height": height}, path, read_size(path))
-        labels, ranks = read_instances(masks[0]), read_class_map(masks[1])
-    image, record = read_image(source)[0], []
+        labels = read_instances(instance_mask)
+        class_map = read_class_map(class_mask)
+    image, _ = read_image(source)
+    record = []
     for name, (y0, y1, x0, x1) in tile_windows(source.stem, height, width, **windowing):
-        here = slice(y0, y1), slice(x0, x1)
-        found = find_objects(labels[here], ranks[here]) if labelled else []
-        record.append([name, y1 - y0, x1 - x0, found])
+        annotations = []
+        if has_masks:
+            annotations = find_objects(labels[y0:y1, x0:x1], class_map[y0:y1, x0:x1])
+        record.append([name, y1 - y0, x1 - x0, annotations])
         target = out / "images" / name
         temporary = target.with_name(f".{name}")
         image.crop((x0, y0, x1, y1)).save(temporary, format="PNG", compress_level=4)
@@ -159,16 +272,16 @@ def tile_image(source, out, labelled, windowing):
 
 
 def is_tiled(out, stem):
-    """Whether an earlier call has finished this image."""
+    """Return True if an earlier call has finished an image."""
     try:
         record = read_json(out / "parts" / f"{stem}.json")
     except DataError:
         return False
-    return all((out / "images" / name).is_file() for name, *_ in record)
+    return all((out / "images" / patch[0]).is_file() for patch in record)
 
 
 def exit_with_parent():
-    """Let a worker process end when the command is killed; it would wait for images forever."""
+    """End a worker process when the command is killed; it would wait for images forever."""
 
     def wait():
         multiprocessing.parent_process().join()
@@ -178,105 +291,127 @@ def exit_with_parent():
 
 
 def tile_images(sources, out, split, windowing, workers):
-    """Cut the images that no earlier call has finished; returns [what is wrong with an image]."""
-    todo, bad = [path for path in sources if not is_tiled(out, path.stem)], []
+    """Cut the images that no earlier call has finished, in several processes.
+
+    Returns a message for each image that could not be processed. Raises DataError.
+    """
+    todo = [path for path in sources if not is_tiled(out, path.stem)]
+    errors = []
     with concurrent.futures.ProcessPoolExecutor(workers, initializer=exit_with_parent) as pool:
         jobs = [pool.submit(tile_image, path, out, split != "test", windowing) for path in todo]
-        done = concurrent.futures.as_completed(jobs)
-        start = len(sources) - len(todo)
+        progress = tqdm(
+            concurrent.futures.as_completed(jobs),
+            desc=split,
+            total=len(sources),
+            initial=len(sources) - len(todo),
+            unit="image",
+            disable=None,  # unless a terminal shows it
+        )
         try:
-            for job in tqdm(done, split, len(sources), initial=start, unit="image", disable=None):
+            for job in progress:
                 try:
                     job.result()
                 except DataError as error:
-                    bad.append(str(error))
+                    errors.append(str(error))
         except concurrent.futures.BrokenExecutor:
-            message = "a process was killed, probably for want of memory"
-            raise DataError(f"{out}: {message}; call again with fewer --workers") from None
-        except BaseException:  # a full disk, Ctrl-C: the images that wait would go on otherwise
+            problem = "a worker process was killed, probably out of memory"
+            raise DataError(f"{out}: {problem}; retry with fewer --workers") from None
+        except BaseException:  # a full disk, Ctrl-C: the waiting images would be cut first
             pool.shutdown(cancel_futures=True)
             raise
-    return sorted(bad, key=natural_sort_key)
+    return sorted(errors, key=natural_sort_key)
 
 
+# ---------------------------------------------------------------- splits
 def init_split_folder(out, target, settings):
-    """Make the folder of a split, or accept that of an earlier call with the same settings."""
+    """Make the folder of a split, or accept that of an earlier call with the same settings.
+
+    out:    the folder
+    target: the annotation file that will be written
+    Raises DataError.
+    """
     note = out / "prepare.json"
-    if target.exists() and not note.exists():
-        raise DataError(f"{target}: was not made by this command; name another folder")
-    before = read_json(note) if note.exists() else settings
-    differ = [name for name in settings if before.get(name) != settings[name]]
-    if differ:
-        text = ", ".join(f"{name} {before.get(name)}, not {settings[name]}" for name in differ)
-        raise DataError(f"{out}: was prepared with {text}; name another folder, or remove it")
+    if note.exists():
+        previous = read_json(note)
+        differences = []
+        for name, value in settings.items():
+            if previous.get(name) != value:
+                differences.append(f"{name} {previous.get(name)}, not {value}")
+        if differences:
+            problem = f"was prepared with different settings ({', '.join(differences)})"
+            raise DataError(f"{out}: {problem}; choose another folder or delete this one")
+    elif target.exists():
+        problem = "exists but was not written by this command"
+        raise DataError(f"{target}: {problem}; choose a different output folder")
     for folder in ("images", "parts"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     write_text(note, json.dumps(settings))
 
 
-def natural_sort_key(name):
-    """A key that sorts P2 before P10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(name))]
-
-
-def sources_of(folder, devkit, limit):
-    """The images of a split of the raw release. Raises DataError if there are none."""
-    found = [path for path in folder.glob("*") if path.suffix.lower() == ".png" and path.is_file()]
-    found = [path for path in found if coco.is_user_file(path.name) and not coco.is_mask(path)]
-    found = [path for path in found if not (devkit and path.stem in LEFT_OUT)]
-    if not found:
-        raise DataError(f"{folder}: holds no images; expected are P0000.png …, as iSAID has them")
-    return sorted(found, key=lambda path: natural_sort_key(path.name))[:limit]
-
-
-def merge(out, target, stems, devkit):
+def merge_records(out, target, stems, devkit):
     """Join the records of the images of a split into its annotation file; returns a summary."""
-    images, annotations, tiny = [], [], 0
+    images = []
+    annotations = []
+    num_tiny = 0
     for stem in stems:
         for name, height, width, objects in read_json(out / "parts" / f"{stem}.json"):
-            for found in objects:
-                is_tiny = found.pop("tiny")
-                tiny += is_tiny
+            for annotation in objects:
+                is_tiny = annotation.pop("tiny")
+                num_tiny += is_tiny
                 if not (is_tiny and devkit):
                     ids = {"id": len(annotations) + 1, "image_id": len(images)}
-                    annotations.append({**ids, **found})
+                    annotations.append({**ids, **annotation})
             images.append({"id": len(images), "file_name": name, "height": height, "width": width})
-    text = json.dumps({"images": images, "annotations": annotations, "categories": CATEGORIES})
-    write_text(target, text)
-    counts = f"{len(stems):,} images, {len(images):,} patches, {len(annotations):,} objects"
-    dropped = "more are dropped" if devkit else "of them the devkit drops"
-    return counts + (f"; {tiny:,} {dropped} for a part of one or two pixels" if tiny else "")
+    content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    write_text(target, json.dumps(content))
+    summary = f"{len(stems):,} images, {len(images):,} patches, {len(annotations):,} objects"
+    if num_tiny and devkit:
+        summary += f"; {num_tiny:,} more dropped because a part has one or two pixels"
+    elif num_tiny:
+        summary += f"; {num_tiny:,} of them dropped by the devkit: a part has one or two pixels"
+    return summary
 
 
 def prepare_split(args, split):
-    """Turn a split into patches, or continue an interrupted call; the exit status."""
-    folder, out = Path(args.raw) / split / "images", Path(args.out) / split
+    """Cut a split into patches, or continue an interrupted call; returns the exit status."""
+    folder = Path(args.raw) / split / "images"
+    out = Path(args.out) / split
     if folder.resolve() == (out / "images").resolve():
-        raise DataError(f"{folder}: is where the images come from; name another folder")
+        raise DataError(f"output folder {folder} is the input folder; choose a different one")
     windowing = {"patch": args.patch, "overlap": args.overlap, "devkit": args.devkit}
-    sources = sources_of(folder, args.devkit, args.limit)
+    sources = find_sources(folder, args.devkit, args.limit)
     _, target = coco.split_files(args.out, split)
     init_split_folder(out, target, {**windowing, "limit": args.limit})
-    text = "is there already, made with the same settings"
-    if not target.exists():
-        bad = tile_images(sources, out, split, windowing, args.workers)
-        if bad:
-            print(*bad, sep="\n", file=sys.stderr)
-            advice = "mend or remove them and call again, what is finished is kept"
-            print(f"error: {len(bad)} images of {split} are bad; {advice}", file=sys.stderr)
+    if target.exists():
+        summary = "already exists, prepared with the same settings"
+    else:
+        errors = tile_images(sources, out, split, windowing, args.workers)
+        if errors:
+            print("\n".join(errors), file=sys.stderr)
+            problem = f"{len(errors)} images in {split!r} could not be processed"
+            remedy = "fix or remove them and rerun (finished images are kept)"
+            print(f"error: {problem}; {remedy}", file=sys.stderr)
             return 1
-        text = merge(out, target, [path.stem for path in sources], args.devkit)
-    shutil.rmtree(out / "parts")  # a call that was killed here is finished by the next
-    print(f"{target}: {text}")
+        summary = merge_records(out, target, [path.stem for path in sources], args.devkit)
+    shutil.rmtree(out / "parts")  # if the command is killed here, the next call does it
+    print(f"{target}: {summary}")
     return 0
 
 
 def prepare(args):
-    """The command: prepare the splits, print what was done and what is wrong; the exit status."""
+    """Prepare the splits of a raw release, print a line for each; returns the exit status.
+
+    args: raw, out (folders), splits (None: all that exist), patch, overlap (pixels), devkit,
+          limit (images per split, or None), workers (processes)
+    Raises DataError.
+    """
     if args.overlap >= args.patch:
         raise DataError(f"--overlap {args.overlap} must be smaller than --patch {args.patch}")
-    there = [x for x in ("train", "val", "test") if (Path(args.raw) / x / "images").is_dir()]
-    splits = dict.fromkeys(args.splits or there)
+    splits = args.splits
     if not splits:
-        raise DataError(f"{args.raw}: has no train/images, val/images or test/images")
-    return max([prepare_split(args, split) for split in splits])
+        splits = [x for x in ("train", "val", "test") if (Path(args.raw) / x / "images").is_dir()]
+    if not splits:
+        expected = "at least one of train/images, val/images, test/images"
+        raise DataError(f"{args.raw}: expected {expected}")
+    statuses = [prepare_split(args, split) for split in dict.fromkeys(splits)]  # each once
+    return max(statuses)
