@@ -36,8 +36,10 @@ import torch
 from matplotlib.figure import Figure
 
 import train
+from results.leaks import backbones  # noqa: F401  (adds the backbones of the table leaks)
 from util import checkpoint, cli, plots
-from util.cli import Parser, command, number, one_line, split_recipe_line as words
+from util.cli import Parser, command, number, one_line
+from util.cli import split_recipe_line as words
 from util.files import check_writable, read_json, write_text
 
 ROOT = Path(__file__).resolve().parent
@@ -247,7 +249,8 @@ class Runner:
         row = ["--seed", str(seed), "--out", f"{out}/{name}-{seed}", "--resume"]
         if self.args.jobs > 1 and torch.cuda.is_available():  # the runs share the processor's cores
             row += ["--workers", str(min(8, max(1, (os.cpu_count() or 1) // self.args.jobs)))]
-        return ["python", *launch, "train.py", *flags, *row]
+        script = ["-m", "results.leaks.train"] if self.path.stem == "leaks" else ["train.py"]
+        return ["python", *launch, *script, *flags, *row]
 
     def run(self, name, seed):
         """Run a row, or go on with it. Raises ValueError if train.py fails."""

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-REMOVED = {"matcher": ("detr.py", "costs"), "schedule": ("train.py", "build_schedule"),
+REMOVED = {"matcher": ("detr.py", "matching_costs"), "schedule": ("train.py", "build_schedule"),
            "operator": ("deformable_attn/reference.py", "ms_deform_attn_reference")}  # fmt: skip
 PLANTED = {
     "inverted": ("ssl_tasks.py", "vafvqr & pbeehcgvba.punatrq()", "vafvqr & ~pbeehcgvba.punatrq()")

@@ -69,7 +69,8 @@ def test_matcher():
     objects = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.3, 0.5, 0.2, 0.2]])
     labels = torch.tensor([[1, 0]])
     for focal, expected in ((False, SOFTMAX), (True, FOCAL)):
-        costs = detr.Criterion(focal).costs(logits, boxes[None, None], labels, objects[None])
+        criterion = detr.Criterion(focal)
+        costs = criterion.matching_costs(logits, boxes[None, None], labels, objects[None])
         torch.testing.assert_close(costs[0, 0], torch.tensor(expected), rtol=1e-3, atol=1e-3)
 
 

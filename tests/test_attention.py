@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from test_checkpoint import TINY
-from test_detr import SMALL, randomise
+from test_detr import SMALL, randomize
 from torchvision.ops import box_convert
 
 import detr
@@ -23,7 +23,7 @@ from util.files import read_json
 def test_what_the_points_hold_by_weight_is_the_layers_output(name, part):
     """torch's own sampling of the module's values at the points, of two images, one padded: the
     conventions of the points and all weights are right. The model's results stay as they are."""
-    model, said = randomise(detr.build_detector(name, 3, **SMALL)), {}
+    model, said = randomize(detr.build_detector(name, 3, **SMALL)), {}
     layer = getattr(model.transformer, part).layers[-1]
     name_of = {"detr": "multihead_attn", "deformable_detr": "cross_attn"}
     module = layer.self_attn if part == "encoder" else getattr(layer, name_of[name])

@@ -181,7 +181,7 @@ def test_going_on_with_a_complete_run(again, undisturbed, tmp_path):
     damaged = whole[: 10**7] + bytes([whole[10**7] ^ 255]) + whole[10**7 + 1 :]
     for content in (damaged, whole[:5000], b"", b"text"):
         last.write_bytes(content)
-        go_on(f"{last}: not a checkpoint of tensors and plain values, or damaged ", resume)
+        go_on(f"{last}: not a weights-only checkpoint, or the file is corrupted ", resume)
     torch.save({"model": {}, "args": train.parse([])[0]}, last)  # as the official ones
     go_on(f"{last}: is not a checkpoint of train.py; start from it with --init", resume)
     last.unlink()

@@ -1,6 +1,7 @@
-"""Outputs, matches, losses, gradients and detections against what the official code computes."""
+"""Outputs, matches, losses, gradients and detections against those of the official code."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,19 +10,26 @@ from golden import fill
 import detr
 
 FILES = sorted(Path(__file__).with_name("golden").glob("*.npz"))
+NAMES = {"detr": "detr", "deformable": "deformable_detr"}  # in the files -> in build_detector
+
+
+class Case(NamedTuple):
+    golden: dict  # the official values
+    model: detr.Detector  # with the same weights
+    outputs: dict  # of the model
+    targets: list
 
 
 @pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
 def case(request):
-    """(golden values, model with their weights, its outputs, targets)."""
     golden = fill.load(request.param)
     config = golden["config"]
-    name = {"detr": "detr", "deformable": "deformable_detr"}[config.pop("model")]
-    model = detr.build_detector(name, **config).eval()
+    model = detr.build_detector(NAMES[config.pop("model")], **config).eval()
     state = {name: torch.zeros(shape) for name, shape in golden["state"].items()}
     fill.fill(state)
     model.load_state_dict(state, strict=True)
-    return golden, model, model(*fill.images()), fill.targets(config["num_classes"])
+    images, padding = fill.images()
+    return Case(golden, model, model(images, padding), fill.targets(config["num_classes"]))
 
 
 def test_there_are_seven():
@@ -29,51 +37,82 @@ def test_there_are_seven():
 
 
 def test_outputs(case):
-    golden, _, outputs, _ = case
     expected = {}
     for name in ("logits", "boxes"):
-        expected[name] = torch.cat([golden[f"aux_{name}"], golden[f"pred_{name}"][None]])
-        if f"enc_{name}" in golden:
-            expected[f"proposal_{name}"] = golden[f"enc_{name}"]
-    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)
+        last = case.golden[f"pred_{name}"]
+        expected[name] = torch.cat([case.golden[f"aux_{name}"], last[None]])
+    for name in ("logits", "boxes"):
+        if f"enc_{name}" in case.golden:
+            expected[f"proposal_{name}"] = case.golden[f"enc_{name}"]
+    torch.testing.assert_close(case.outputs, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_matches(case):
-    golden, model, outputs, targets = case
-    counts = [len(target["labels"]) for target in targets]
-    arguments = outputs["logits"], outputs["boxes"], *detr.pad_targets(targets, "cpu"), counts
-    layer, image, query, target = model.criterion.match(*arguments)
-    for i in range(len(targets)):
-        mine = (layer == len(outputs["logits"]) - 1) & (image == i)
-        assert query[mine].tolist() == golden[f"match_src_{i}"].tolist()
-        assert target[mine].tolist() == golden[f"match_tgt_{i}"].tolist()
+    counts = [len(target["labels"]) for target in case.targets]
+    labels, boxes = detr.pad_targets(case.targets, "cpu")
+    layer, image, query, obj = case.model.criterion.match(
+        case.outputs["logits"], case.outputs["boxes"], labels, boxes, counts
+    )
+    last_layer = layer == len(case.outputs["logits"]) - 1
+    for i in range(len(case.targets)):
+        pairs = last_layer & (image == i)
+        assert query[pairs].tolist() == case.golden[f"match_src_{i}"].tolist()
+        assert obj[pairs].tolist() == case.golden[f"match_tgt_{i}"].tolist()
+
+
+def official_names(losses):
+    """Return {official name: value}: layers are numbered, but the last one has no number."""
+    named = {}
+    for name, values in losses.items():
+        *others, last = values.tolist()
+        for i, value in enumerate(others):
+            named[f"{name}_{i}"] = value
+        named[name] = last
+    return named
 
 
 def test_losses_and_gradients(case):
-    golden, model, outputs, targets = case
-    losses, found = model.criterion(outputs, targets), {}
-    for name, values in losses.items():  # officially the last layer has no number
-        names = [f"{name}_{i}" for i in range(len(values) - 1)] + [name]
-        found.update(zip(names, values.tolist()))
-    wanted = {name: x for name, x in golden["losses"].items() if name.startswith("loss_")}
-    assert found == pytest.approx(wanted, rel=1e-4)
-    total = sum(model.criterion.weights[name] * loss.sum() for name, loss in losses.items())
-    assert total.item() == pytest.approx(golden["total"].item(), rel=1e-4)
+    criterion = case.model.criterion
+    losses = criterion(case.outputs, case.targets)
+    expected_losses = {}
+    for name, value in case.golden["losses"].items():
+        if name.startswith("loss_"):
+            expected_losses[name] = value
+    assert official_names(losses) == pytest.approx(expected_losses, rel=1e-4)
+    total = sum(criterion.weights[name] * loss.sum() for name, loss in losses.items())
+    assert total.item() == pytest.approx(case.golden["total"].item(), rel=1e-4)
+
     total.backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert grads.keys() == golden["grad_norms"].keys()
-    floor = 1e-6 * max(golden["grad_norms"].values())  # below it there is only rounding
-    wanted = {name: norm for name, norm in golden["grad_norms"].items() if norm > floor}
-    rel = 2e-3 if getattr(model, "two_stage", False) else 1e-3  # sensitive to rounding
-    assert {name: grads[name].norm().item() for name in wanted} == pytest.approx(wanted, rel=rel)
+    norms = {}
+    for name, parameter in case.model.named_parameters():
+        if parameter.grad is not None:
+            norms[name] = parameter.grad.norm().item()
+    expected_norms = case.golden["grad_norms"]
+    assert norms.keys() == expected_norms.keys()
+    floor = 1e-6 * max(expected_norms.values())  # norms below it are rounding errors
+    tolerance = 1e-3
+    if getattr(case.model, "two_stage", False):  # sensitive to rounding
+        tolerance = 2e-3
+    for name, expected in expected_norms.items():
+        if expected > floor:
+            assert norms[name] == pytest.approx(expected, rel=tolerance), name
 
 
 def test_detections(case):
-    golden, model, outputs, _ = case
-    for i, found in enumerate(model.postprocess(outputs, fill.ORIGINAL_SIZES)):
-        assert found["labels"].tolist() == golden["post_labels"][i].tolist()
-        torch.testing.assert_close(found["scores"], golden["post_scores"][i], rtol=1e-4, atol=0)
-        right = golden["post_boxes"][i]
-        assert ((found["boxes"] - right).norm(dim=1) <= 1e-4 * right.norm(dim=1)).all()
-    few = model.postprocess(outputs, fill.ORIGINAL_SIZES, top=3)
-    assert {len(x["boxes"]) for x in few} == {3 if model.focal else outputs["boxes"].shape[2]}
+    detections = case.model.postprocess(case.outputs, fill.ORIGINAL_SIZES)
+    for i, detection in enumerate(detections):
+        assert detection["labels"].tolist() == case.golden["post_labels"][i].tolist()
+        expected_scores = case.golden["post_scores"][i]
+        torch.testing.assert_close(detection["scores"], expected_scores, rtol=1e-4, atol=0)
+        expected_boxes = case.golden["post_boxes"][i]
+        errors = (detection["boxes"] - expected_boxes).norm(dim=1)
+        assert (errors <= 1e-4 * expected_boxes.norm(dim=1)).all()
+
+
+def test_max_dets(case):
+    """It limits sigmoid scores; with a softmax every query is one detection."""
+    expected = case.outputs["boxes"].shape[2]
+    if case.model.focal:
+        expected = 3
+    for detection in case.model.postprocess(case.outputs, fill.ORIGINAL_SIZES, max_dets=3):
+        assert len(detection["boxes"]) == expected

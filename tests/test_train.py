@@ -212,8 +212,8 @@ def test_init_from_two_sources(run, tmp_path, capsys):
         train.parse(f"--init {other} --init_parts encoder --init_parts backbone".split())
     assert f"--init_parts is there twice for {other}; name all" in capsys.readouterr().err
     for flags, message in (
-        ("--model detr --init RUN", "is of deformable_detr, of which detr can"),
-        ("--init LESS --init_parts decoder", "holds no decoder, only backbone"),
+        ("--model detr --init RUN", "is a deformable_detr checkpoint; detr can load only its backbone"),
+        ("--init LESS --init_parts decoder", "no weights for decoder; the checkpoint contains"),
     ):
         less = {k: x for k, x in first["model"].items() if part_of(k) == "backbone"}
         torch.save({**first, "model": less}, tmp_path / "less.pt")
@@ -276,7 +276,7 @@ MISTAKES = """
 --dropout 1.5 | --dropout: expected is a number of at least 0 and at most 1, not '1.5'
 --image_size 32 | --image_size must be at least 64
 --init {folder} | {folder}: has no best.pt and no last.pt
---init {file} | {file}: not a checkpoint of tensors
+--init {file} | {file}: not a weights-only checkpoint
 --init {run} --model detr | best.pt: is of deformable_detr, of which detr can take the backbone
 --resume | --resume needs --out
 @missing.txt | missing.txt

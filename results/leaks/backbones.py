@@ -58,7 +58,7 @@ class PatchesBackbone(detr.Backbone):
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # (B*h*w, 3, s, s)
         maps = []
         for x, stride in zip(self.body(patches).values(), self.strides):
-            n = s // stride  # x: (B*h*w, C, n, n)
+            # x: (B*h*w, C, n, n) with n = s / stride
             x = x.unflatten(0, (B, h, w)).permute(0, 3, 1, 4, 2, 5)  # (B, C, h, n, w, n)
             x = x.flatten(4, 5).flatten(2, 3)  # (B, C, h*n, w*n)
             maps.append(x[:, :, : math.ceil(H / stride), : math.ceil(W / stride)])
