@@ -212,7 +212,7 @@ def test_init_from_two_sources(run, tmp_path, capsys):
         train.parse(f"--init {other} --init_parts encoder --init_parts backbone".split())
     assert f"--init_parts is there twice for {other}; name all" in capsys.readouterr().err
     for flags, message in (
-        ("--model detr --init RUN", "is a deformable_detr checkpoint; detr can load only its backbone"),
+        ("--model detr --init RUN", "is a deformable_detr checkpoint; detr can load only"),
         ("--init LESS --init_parts decoder", "no weights for decoder; the checkpoint contains"),
     ):
         less = {k: x for k, x in first["model"].items() if part_of(k) == "backbone"}
