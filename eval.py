@@ -326,6 +326,7 @@ def open_run(args):
     if args.data or args.limit_val:  # other images than the run's
         flags.data = args.data or flags.data
         setattr(flags, f"limit_{args.split}", args.limit_val)
+        flags.overfit = None
     elif args.split == own:
         args.out = args.out or state["path"].parent
     if args.split == "test" and not flags.data:

@@ -34,7 +34,7 @@ import detr
 import isaid
 import ssl_tasks
 from eval import LOGGED, checkpoint_file, epoch_text, evaluate, metrics_table
-from util import checkpoint, cli, distributed, plots
+from util import checkpoint, cli, dataset_check, distributed, plots
 from util.cli import InitAction, Parser, command, number
 from util.weights import PARTS, init_from_checkpoint, part_of
 
@@ -128,7 +128,7 @@ def train(run, train_set, val_set, args):
 
             check_finite(model.state_dict(), ())
             checkpoint.save_resume_state(out / "last.pt", run)
-            line = run.log_line(args.batch_size * args.accumulate)
+            line = run.log_line(isaid.batch_size(train_set, args) * args.accumulate)
             if epoch % args.eval_every == 0 or epoch == args.epochs:
                 metrics, _ = evaluate(model, task, val_set, args, out)
                 line.update({name: metrics[name] for name in LOGGED if name in metrics})
@@ -208,7 +208,7 @@ def build_schedule(optimizer, args, steps_per_epoch):
 def build_parser():
     """Every flag; defaults are the demonstration's, names the official ones where there are any."""
     count, natural = number(int), number(int, zero=True)
-    size, images = number(int, most=10_000), number(int, most=isaid.VAL_START)
+    size, images = number(int, most=10_000), number(int, most=isaid.MAX_SCENES)
     few, deep = number(int, True, most=256), number(int, most=256)
     rate, factor, share = number(float), number(float, zero=True), number(float, True, most=1)
     parts, switch = tuple(PARTS), argparse.BooleanOptionalAction
@@ -394,7 +394,6 @@ def build_run(args):
     """(the run, training images, held-out images, notes), before the first step; ValueError."""
     torch.manual_seed(args.seed)
     train_set, val_set = isaid.load_train_and_val(args)
-    args.batch_size = min(args.batch_size, len(train_set))
     steps = len(isaid.epoch_batch_indices(train_set, args, 0)) // args.accumulate
     if not steps:
         images = f"{len(train_set)} training images do not fill a step"
@@ -406,7 +405,7 @@ def build_run(args):
     model.to(args.device, memory_format=torch.channels_last)  # convolutions are faster so
     task, task_config = build_task(args, model.strides, None if state else train_set)
     content = {"args": vars(args), "detector": detector, "task": task_config}
-    content.update(categories=train_set.categories, window=train_set.side())
+    content.update(categories=train_set.categories, window=dataset_check.median_side(train_set))
     optimizer = build_optimizer(model, task, args)
     schedule = build_schedule(optimizer, args, steps)
     run = checkpoint.Run(model, task, optimizer, schedule, content, steps)
@@ -423,7 +422,7 @@ def build_run(args):
 def print_summary(args, run, train_set, val_set, notes):
     """What a user should know before the first step."""
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
-    batch = args.batch_size * args.accumulate * distributed.world_size()
+    batch = isaid.batch_size(train_set, args) * args.accumulate * distributed.world_size()
     device = checkpoint.device_name(args.device)
     slow = args.model == "detr" and args.setting != "pretrain" and notes["start"][:6] == "random"
     lines = {
@@ -435,10 +434,10 @@ def print_summary(args, run, train_set, val_set, notes):
         "precision": args.amp == "bf16" and "bf16 in the CNN and the encoder, fp32 behind them",
         "task": run.task and f"{args.ssl_task}, patches of {run.task.patch} pixels",
         "expect": slow and args.image_size != 64 and "no object for many epochs; see --init",
-        "train": train_set.summary(args.num_queries, args.image_size),
-        "val": val_set.summary(args.num_queries, args.image_size),
+        "train": dataset_check.summary(train_set, args.num_queries, args.image_size),
+        "val": dataset_check.summary(val_set, args.num_queries, args.image_size),
         "classes": ", ".join(f"{c['id']} {c['name']} ({n:,})"
-                             for c, n in zip(train_set.categories, train_set.counts())),
+                             for c, n in zip(train_set.categories, dataset_check.class_counts(train_set))),
     }  # fmt: skip
     for name, text in lines.items():
         if text:

@@ -158,5 +158,5 @@ def test_mistakes_get_one_line(run, tmp_path, capsys):
 @pytest.mark.parametrize("image_size", [64, None])
 def test_an_image_is_shown_as_in_the_evaluation(image_size):
     data = isaid.synthetic_dataset("val", 1, 96, isaid.make_transforms(False, image_size))
-    images, padding = attention.batch(data.read(0)[0], image_size)
+    images, padding = attention.batch(data.load_image(0), image_size)
     assert torch.equal(images[0], data[0][0]) and not padding.any()

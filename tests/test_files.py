@@ -21,7 +21,7 @@ import ssl_tasks
 import train
 from eval import main as eval_main
 from tools import predict
-from util import cli, coco, isaid_prepare, plots
+from util import cli, coco, dataset_check, isaid_prepare, plots
 from util.files import DataError
 from util.images import read_image, read_size
 from util.weights import init_from_checkpoint
@@ -181,7 +181,7 @@ def test_megabytes_of_text_are_no_fault(data, capsys):
     note = PngImagePlugin.PngInfo()
     note.add_itxt("XML:com.adobe.xmp", "x" * 2**21, zip=True)
     picture().save(data / "train/images/0.png", pnginfo=note)
-    assert isaid.check_dataset(data) == 0 and "faults   0" in capsys.readouterr().out
+    assert isaid.check_dataset(data) == 0 and "errors   0" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- annotations
@@ -192,7 +192,7 @@ def test_negative_sides_are_turned_round(data):
     save_coco(data, [f"{i}.png" for i in range(4)], annotations=found)
     loaded = isaid.load_coco(*coco.find_split(data, "train"), None)
     assert [boxes.tolist() for boxes in loaded.boxes] == [[list(BOX)]] * 3 + [[]]
-    assert "3 boxes with negative sides, turned round" in loaded.summary(9, 64)
+    assert "3 boxes with negative sides, turned round" in dataset_check.summary(loaded, 9, 64)
 
 
 def test_contents_are_compared(data, capsys):
@@ -212,7 +212,8 @@ def test_contents_are_compared(data, capsys):
             "2 annotations are there already"]  # fmt: skip
     for text in (*seen, "under 2 pixels             1\n", "without boxes             bus\n"):
         assert said.count(text) == 2, text
-    summary = isaid.load_coco(*coco.find_split(data, "train"), None).summary(9, 64)
+    loaded = isaid.load_coco(*coco.find_split(data, "train"), None)
+    summary = dataset_check.summary(loaded, 9, 64)
     assert all(text in summary for text in seen)
 
 
@@ -261,15 +262,15 @@ def test_nothing_to_train_on(data, tmp_path, capsys):
     zero = [{"image_id": 0, "category_id": 1, "bbox": [1, 1, 0, 5]}]
     save_coco(data, [f"{i}.png" for i in range(4)], annotations=zero)
     said = error_of(train.main, *TINY, "--data", data, "--out", tmp_path / "out")
-    assert "has no box to train on; 1 boxes without area, removed" in said
+    assert "contains no boxes to train on; 1 boxes without area, removed" in said
     assert isaid.check_dataset(data) == 1
-    assert capsys.readouterr().out.count("    has no box to train on\n") == 1
+    assert capsys.readouterr().out.count("    contains no boxes to train on\n") == 1
     shutil.copytree(data / "val", data / "train", dirs_exist_ok=True)
     (data / "train/instancesonly_filtered_val.json").rename(coco.split_files(data, "train")[1])
     save_coco(data, [f"{i}.png" for i in range(4)], "val", annotations=[])
     assert isaid.check_dataset(data) == 0  # held-out images may have none
     save_coco(data, [])
-    assert isaid.check_dataset(data) == 1 and "    has no images\n" in capsys.readouterr().out
+    assert isaid.check_dataset(data) == 1 and "    contains no images\n" in capsys.readouterr().out
     said = error_of(train.main, *TINY, "--setting", "pretrain", "--ssl_ratio", 0.001)
     assert "patches" in said and not (tmp_path / "out").exists()
 

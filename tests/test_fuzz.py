@@ -21,7 +21,7 @@ import reproduce
 import train
 from eval import load_run
 from tools import predict
-from util import coco
+from util import coco, dataset_check
 from util.files import DataError, read_json
 from util.images import read_image
 from util.weights import init_from_checkpoint
@@ -102,7 +102,7 @@ def test_coco_files(file, content):
         labels, boxes = torch.cat(data.labels), torch.cat(data.boxes)
         assert boxes.isfinite().all() and (boxes[:, 2:] > 0).all()
         assert ((0 <= labels) & (labels < len(data.categories))).all()
-    found = attempt("checks", isaid.check, file.parent, file)
+    found = attempt("checks", dataset_check.check, file.parent, file)
     assert not data or found[1] is None or found[1] == coco.class_names(data.categories)
 
 
@@ -157,9 +157,9 @@ def test_images_of_all_formats(tmp_path, monkeypatch, capsys):
             bad[name] = str(error)
             assert name in bad[name] and "\n" not in bad[name]
     assert len(names) > 150 and len(names) / 9 < len(bad) < len(names)
-    monkeypatch.setattr(isaid, "MOST_FAULTS", len(names))
-    said, _ = isaid.check(images, coco.split_files(tmp_path, "train")[1])
-    assert f"faults   {len(bad):,}\n" in said, said[:99]
+    monkeypatch.setattr(dataset_check, "MAX_PRINTED_ERRORS", len(names))
+    said, _ = dataset_check.check(images, coco.split_files(tmp_path, "train")[1])
+    assert f"errors   {len(bad):,}\n" in said, said[:99]
     assert all(name in said for name in bad)
     unread = {name for name, text in bad.items() if "should have" not in text}
     state = {**RUN, "window": 64, "task": None, "model": MODEL.state_dict()}

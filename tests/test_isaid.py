@@ -17,8 +17,9 @@ from torchvision.ops import box_convert, masks_to_boxes
 import isaid
 import train
 from util import coco, synthetic
+from util.dataset_check import class_counts, num_subpixel_boxes, summary
 from util.files import DataError, read_json
-from util.images import read_image, unnormalize
+from util.images import unnormalize
 
 SIZE = 64
 PLAIN = isaid.make_transforms(False, SIZE)
@@ -35,8 +36,8 @@ def same(a, b):
 
 def test_scenes_depend_on_seed_and_number_alone():
     def drawn(split, n, seed=1):
-        read = isaid.synthetic_dataset(split, n, SIZE, None, seed).read
-        return [read(i)[0].tobytes() for i in reversed(range(n))]
+        data = isaid.synthetic_dataset(split, n, SIZE, None, seed)
+        return [data.load_image(i).tobytes() for i in reversed(range(n))]
 
     assert drawn("train", 3) == drawn("train", 9)[-3:]
     assert len({*drawn("train", 9), *drawn("val", 3), *drawn("train", 3, seed=2)}) == 15
@@ -44,7 +45,7 @@ def test_scenes_depend_on_seed_and_number_alone():
 
 def test_scenes_hold_all_classes_and_some_are_empty():
     data = isaid.synthetic_dataset("train", 600, 128, None)
-    counts, boxes = np.array(data.counts()), torch.cat(data.boxes)
+    counts, boxes = np.array(class_counts(data)), torch.cat(data.boxes)
     assert [c["name"] for c in data.categories] == list(synthetic.CLASSES) and len(counts) == 15
     assert counts.min() > 0.5 * counts.mean() and counts.max() < 2 * counts.mean()
     assert 0.05 < np.mean([len(labels) == 0 for labels in data.labels]) < 0.2
@@ -77,12 +78,14 @@ def test_scene_boxes_are_tight(monkeypatch):
 
 def test_scenes_are_kept_by_bytes(monkeypatch):
     """Of six scenes the first four are drawn once only, and all look as if all were kept."""
-    drawn, draw = [], isaid.draw_scene
-    monkeypatch.setattr(isaid, "draw_scene", lambda *which: drawn.append(which[1]) or draw(*which))
+    drawn, draw = [], synthetic.draw_scene
+    monkeypatch.setattr(
+        synthetic, "draw_scene", lambda *which: drawn.append(which[1]) or draw(*which)
+    )
     every = isaid.synthetic_dataset("train", 6, SIZE, PLAIN)
-    monkeypatch.setattr(isaid, "KEPT", 4 * 3 * SIZE * SIZE + 100)
+    monkeypatch.setattr(synthetic, "CACHE_BYTES", 4 * 3 * SIZE * SIZE + 100)
     few = isaid.synthetic_dataset("train", 6, SIZE, PLAIN)
-    assert same(few, every) and same(few, every) and len(few.read.pixels) == 4
+    assert same(few, every) and same(few, every) and len(few.renderer.pixels) == 4
     assert sorted(drawn) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 5, 5, 5]
     other = isaid.synthetic_dataset("train", 4, SIZE, PLAIN, seed=1)
     loaded = torch.cat([images for images, _, _ in isaid.data_loader(other, 1, batch_size=2)])
@@ -107,6 +110,7 @@ def edit(folder, change):
 
 def load(folder, split="train", setting="detect", **flags):
     flags.update(data=folder, augment="none", setting=setting, image_size=SIZE, seed=0)
+    flags.setdefault("overfit", None)
     return isaid.load_split(split, argparse.Namespace(**flags), train=False)
 
 
@@ -188,21 +192,24 @@ def test_boxes_are_clipped_and_labels_follow_ids(folder):
     cleaned = {"clipped to their image": 2, "without area, removed": 4}
     assert data.cleaning_counts == cleaned and data.images[0]["width"] == SIZE
     assert data.boxes[0].tolist() == [[0, 10, 10, 20], [50, 50, 14, 14], [10, 10, 20, 20]]
-    assert [c["name"] for c in data.categories] == ["early", "late"] and data.counts() == [1, 2]
+    assert [c["name"] for c in data.categories] == ["early", "late"] and class_counts(data) == [
+        1,
+        2,
+    ]
     assert data[0][1]["labels"].tolist() == [1, 0, 1] and data[1][1]["boxes"].shape == (0, 4)
     assert [a["area"] for a in data.annotations[:3]] == [200, 196, 400]  # of what is left of them
     assert [a["iscrowd"] for a in data.annotations] == [0, 0, 0, 1]  # the evaluation ignores it
-    assert [data.tiny(size) for size in (64, 6, 4, 2)] == [0, 1, 2, 3]
-    said = data.summary(num_queries=2, image_size=4)
+    assert [num_subpixel_boxes(data, size) for size in (64, 6, 4, 2)] == [0, 1, 2, 3]
+    said = summary(data, num_queries=2, image_size=4)
     for text in ("6 images, 3 boxes", "2 boxes clipped to their image",
                  "4 boxes without area, removed", "2 boxes under a pixel after resizing",
-                 "1 images (16.7%) hold more objects than there are queries: 2"):  # fmt: skip
+                 "1 images (16.7%) contain more objects than there are queries (2)"):  # fmt: skip
         assert text in said
 
 
 BROKEN = {
     "list 'annotations'": lambda c: c.pop("annotations"),
-    "has no images": lambda c: c.update(images=[], annotations=[]),
+    "contains no images": lambda c: c.update(images=[], annotations=[]),
     "no categories": lambda c: c.update(categories=[], annotations=[]),
     "entry 1 of 'images': missing 'file_name'": lambda c: c["images"][1].pop("file_name"),
     "4 numbers": lambda c: c["annotations"][0].update(bbox=[1, 2, 3, 10**400]),
@@ -241,9 +248,9 @@ def test_unusable_images_are_named(folder, capsys):
     ]
     said += [": annotations say 64 x 64 pixels, but the image is 30 x 20", ": file not found"]
     status, out = check(folder, capsys)
-    assert status == 1 and "faults   5\n" in out and "64 x 64 (1)" in out
+    assert status == 1 and "errors   5\n" in out and "64 x 64 (1)" in out
     assert all(f"{path}{text}" in out for path, text in zip(paths, said))
-    with pytest.raises(DataError, match="1 of 6 images are missing"):
+    with pytest.raises(DataError, match="1 of 6 images not found"):
         load(folder)
     Image.new("RGB", (SIZE, SIZE)).save(paths[4])
     for i, text in enumerate(said[:4]):
@@ -258,38 +265,50 @@ def test_check_lists_every_fault(folder, capsys):
     edit(folder, lambda content: content["annotations"].extend([*more, dense]))
     status, out = check(folder, capsys)
     assert status == 0 and "images   6," in out and "100 queries  1 (16.7%)" in out
-    assert re.search(r"boxes with negative sides, corrected +1\n(.*\n)+.*used again +2\n", out)
+    assert re.search(
+        r"boxes with negative sides, corrected +1\n(.*\n)+.*duplicate annotation ids +2\n", out
+    )
     edit(folder, lambda content: content["categories"][0].update(name="boat"))
     status, out = check(folder, capsys)
     assert status == 1 and "the splits have different classes: 1 boat" in out
-    with pytest.raises(SystemExit, match="has the classes 1 boat.* 1 ship"):
+    with pytest.raises(SystemExit, match="class mismatch: .* has 1 boat.* 1 ship"):
         train.main(["--data", str(folder)])
     chosen = "category_id|image_id|duplicate|width|name must be a string"
     chosen = [text for text in BROKEN if re.match(chosen, text)]
     edit(folder, lambda content: [BROKEN[text](content) for text in chosen])
     coco.split_files(folder, "val")[1].write_text('{"images": [')
     status, out = check(folder, capsys)
-    assert status == 1 and "faults   5\n" in out and all(text in out for text in chosen)
+    assert status == 1 and "errors   5\n" in out and all(text in out for text in chosen)
     assert "_val.json: not valid JSON" in out
 
 
-def white_box(size, box, transform):
+def one_box(size, box):
+    """The content of a COCO file of one image with one box."""
+    width, height = size
+    return {
+        "images": [{"id": 0, "file_name": "", "width": width, "height": height}],
+        "annotations": [{"image_id": 0, "category_id": 1, "bbox": box}],
+        "categories": [{"id": 1, "name": "box"}],
+    }
+
+
+def white_box(path, size, box, transform):
     """A black picture with one white rectangle, as a dataset of one image."""
-    (w, h), (x, y, bw, bh), picture = size, box, Image.new("RGB", size)
-    picture.paste("white", (x, y, x + bw, y + bh))
-    content = {"images": [{"id": 0, "file_name": "", "width": w, "height": h}]}
-    content["annotations"] = [{"image_id": 0, "category_id": 1, "bbox": box}]
-    content["categories"] = [{"id": 1, "name": "box"}]
-    return isaid.DetectionDataset("a box", content, lambda i, at_least: (picture, size), transform)
+    x, y, w, h = box
+    picture = Image.new("RGB", size)
+    picture.paste("white", (x, y, x + w, y + h))
+    picture.save(path)
+    return isaid.DetectionDataset("a box", one_box(size, box), [path], transform)
 
 
 @pytest.mark.parametrize("size", [(90, 60), (64, 64), (700, 500)], ids=str)
 @pytest.mark.parametrize("image_size", [64, 96, None])
 @pytest.mark.parametrize("augment", isaid.AUGMENT)
-def test_boxes_follow_their_object(size, image_size, augment):
+def test_boxes_follow_their_object(tmp_path, size, image_size, augment):
     """The box is where the white is; of the eight ways to lie those are met that are meant."""
     image_size, places = image_size or (80 if augment == "crop" else None), set()
-    data = white_box(size, [8, 30, 40, 20], isaid.make_transforms(True, image_size, augment))
+    transform = isaid.make_transforms(True, image_size, augment)
+    data = white_box(tmp_path / "a.png", size, [8, 30, 40, 20], transform)
     for data.epoch in range(40 if image_size else 6):
         picture, target = data[0]
         bright = unnormalize(picture).amin(0) > 0.66
@@ -360,12 +379,14 @@ def test_collate_pads_right_and_below():
 @pytest.mark.parametrize("suffix, read", [("jpg", 256), ("png", 1024)])
 def test_large_jpegs_are_decoded_small(tmp_path, suffix, read):
     """A JPEG of four times the size gives nearly the same item from a quarter of the pixels."""
-    path, transform = tmp_path / f"a.{suffix}", isaid.make_transforms(False, 256)
-    data = white_box((1024, 1024), [256, 512, 128, 64], transform)
-    data.read = lambda i, at_least: read_image(path, at_least)
+    path = tmp_path / f"a.{suffix}"
     synthetic.draw_scene(0, 3, 256).resize((1024, 1024)).save(path, quality=95)
+    content = one_box((1024, 1024), [256, 512, 128, 64])
+    data = isaid.DetectionDataset("", content, [path], isaid.make_transforms(False, 256))
     whole, data.min_size = data[0][0], 256
     small, target = data[0]
-    assert data.read(0, 256)[0].size == (read, read) and target["size"] == (1024, 1024)
+    assert data.load_image(0, 256).size == (read, read)
+    assert data.load_image(0).size == (1024, 1024)
+    assert target["size"] == (1024, 1024)
     assert target["boxes"].tolist() == [[0.3125, 0.53125, 0.125, 0.0625]]
     assert (small - whole).abs().mean() < 0.05

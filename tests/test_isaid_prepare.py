@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from scipy import ndimage
 
 import isaid
-from util import coco, isaid_prepare
+from util import coco, dataset_check, isaid_prepare
 from util.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,7 +149,7 @@ def test_equals_full_masks(flag):
     assert names == list(enumerate(windows))
     assert content["annotations"] == expected
     assert (num_dropped > 0) == bool(flag)
-    assert isaid.check(*coco.split_files("out", "train"))[1] is not None
+    assert dataset_check.check(*coco.split_files("out", "train"))[1] is not None
 
 
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="real raw samples are not part of the project")

@@ -23,7 +23,7 @@ import detr
 import isaid
 import train
 from eval import METRICS
-from util import checkpoint, isaid_prepare, plots, synthetic
+from util import checkpoint, plots, synthetic
 from util.cli import command
 from util.weights import PARTS, part_of
 
@@ -174,8 +174,8 @@ def test_imagenet_weights(tmp_path, monkeypatch):
 
 def test_init_of_a_run_with_other_classes(run, monkeypatch):
     """Class heads are dropped and named, all else is taken, or the parts that are named."""
-    more = [*isaid_prepare.CATEGORIES, {"id": 16, "name": "thing"}]
-    monkeypatch.setattr(isaid_prepare, "CATEGORIES", more)
+    more = [*synthetic.CATEGORIES, {"id": 16, "name": "thing"}]
+    monkeypatch.setattr(synthetic, "CATEGORIES", more)
     before = torch.load(run[0] / "best.pt")["model"]
     for parts, others in ((PARTS, []), (["encoder"], ["--init_parts", "encoder"])):
         args = train.parse([*TINY, "--init", str(run[0]), *others])[0]

@@ -97,8 +97,7 @@ def pointing_game(model, data, batch_size, device):
 def batch(image, image_size):
     """A PIL image as the evaluation shows it to a model: images (1, 3, H, W), padding (1, H, W).
     image_size: the run's flag."""
-    resize, *_ = isaid.make_transforms(False, image_size).transforms
-    return isaid.collate([(isaid.to_tensor(resize(image)), None)])[:2]
+    return isaid.collate([(isaid.to_tensor(isaid.resize(image_size)(image)), None)])[:2]
 
 
 def draw(path, model, image, run, n=4):
@@ -173,7 +172,7 @@ def main(argv=None):
         with_objects = (i for i, labels in enumerate(data.labels) if len(labels))
         if (first := next(with_objects, None)) is None:
             raise DataError(f"{data.name}: has no objects; name an image")
-        image, _ = data.read(first)
+        image = data.load_image(first)
         share = pointing_game(model, data, flags.batch_size, args.device)
         write_text(metrics, json.dumps({**before, "attention": share}, indent=1))
         text = "of {objects:,} held-out objects {in_box:.1%} are looked at by the queries that are "

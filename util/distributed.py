@@ -3,7 +3,9 @@ Alone, every function is trivial."""
 
 import atexit
 import ctypes
+import multiprocessing
 import os
+import signal
 import sys
 import time
 
@@ -102,3 +104,19 @@ def keep_freed_memory():
     if hasattr(libc, "mallopt"):  # the numbers of its options are those of malloc.h
         libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing apart from the heap …
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: … and nothing of the heap given back
+
+
+def ignore_signals(worker_id):
+    """Leave signals that go to all processes to the main process; runs in a worker of a loader."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def kill_workers():
+    """End the workers that are left; they ignore SIGTERM, with which multiprocessing ends them."""
+    workers = multiprocessing.active_children()
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for an error
+    for worker in workers:
+        worker.kill()

@@ -131,7 +131,7 @@ def draw_detections(path, data, results, n=6, score=0.3, side=320):
     rows = {f"ground truth; red: not found {least} at an IoU of 0.5": [],
             f"found {least}, else the best three; red: wrong or once more": []}  # fmt: skip
     for i in chosen:
-        image, _ = data.read(i)
+        image = data.load_image(i)
         there, mine = ([e for e in x if e["image_id"] == data.images[i]["id"]]
                        for x in (truth, results))  # fmt: skip
         mine.sort(key=lambda result: -result["score"])

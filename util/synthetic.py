@@ -5,6 +5,7 @@ one addition. To add a class, add a row to SHAPES, above "tree"."""
 from collections import namedtuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 CIRCLE = np.exp(2j * np.pi * np.arange(-24, 25) / 24)  # two turns by 15 degrees: arcs are slices
@@ -227,3 +228,52 @@ def draw_scene(seed, n, size, fine=2):
     light = (0.85 + 0.3 * rng.random()) * np.asarray(image.reduce(fine), np.float32)
     light += 5 * rng.standard_normal((size, size, 1), np.float32)  # grain of the camera
     return Image.fromarray(light.clip(0, 255).astype(np.uint8))
+
+
+# ---------------------------------------------------------------- scenes as a dataset
+CATEGORIES = [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)]
+MAX_SCENES = 1_000_000  # of a split
+FIRST_SCENE = {"train": 0, "val": MAX_SCENES}
+CACHE_BYTES = 2**28  # of scenes that are drawn only once
+
+
+def coco_content(seed, first, n, size):
+    """Return images, annotations and categories of n scenes as in a COCO file."""
+    images = []
+    annotations = []
+    for i in range(n):
+        images.append({"id": i, "file_name": f"scene_{i:06d}.png", "width": size, "height": size})
+        labels, boxes, areas = scene_objects(seed, first + i, size)
+        for label, box, area in zip(labels, boxes, areas):
+            x0, y0, x1, y1 = box
+            annotation = {
+                "image_id": i,
+                "category_id": int(label) + 1,
+                "area": float(area),
+                "bbox": [float(x0), float(y0), float(x1 - x0), float(y1 - y0)],
+            }
+            annotations.append(annotation)
+    return {"images": images, "annotations": annotations, "categories": CATEGORIES}
+
+
+class SceneRenderer:
+    """Draws scenes, and keeps the first ones in memory that worker processes share."""
+
+    def __init__(self, seed, first, n, size):
+        self.seed = seed
+        self.first = first
+        self.size = size
+        num_cached = min(n, CACHE_BYTES // (3 * size * size))
+        self.pixels = torch.empty(num_cached, size, size, 3, dtype=torch.uint8).share_memory_()
+        self.is_drawn = torch.zeros(num_cached, dtype=torch.bool).share_memory_()
+
+    def render(self, i):
+        """Return scene `first` + i as a PIL image."""
+        cached = i < len(self.is_drawn)
+        if cached and self.is_drawn[i]:
+            return Image.fromarray(self.pixels[i].numpy())
+        scene = draw_scene(self.seed, self.first + i, self.size)
+        if cached:
+            self.pixels[i] = torch.from_numpy(np.array(scene))
+            self.is_drawn[i] = True
+        return scene

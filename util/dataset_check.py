@@ -1,0 +1,186 @@
+"""Checks of a dataset: the report of `isaid.py check`, and the summary that train.py prints."""
+
+import collections
+
+import numpy as np
+import torch
+
+from util import coco
+from util.files import DataError, read_json
+from util.images import check_size, read_image
+
+MAX_PRINTED_ERRORS = 20
+NUM_QUERIES = {"DETR": 100, "Deformable DETR": 300}  # of the full-size models
+
+
+# ---------------------------------------------------------------- before training
+def class_counts(data):
+    """Return the number of boxes of each class, in the order of the labels."""
+    return torch.cat(data.labels).bincount(minlength=len(data.categories)).tolist()
+
+
+def median_side(data):
+    """Return the median of the images' longer sides in pixels; None without recorded sizes."""
+    sides = [max(image["width"], image["height"]) for image in data.images if "width" in image]
+    if not sides:
+        return None
+    return int(np.median(sides))
+
+
+def num_subpixel_boxes(data, image_size):
+    """Return how many boxes are under a pixel wide or high in images of image_size x image_size.
+
+    Training leaves them out.
+    """
+    count = 0
+    for image, boxes in zip(data.images, data.boxes):
+        if len(boxes):
+            original_size = torch.tensor([image["width"], image["height"]])
+            sides = boxes[:, 2:] * image_size / original_size
+            count += int((sides < 1).any(1).sum())
+    return count
+
+
+def summary(data, num_queries, image_size):
+    """Return lines of text about a dataset: its size, and everything unusual about its boxes."""
+    num_objects = [len(labels) for labels in data.labels]
+    lines = [f"{data.name}: {len(data):,} images, {sum(num_objects):,} boxes"]
+    for what, count in data.cleaning_counts.items():
+        lines.append(f"{count:,} boxes {what}")
+    if image_size:
+        num_tiny = num_subpixel_boxes(data, image_size)
+        if num_tiny:
+            lines.append(f"{num_tiny:,} boxes under a pixel after resizing, not trained on")
+    num_crowded = sum(n > num_queries for n in num_objects)
+    if num_crowded:
+        share = f"{num_crowded:,} images ({num_crowded / len(data):.1%})"
+        lines.append(f"{share} contain more objects than there are queries ({num_queries})")
+    lines += data.warnings
+    return f"\n{'':12}".join(lines)
+
+
+# ---------------------------------------------------------------- the command
+def check_dataset(root):
+    """Print a report of both splits; return the exit status, 1 if a training would stop on them."""
+    classes = {}
+    for split in ("train", "val"):
+        try:
+            images_dir, json_path = coco.find_split(root, split)
+            report, classes[split] = check(images_dir, json_path, train=split == "train")
+        except DataError as error:
+            report, classes[split] = f"error: {error}", None
+        print(f"{report}\n")
+    if classes["train"] is None or classes["val"] is None:
+        return 1
+    if classes["train"] != classes["val"]:
+        print(f"the splits have different classes: {classes['train']} | {classes['val']}")
+        return 1
+    return 0
+
+
+def check(images_dir, json_path, train=False):
+    """Check the COCO file of a split, and read all of its images.
+
+    train: the split must have boxes to train on
+    Returns (the report as text, the classes as text or None if the split is unusable).
+    """
+    content = read_json(json_path)
+    errors = list(coco.validation_errors(content))
+    images, lines = [], []
+    if not errors:
+        images, errors = readable_images(images_dir, content["images"])
+        if not images and not errors:
+            errors.append("contains no images")
+    if images:
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        content = {**content, "images": images, "categories": categories}
+        annotations, cleaning_counts = coco.clean_boxes(images, content["annotations"])
+        if train and not errors and all(a["iscrowd"] for a in annotations):
+            errors.append("contains no boxes to train on")
+        lines = statistics(content, annotations, cleaning_counts)
+        lines += [f"  warning: {warning}" for warning in coco.dataset_warnings(content)]
+    head = [str(json_path), f"  errors   {len(errors):,}"]
+    head += [f"    {error}" for error in errors[:MAX_PRINTED_ERRORS]]
+    if len(errors) > MAX_PRINTED_ERRORS:
+        head.append(f"    … and {len(errors) - MAX_PRINTED_ERRORS:,} more")
+    report = "\n".join(head + lines)
+    if errors:
+        return report, None
+    return report, coco.class_names(content["categories"])
+
+
+def readable_images(images_dir, images):
+    """Read every image; return (the records of the usable ones, errors of the others)."""
+    usable, errors = [], []
+    for image in images:
+        path = coco.find_image(images_dir, image["file_name"])
+        try:
+            _, size = read_image(path)
+            check_size(image, path, size)
+        except DataError as error:
+            errors.append(str(error))
+            continue
+        usable.append({**image, "width": size[0], "height": size[1]})
+    return usable, errors
+
+
+def statistics(content, annotations, cleaning_counts):
+    """Return lines about the images, boxes and classes of a split.
+
+    content:         as in a COCO file
+    annotations:     its annotations after coco.clean_boxes
+    cleaning_counts: what coco.clean_boxes did, {what: number of boxes}
+    """
+    images = content["images"]
+    objects = [a for a in annotations if not a["iscrowd"]]
+    sizes = collections.Counter((image["width"], image["height"]) for image in images)
+    common = ", ".join(f"{w} x {h} ({n:,})" for (w, h), n in sizes.most_common(5))
+    objects_of = collections.Counter(a["image_id"] for a in objects)
+    num_objects = np.array([objects_of[image["id"]] for image in images])
+    median, high, most = np.percentile(num_objects, [50, 95, 100])
+    lines = [
+        f"  images   {len(images):,}, {np.sum(num_objects == 0):,} of them without objects",
+        f"  sizes    {len(sizes):,}, most often {common}",
+        f"  objects  {len(objects):,}; per image: "
+        f"median {median:.0f}, 95th percentile {high:.0f}, maximum {most:.0f}",
+    ]
+    lines += class_table(content["categories"], objects)
+    ids = [str(a["id"]) for a in content["annotations"] if a.get("id") is not None]
+    counts = {f"boxes {what}": n for what, n in cleaning_counts.items()}
+    counts["crowd regions, not trained on"] = len(annotations) - len(objects)
+    counts["images under 2 pixels"] = sum(n for size, n in sizes.items() if min(size) < 2)
+    counts["duplicate annotation ids"] = len(ids) - len(set(ids))
+    for what, n in counts.items():
+        lines.append(f"  {what:32}  {n:,}")
+    for model, num_queries in NUM_QUERIES.items():
+        crowded = num_objects > num_queries
+        share = f"{crowded.sum():,} ({crowded.mean():.1%})"
+        lines.append(f"  images with more objects than {model}'s {num_queries} queries  {share}")
+    return lines
+
+
+def class_table(categories, objects):
+    """Return lines with the number of boxes of each class and their sizes, sqrt(width * height)."""
+    lines = [
+        f"  {'id':>4}  {'class':20} {'boxes':>8} {'smallest':>9} {'median':>7} {'largest':>8} px"
+    ]
+    sizes_of = collections.defaultdict(list)
+    for annotation in objects:
+        sizes_of[annotation["category_id"]].append(annotation["bbox"][2:])
+    without = []
+    for category in categories:
+        sizes = np.array(sizes_of[category["id"]], dtype=np.float32).reshape(-1, 2)
+        line = f"  {category['id']:>4}  {category['name']:20} {len(sizes):8,}"
+        if len(sizes):
+            sides = np.sqrt(sizes.prod(1))
+            smallest, median, largest = np.percentile(sides, [0, 50, 100])
+            line += f" {smallest:9.0f} {median:7.0f} {largest:8.0f}"
+        else:
+            without.append(category["name"])
+        lines.append(line)
+    if without:
+        names = ", ".join(without[:9])
+        if len(without) > 9:
+            names += f" and {len(without) - 9:,} more"
+        lines.append(f"  classes without boxes             {names}")
+    return lines
