@@ -1,16 +1,20 @@
-"""Times and checks deformable attention on this machine: the reference and the kernel.
+"""Benchmark deformable attention on this machine: the reference and the kernel.
 
-E is the encoder, D the decoder of Deformable DETR with four levels of stride 8 to 64, for images of
-512 x 512 pixels (one) and about 800 x 1066 (two). Times are medians; on a GPU of graphs of calls,
-so Python is not timed; on the CPU memory that is freed is kept, as in training. "x ref" is the
-reference's time over this one's. "multiply" and "move" are the shares of the time that the machine
-needs at least to do the multiplications, at the rate of its matrix product, and to move every
-operand once, at that of a copy; forward, backward. "error" is the relative distance from the fp64
-reference: output, worst gradient."""
+Shapes: E512 and D512 are the encoder and the decoder of Deformable DETR for one image of 512 x 512
+pixels, E800 the encoder for two of about 800 x 1066; four levels of stride 8 to 64.
+
+Times are medians. On a GPU they are of CUDA graphs of ten calls, so that Python is not timed; on a
+CPU freed memory is kept, as in training. Columns:
+  x ref     the reference's time divided by this one's
+  multiply  share of the time that the multiplications alone would take, at the speed of torch's
+            matrix product: forward, backward
+  move      share of the time that reading and writing every tensor once would take, at the speed of
+            a copy: forward, backward
+  error     relative distance from the reference in fp64: output, worst gradient
+"""
 
 import argparse
 import functools
-import itertools
 import re
 import shutil
 import statistics
@@ -26,40 +30,68 @@ from util import distributed
 from . import MSDeformAttn, backend, cuda, ms_deform_attn
 from .reference import ms_deform_attn_reference
 
-SMALL = (64, 64), (32, 32), (16, 16), (8, 8)
-LARGE = (100, 134), (50, 67), (25, 34), (13, 17)
+SMALL = [(64, 64), (32, 32), (16, 16), (8, 8)]
+LARGE = [(100, 134), (50, 67), (25, 34), (13, 17)]
+# images, levels, queries; None: every cell is a query, as in the encoder
 SHAPES = {"E512": (1, SMALL, None), "D512": (1, SMALL, 300), "E800": (2, LARGE, None)}
-HEADS, CHANNELS, POINTS = 8, 32, 4
-DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16, fp64=torch.float64)
+HEADS = 8
+CHANNELS = 32
+POINTS = 4
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def operands(name, dtype, device):
-    """value, spatial_shapes, locations, weights as a trained model has them; see ms_deform_attn."""
+def make_inputs(shape_name, dtype, device):
+    """Draw arguments of ms_deform_attn as a trained model has them, for one of SHAPES.
+
+    Returns (value, spatial_shapes, locations, weights).
+    """
     torch.manual_seed(0)
-    images, shapes, queries = SHAPES[name]
-    grids = (((torch.arange(n) + 0.5) / n for n in shape) for shape in shapes)
-    centres = torch.cat([torch.cartesian_prod(*grid).flip(1) for grid in grids])  # of cells (S, 2)
-    value = torch.randn(images, len(centres), HEADS, CHANNELS)
-    centres = torch.rand(queries, 2) if queries else centres
-    star = MSDeformAttn(HEADS * CHANNELS, len(shapes), HEADS, POINTS).sampling_offsets.bias.detach()
-    places = images, len(centres), HEADS, len(shapes), POINTS
-    offsets = star.view(*places[2:], 2) + 2 * torch.randn(*places, 2)  # in pixels
-    locations = centres[:, None, None, None] + offsets / torch.tensor(shapes).flip(1)[:, None]
-    weights = torch.randn(places).flatten(3).softmax(-1).view(places)
-    real = torch.promote_types(dtype, torch.float32)
-    return value.to(device, dtype), shapes, locations.to(device, real), weights.to(device, real)
+    images, shapes, queries = SHAPES[shape_name]
+    centers = []  # of all cells
+    for H, W in shapes:
+        y = (torch.arange(H) + 0.5) / H
+        x = (torch.arange(W) + 0.5) / W
+        centers.append(torch.cartesian_prod(y, x).flip(1))  # (H*W, 2) as x, y
+    centers = torch.cat(centers)  # (S, 2)
+    value = torch.randn(images, len(centers), HEADS, CHANNELS)
+    if queries:
+        centers = torch.rand(queries, 2)
+    Q = len(centers)
+    L = len(shapes)
+
+    # Points lie around their query: where they start, plus two pixels of noise.
+    star = MSDeformAttn(HEADS * CHANNELS, L, HEADS, POINTS).sampling_offsets.bias.detach()
+    noise = torch.randn(images, Q, HEADS, L, POINTS, 2)
+    offsets = star.view(HEADS, L, POINTS, 2) + 2 * noise  # in pixels
+    widths_heights = torch.tensor(shapes).flip(1)  # (L, 2)
+    locations = centers[:, None, None, None] + offsets / widths_heights[:, None]
+    weights = torch.randn(images, Q, HEADS, L * POINTS).softmax(-1)
+    weights = weights.view(images, Q, HEADS, L, POINTS)
+
+    sum_dtype = torch.promote_types(dtype, torch.float32)
+    locations = locations.to(device, sum_dtype)
+    weights = weights.to(device, sum_dtype)
+    return value.to(device, dtype), shapes, locations, weights
 
 
-def seconds(function, device, repeats):
-    """Median time of a call."""
+def median_seconds(function, device, repeats):
+    """Return the median time of a call, after one call to warm up."""
     function()
-    times, calls = [], 1 if device == "cpu" else 10
+    calls = 1
     if device == "cuda":
+        calls = 10
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             for _ in range(calls):
                 function()
         function = graph.replay
+    times = []
     for _ in range(repeats):
         start = time.perf_counter()
         function()
@@ -69,106 +101,189 @@ def seconds(function, device, repeats):
     return statistics.median(times)
 
 
-def floors(value, locations, weights, device):
-    """The least seconds of forward and backward: (to multiply), (to move every operand once)."""
+def roofline_seconds(value, locations, weights, device):
+    """Estimate the least time that this machine needs.
+
+    Returns {"multiply": [forward, backward], "move": [forward, backward]} in seconds.
+    """
     a = torch.randn(2048, 2048, dtype=locations.dtype, device=device)
-    rate = 2048**3 / seconds(lambda: a @ a, device, 5)  # multiplications a second
-    needed = 4 * weights.numel() * CHANNELS / rate
-    big = torch.ones(2**27 if device == "cpu" else 2**30, dtype=torch.uint8, device=device)
-    copy = torch.empty_like(big)
-    rate = 2 * big.nbytes / seconds(lambda: copy.copy_(big), device, 5)
-    out = weights[..., 0, 0].numel() * CHANNELS * value.itemsize
-    points = locations.nbytes + weights.nbytes
-    moved = value.nbytes + out + points, 2 * value.nbytes + out + 2 * points
-    return (needed, 2 * needed), (moved[0] / rate, moved[1] / rate)
+    multiplications_per_second = 2048**3 / median_seconds(lambda: a @ a, device, 5)
+    multiply = 4 * weights.numel() * CHANNELS / multiplications_per_second  # four pixels per point
+
+    source = torch.ones(2**27 if device == "cpu" else 2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy_seconds = median_seconds(lambda: target.copy_(source), device, 5)
+    bytes_per_second = 2 * source.nbytes / copy_seconds  # reads and writes
+    out_bytes = weights[..., 0, 0].numel() * CHANNELS * value.itemsize
+    point_bytes = locations.nbytes + weights.nbytes
+    forward_bytes = value.nbytes + point_bytes + out_bytes
+    backward_bytes = 2 * value.nbytes + 2 * point_bytes + out_bytes
+    return {
+        "multiply": [multiply, 2 * multiply],
+        "move": [forward_bytes / bytes_per_second, backward_bytes / bytes_per_second],
+    }
 
 
-def measure(which, value, shapes, others, right, args):
-    """(forward seconds, backward seconds, (error of the output, of the worst gradient)).
-    right: a gradient of the output, then the right output and gradients."""
-    leaves = [x.detach().requires_grad_() for x in (value, *others)]
-    forward = functools.partial(ms_deform_attn, leaves[0], shapes, *leaves[1:], which)
+def relative_error(tensor, expected):
+    """Return the distance from the expected tensor, divided by its norm."""
+    return ((tensor.double().cpu() - expected).norm() / expected.norm()).item()
+
+
+def measure(backend_name, inputs, expected, args):
+    """Time one backend and compare it with the reference.
+
+    inputs:   what make_inputs returns
+    expected: in fp64 {"out", "grad_out" (random), "grads" of value, locations, weights}
+    Returns {"forward", "backward": seconds, "out_error", "grad_error"}.
+    """
+    value, shapes, locations, weights = inputs
+    leaves = [x.detach().requires_grad_() for x in (value, locations, weights)]
+    forward = functools.partial(
+        ms_deform_attn, leaves[0], shapes, leaves[1], leaves[2], backend_name
+    )
     out = forward()
-    grad = right[0].to(out)
-    backward = functools.partial(torch.autograd.grad, out, leaves, grad, retain_graph=True)
-    found = zip([out, *backward()], right[1:])
-    errors = [((x.double().cpu() - y).norm() / y.norm()).item() for x, y in found]
+    backward = functools.partial(
+        torch.autograd.grad, out, leaves, expected["grad_out"].to(out), retain_graph=True
+    )
+    grad_errors = []
+    for grad, expected_grad in zip(backward(), expected["grads"]):
+        grad_errors.append(relative_error(grad, expected_grad))
     with torch.no_grad():
-        taken = seconds(forward, args.device, args.repeats)
-    return taken, seconds(backward, args.device, args.repeats), (errors[0], max(errors[1:]))
+        forward_seconds = median_seconds(forward, args.device, args.repeats)
+    return {
+        "forward": forward_seconds,
+        "backward": median_seconds(backward, args.device, args.repeats),
+        "out_error": relative_error(out, expected["out"]),
+        "grad_error": max(grad_errors),
+    }
 
 
-def print_rows(name, dtype_name, args):
-    """The rows of a shape and dtype: the reference's and the kernel's."""
-    value, shapes, *others = operands(name, DTYPES[dtype_name], args.device)
-    leaves = [x.double().cpu().requires_grad_() for x in (value, *others)]
-    out = ms_deform_attn_reference(leaves[0], shapes, *leaves[1:])
-    grad = torch.randn(out.shape).to(value.dtype)
-    right = grad, out.detach(), *torch.autograd.grad(out, leaves, grad.double())
-    least, base = floors(value, *others, args.device), None
-    for which in dict.fromkeys(("torch", backend(args.device)[0])):
-        forward, backward, errors = measure(which, value, shapes, others, right, args)
-        base = base or (forward, backward)
-        cells = f"{forward * 1e3:.3f}", f"{backward * 1e3:.3f}", f"{base[0] / forward:.1f}"
-        cells += (f"{sum(base) / (forward + backward):.1f}",)
-        cells += tuple(f"{x / forward:.0%}, {y / backward:.0%}" for x, y in least)
-        cells += ("{:.0e}, {:.0e}".format(*errors),)
-        print(f"| {name} | {dtype_name} | {which:5} |", " | ".join(cells), "|", flush=True)
+def compute_expected(inputs):
+    """Compute output and gradients with the reference in fp64; see `measure`."""
+    value, shapes, locations, weights = inputs
+    leaves = [x.double().cpu().requires_grad_() for x in (value, locations, weights)]
+    out = ms_deform_attn_reference(leaves[0], shapes, leaves[1], leaves[2])
+    grad_out = torch.randn(out.shape).to(value.dtype)  # rounded as every backend will see it
+    grads = torch.autograd.grad(out, leaves, grad_out.double())
+    return {"out": out.detach(), "grad_out": grad_out, "grads": grads}
+
+
+def print_rows(shape_name, dtype_name, args):
+    """Print the rows of a shape and dtype: the reference's and the kernel's."""
+    inputs = make_inputs(shape_name, DTYPES[dtype_name], args.device)
+    value, _, locations, weights = inputs
+    expected = compute_expected(inputs)
+    least = roofline_seconds(value, locations, weights, args.device)
+    backend_names = ["torch"]
+    kernel, _ = backend(args.device)
+    if kernel != "torch":
+        backend_names.append(kernel)
+    reference = None  # the times of the first row
+    for backend_name in backend_names:
+        times = measure(backend_name, inputs, expected, args)
+        if reference is None:
+            reference = times
+        forward = times["forward"]
+        backward = times["backward"]
+        reference_both = reference["forward"] + reference["backward"]
+        cells = [
+            shape_name,
+            dtype_name,
+            f"{backend_name:5}",
+            f"{forward * 1e3:.3f}",
+            f"{backward * 1e3:.3f}",
+            f"{reference['forward'] / forward:.1f}",
+            f"{reference_both / (forward + backward):.1f}",
+        ]
+        for least_forward, least_backward in (least["multiply"], least["move"]):
+            cells.append(f"{least_forward / forward:.0%}, {least_backward / backward:.0%}")
+        cells.append(f"{times['out_error']:.0e}, {times['grad_error']:.0e}")
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def compile_only(archs):
-    """Compile the CUDA kernel for each architecture and dtype."""
+    """Compile the CUDA kernel for each architecture and dtype; print registers and spills."""
     print("architecture, dtype, seconds; registers and bytes spilled, forward and backward")
-    numbers = r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
-    for arch, name in itertools.product(archs, DTYPES):
-        start = time.perf_counter()
-        _, log = cuda.compile_kernel(arch, DTYPES[name], CHANNELS)
-        taken = time.perf_counter() - start
-        found = sorted(re.findall(numbers, log, re.S), reverse=True)  # forward, backward
-        cells = (f"{registers:>5} {spilled:>5}" for _, spilled, registers in found)
-        print(f"{arch:8} {name:5} {taken:6.2f}", *cells)
+    pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+    for arch in archs:
+        for dtype_name, dtype in DTYPES.items():
+            start = time.perf_counter()
+            _, log = cuda.compile_kernel(arch, dtype, CHANNELS)
+            seconds = time.perf_counter() - start
+            row = f"{arch:8} {dtype_name:5} {seconds:6.2f}"
+            functions = sorted(re.findall(pattern, log, re.DOTALL), reverse=True)
+            for _, spilled, registers in functions:  # forward, backward
+                row += f" {registers:>5} {spilled:>5}"
+            print(row)
 
 
 def check(device):
-    """Run the operator's tests, on a GPU under compute-sanitizer too; ends if one fails."""
+    """Run the operator's tests, on a GPU under compute-sanitizer too; exit if one fails."""
     tests = [sys.executable, "-m", "pytest", "-q", "tests/test_deformable_attn.py"]
-    chosen = [*tests, "-k", "cuda and (reference or precision or gradients)"]
+    gpu_tests = tests + ["-k", "cuda and (reference or precision or gradients)"]
     commands = [tests]
-    for tool in ("memcheck", "racecheck") if device == "cuda" else ():
-        commands.append(["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *chosen])
+    if device == "cuda":
+        for tool in ("memcheck", "racecheck"):
+            sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+            commands.append(sanitizer + gpu_tests)
     for command in commands:
         print(" ".join(command), flush=True)
         if not shutil.which(command[0]):
-            print(f"{command[0]} is not installed: left out")
-        elif subprocess.run(command, cwd=Path(__file__).resolve().parents[1]).returncode:
+            print(f"skipping: {command[0]} is not installed")
+        elif subprocess.run(command, cwd=ROOT).returncode != 0:
             sys.exit("error: a test failed; nothing was timed")
 
 
+def parse():
+    """Parse the command line."""
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--compile", nargs="+", metavar="ARCH",
+        help="only compile the CUDA kernel, for sm_90 for example; needs no GPU")  # fmt: skip
+    add("--check", action="store_true", help="run the operator's tests first")
+    add("--device", choices=["cpu", "cuda"], default=default_device,
+        help="device to benchmark (default here: %(default)s)")  # fmt: skip
+    add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES),
+        help="shapes to benchmark (default: all)")  # fmt: skip
+    add("--repeats", type=int, default=9, help="timed calls (default: %(default)s)")
+    return parser.parse_args()
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    device, add = "cuda" if torch.cuda.is_available() else "cpu", parser.add_argument
-    add("--compile", nargs="+", metavar="ARCH", help="only compile the kernel, for sm_90, say")
-    add("--check", action="store_true", help="run the tests of the operator before")
-    add("--device", choices=("cpu", "cuda"), default=device, help="(default here: %(default)s)")
-    add("--shapes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES), help="(all)")
-    add("--repeats", type=int, default=9, help="after one to warm up (default %(default)s)")
-    args = parser.parse_args()
+    """Compile, or run the tests if asked to, and print the table."""
+    args = parse()
     if args.compile:
-        return compile_only(args.compile)
+        compile_only(args.compile)
+        return
     if args.check:
         check(args.device)
-    if args.device == "cpu":
+    if args.device == "cuda":
+        device_name = torch.cuda.get_device_name()
+        dtype_names = list(DTYPES)
+        # a CUDA graph must not contain work of the default stream; the backward pass runs on the
+        # stream of its forward pass
+        torch.cuda.set_stream(torch.cuda.Stream())
+    else:
+        device_name = "CPU"
+        dtype_names = ["fp32"]
         distributed.keep_freed_memory()
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-          f"{': '.join(backend(args.device))}; median of {args.repeats}\n")  # fmt: skip
-    print("| shape | dtype | backend | forward ms | backward ms | x ref forward | x ref both | "
-          "multiply | move | error |\n" + "|---" * 10 + "|")  # fmt: skip
-    # a graph may not hold work of the default stream, and backward runs on its forward's
-    with torch.cuda.stream(torch.cuda.Stream() if args.device == "cuda" else None):
-        for name in args.shapes:
-            for dtype_name in ["fp32"] if args.device == "cpu" else DTYPES:
-                print_rows(name, dtype_name, args)
+    backend_name, reason = backend(args.device)
+    print(
+        f"{device_name}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"{backend_name}: {reason}; median of {args.repeats}\n"
+    )
+    columns = ["shape", "dtype", "backend", "forward ms", "backward ms", "x ref forward",
+               "x ref both", "multiply", "move", "error"]  # fmt: skip
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
+    for shape_name in args.shapes:
+        for dtype_name in dtype_names:
+            print_rows(shape_name, dtype_name, args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The CPU kernel: cpu.cpp, built at first use by a C++ compiler and called through ctypes."""
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,101 +13,163 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-FLAGS = "-std=c++17 -O3 -fno-trapping-math -fno-math-errno -shared -fPIC -pthread".split()
-NATIVE = ["-march=native"], ["-mcpu=native"], []  # this machine's instructions; compilers differ
+FLAGS = [
+    "-std=c++17", "-O3", "-fno-trapping-math", "-fno-math-errno", "-shared", "-fPIC", "-pthread"
+]  # fmt: skip
+NATIVE_FLAGS = [["-march=native"], ["-mcpu=native"], []]  # for this processor; compilers differ
 
 
+# ---------------------------------------------------------------- build
 def compiler():
-    """The C++ compiler's command: $CXX, else c++, g++ or clang++. RuntimeError without one."""
-    named = shlex.split(os.environ.get("CXX", ""))
-    for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
-        if shutil.which(command[0]):
-            return command
-    raise RuntimeError(f"CXX={named[0]} is not found" if named else "found no c++, g++ or clang++")
+    """Return the command of the C++ compiler, a list of words: $CXX, else c++, g++ or clang++.
+
+    CXX may be several words, as in CXX="ccache g++". Raises RuntimeError if there is no compiler.
+    """
+    command = shlex.split(os.environ.get("CXX", ""))
+    if command:
+        if not shutil.which(command[0]):
+            raise RuntimeError(f"C++ compiler not found: CXX={command[0]}")
+        return command
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise RuntimeError("C++ compiler not found: no c++, g++ or clang++ on PATH")
+
+
+def run(command):
+    """Run a compiler and return its output.
+
+    Raises RuntimeError with its first error message, or OSError if it cannot be started.
+    """
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, errors="replace")
+    if done.returncode == 0:
+        return done.stdout
+    message = done.stderr.strip()[:200]
+    for line in done.stderr.splitlines():
+        if "error" in line:
+            message = line
+            break
+    raise RuntimeError(f"{Path(command[0]).name} failed: {message}")
+
+
+def find_flags(cxx):
+    """Return (flags, macros) for a compiler: the first NATIVE_FLAGS that it accepts are included.
+
+    The macros, which it defines with these flags, tell its version and the processor.
+    Raises RuntimeError if it accepts none.
+    """
+    for native in NATIVE_FLAGS:
+        flags = FLAGS + native
+        try:
+            return flags, run(cxx + flags + ["-dM", "-E", "-x", "c++", os.devnull])
+        except RuntimeError as error:
+            last_error = error
+    raise last_error
 
 
 def cache_folder():
-    """Where built kernels are kept, or a folder for this process alone if that is read-only."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deformable_attn"
-    with contextlib.suppress(OSError):
+    """Return the folder of built kernels; if it is read-only, one for this process alone."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not cache:
+        cache = Path.home() / ".cache"
+    folder = Path(cache) / "deformable_attn"
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
+    except OSError:
+        pass
     return Path(tempfile.mkdtemp(prefix="deformable_attn"))
 
 
-def run(*command):
-    """The output of a compiler's run. Raises RuntimeError with its first complaint, or OSError."""
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, errors="replace")
-    if done.returncode:
-        lines = (line for line in done.stderr.splitlines() if "error" in line)
-        complaint = next(lines, done.stderr.strip()[:200])
-        raise RuntimeError(f"{Path(command[0]).name} failed: {complaint}")
-    return done.stdout
-
-
 def build():
-    """The built kernel's file: cached or compiled now (seconds). Raises RuntimeError or OSError."""
+    """Return the file of the built kernel, compiled now (seconds) if it is not in the cache.
+
+    Raises RuntimeError or OSError if it cannot be built.
+    """
     cxx = compiler()
-    for native in NATIVE:  # the last one works everywhere
-        flags = [*FLAGS, *native]
-        try:  # the macros tell the compiler's version and, with these flags, the processor
-            macros = run(*cxx, *flags, "-dM", "-E", "-x", "c++", os.devnull)
-            break
-        except RuntimeError:
-            if not native:
-                raise
+    flags, macros = find_flags(cxx)
     key = hashlib.sha256(SOURCE.read_bytes() + f"{macros}{flags}".encode()).hexdigest()[:16]
     file = cache_folder() / f"cpu-{key}.so"
     if not file.exists():
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            run(*cxx, *flags, str(SOURCE), "-o", f"{folder}/{file.name}")
-            os.replace(f"{folder}/{file.name}", file)  # at once: others find a whole file or none
+            unfinished = Path(folder) / file.name
+            run(cxx + flags + [str(SOURCE), "-o", str(unfinished)])
+            os.replace(unfinished, file)  # atomic: other processes find all of the file or nothing
     return file
 
 
 @functools.cache
 def load():
-    """The kernel's functions. Raises RuntimeError or OSError that says what is missing."""
+    """Return the library with the kernel's functions, built if necessary.
+
+    Raises RuntimeError or OSError if it cannot be built.
+    """
     file = build()
     try:
         return ctypes.CDLL(str(file))
-    except OSError:  # what is in the cache is no library
+    except OSError:  # the file in the cache is corrupted
         file.unlink(missing_ok=True)
         return ctypes.CDLL(str(build()))
 
 
 def description():
-    """What has been built, in words."""
+    """Build the kernel and describe it. Raises RuntimeError or OSError if it cannot be built."""
     load()
     return f"cpu.cpp, built by {Path(compiler()[0]).name}, {torch.get_num_threads()} threads"
 
 
-def call(name, spatial_shapes, inputs, results):
-    """Run a function of the kernel on contiguous tensors; the last inputs are those of forward."""
-    value, locations, _ = inputs[-3:]
-    (N, S, M, D), (_, Q, _, L, P, _) = value.shape, locations.shape
+# ---------------------------------------------------------------- call
+def call(name, sizes, value, locations, tensors):
+    """Call a function of the kernel.
+
+    name:             "forward" or "backward"
+    sizes:            height, width of every level in one list
+    value, locations: two of the tensors, which tell the other sizes
+    tensors:          inputs and results, contiguous, all of one dtype, in the order of cpu.cpp
+    Raises MemoryError.
+    """
+    B, S, M, D = value.shape
+    _, Q, _, L, P, _ = locations.shape
     threads = torch.get_num_threads()
-    sizes = (ctypes.c_int64 * (8 + 2 * L))(threads, N, S, M, D, Q, L, P, *spatial_shapes)
-    addresses = [tensor.data_ptr() for tensor in (*inputs, *results)]
-    pointers = (ctypes.c_void_p * len(addresses))(*addresses)
-    function = getattr(load(), f"{name}_f64" if value.dtype == torch.float64 else f"{name}_f32")
+    numbers = [threads, B, S, M, D, Q, L, P] + sizes
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    suffix = "f64" if value.dtype == torch.float64 else "f32"
+    function = getattr(load(), f"{name}_{suffix}")
     function.restype = ctypes.c_bool
-    if not function(sizes, pointers):
-        raise MemoryError(f"no memory for {threads} times one or two maps of {S} x {D} values")
+    if not function(c_array(ctypes.c_int64, numbers), c_array(ctypes.c_void_p, addresses)):
+        raise MemoryError(
+            f"out of memory allocating per-thread buffers ({threads} threads x {S} x {D} values)"
+        )
 
 
-def forward(value, spatial_shapes, locations, weights):
-    """The operator on contiguous tensors; locations and weights in fp32, or fp64 as value."""
-    real = value.to(locations.dtype)
-    out = real.new_empty(*locations.shape[:2], value.shape[2] * value.shape[3])
-    call("forward", spatial_shapes, (real, locations, weights), [out])
+def c_array(kind, numbers):
+    """Return the numbers as an array of C."""
+    return (kind * len(numbers))(*numbers)
+
+
+def forward(value, sizes, locations, weights):
+    """Return the operator's output.
+
+    All tensors are contiguous; locations and weights are fp32, or fp64 if value is fp64.
+    sizes: height, width of every level in one list
+    """
+    B, _, M, D = value.shape
+    Q = locations.shape[1]
+    real_value = value.to(locations.dtype)
+    out = real_value.new_empty(B, Q, M * D)
+    call("forward", sizes, real_value, locations, [real_value, locations, weights, out])
     return out.to(value.dtype)
 
 
-def backward(grad, value, spatial_shapes, locations, weights):
-    """The gradients of value, locations and weights."""
-    inputs = grad.to(locations.dtype), value.to(locations.dtype), locations, weights
-    grads = [torch.empty_like(x) for x in inputs[1:]]
-    call("backward", spatial_shapes, inputs, grads)
-    return grads[0].to(value.dtype), *grads[1:]
+def backward(grad_out, value, sizes, locations, weights):
+    """Return the gradients of value, locations and weights; arguments as in `forward`."""
+    real_grad_out = grad_out.to(locations.dtype)
+    real_value = value.to(locations.dtype)
+    grad_value = torch.empty_like(real_value)
+    grad_locations = torch.empty_like(locations)
+    grad_weights = torch.empty_like(weights)
+    inputs = [real_grad_out, real_value, locations, weights]
+    results = [grad_value, grad_locations, grad_weights]
+    call("backward", sizes, real_value, locations, inputs + results)
+    return grad_value.to(value.dtype), grad_locations, grad_weights

@@ -1,39 +1,39 @@
 // Multi-scale deformable attention on NVIDIA GPUs (Deformable DETR, arXiv 2010.04159, equation 3).
-// Compiled at first use by NVRTC, without any header, for what cuda.py gives as macros:
-//   DTYPE    0 float, 1 half, 2 bfloat16, 3 double: of value and out; all else is float or double
-//   D        channels of a head
+// Compiled at first use by NVRTC, without any header. cuda.py defines these macros:
+//   DTYPE    of value and out: 0 float, 1 half, 2 bfloat16, 3 double; all else is float or double
+//   D        channels per head
 //   WIDTH    channels that a thread loads at once, up to 16 bytes
 //   LANES    threads that share one head of one query, a power of two up to 32
-//   THREADS  in a block
-//   TILE     neighbouring queries that are worked on together, head by head
-//   LEVELS   at most
+//   THREADS  per block
+//   TILE     neighboring queries that are handled together, head by head
+//   LEVELS   maximum number of levels
 //
-// The letters and the layout of the arrays are those of cpu.cpp. LANES neighbouring threads, a
-// group, share one head of one query. Every lane loads WIDTH of a pixel's channels at once, and its
-// sums stay in registers. The pixels and shares of a point are worked out once, by one lane, and
-// passed on through shared memory, BATCH points at a time.
+// The letters and the layout of the arrays are those of cpu.cpp. A group of LANES neighboring
+// threads (its lanes) shares one head of one query. Every lane loads WIDTH of a pixel's channels at
+// once, and its sums stay in registers. The pixels and coefficients of a point are computed once,
+// by one lane, and passed to the others through shared memory, BATCH points at a time.
 template <int> struct Types { typedef float Real; typedef unsigned short Stored; };
 template <> struct Types<0> { typedef float Real, Stored; };
 template <> struct Types<3> { typedef double Real, Stored; };
 typedef Types<DTYPE>::Real Real;
 typedef Types<DTYPE>::Stored Stored;
 
-// In each round a lane has WIDTH channels, from (round * LANES + lane) * WIDTH on.
+// In each round a lane handles WIDTH channels, from (round * LANES + lane) * WIDTH on.
 constexpr int ROUNDS = (D / WIDTH + LANES - 1) / LANES;
 constexpr int BATCH = LANES < 4 ? 4 * LANES : 16;
-constexpr int GROUPS = THREADS / LANES;  // in a block
+constexpr int GROUPS = THREADS / LANES;  // per block
 constexpr unsigned ALL = 0xffffffffu;
 
 struct alignas(sizeof(Stored) * WIDTH) Channels { Stored c[WIDTH]; };
 struct alignas(16) Four { Real v[4]; };
 struct alignas(16) Pixels {  // around a point: upper left, upper right, lower left, lower right
-  int row[4];                // of the map; some row of it where the pixel lies outside
-  Real share[4];             // of the pixel in the bilinear sample, times the weight; 0 outside
+  int row[4];                // the pixel's row of the map; any valid row for a pixel outside
+  Real share[4];             // the pixel's bilinear coefficient times the weight; 0 outside
 };
 
-struct Sizes {  // as the host passes them
-  int N, S, M, Q, L, P;
-  int height[LEVELS], width[LEVELS], start[LEVELS];  // start: a level's first row of the map
+struct Sizes {  // as cuda.py passes them
+  int B, S, M, Q, L, P;
+  int height[LEVELS], width[LEVELS], start[LEVELS];  // start: the level's first row of the map
 };
 
 #if DTYPE == 1
@@ -49,7 +49,7 @@ __device__ Stored stored(float x) {
 }
 #elif DTYPE == 2
 __device__ float real(Stored x) { return __uint_as_float(unsigned(x) << 16); }
-__device__ Stored stored(float x) {  // to the nearest, ties to even; a NaN stays one
+__device__ Stored stored(float x) {  // rounds to nearest, ties to even; NaN stays NaN
   const unsigned bits = __float_as_uint(x);
   return x == x ? Stored((bits + 0x7fffu + (bits >> 16 & 1)) >> 16) : Stored(0x7fff);
 }
@@ -59,12 +59,13 @@ __device__ Real stored(Real x) { return x; }
 #endif
 
 struct Place {  // of a point in its level
-  Real fx, fy, width, height;
-  bool left, right, top, bottom;  // which columns and rows of its four pixels lie inside
+  Real fx, fy;  // distance to the right of and below the upper left pixel, in 0..1
+  Real width, height;
+  bool left, right, top, bottom;  // whether these columns and rows of its four pixels lie inside
   int row[4];
 };
 
-// A point far away moves to where its pixels are just outside, and so does a NaN.
+// A point far away, or NaN, is moved to where all its pixels lie just outside the map.
 __device__ Place locate(const Real* xy, const Sizes& z, int level) {
   const int h = z.height[level], w = z.width[level];
   Place at;
@@ -83,34 +84,34 @@ __device__ Place locate(const Real* xy, const Sizes& z, int level) {
   return at;
 }
 
-struct Work {  // which head of which query of which image a group has
+struct Work {  // the head, query and image that a group handles
   int lane, group;
   bool any;             // false for the groups beyond the last query
-  long long here, map;  // index into (N, Q, M); index of its channels' first one in value
+  long long idx, map;  // index into (B, Q, M); index into value of the head's first channel
 };
 
-// Images one after the other, in them tiles of queries (neighbours), in a tile head after head.
+// Groups are ordered by image, tile of neighboring queries, head, query. order: see `forward`.
 __device__ Work work(const Sizes& z, const int* order) {
   Work w;
   w.lane = threadIdx.x % LANES, w.group = threadIdx.x / LANES;
   const long long g = (long long)blockIdx.x * GROUPS + w.group, tiles = (z.Q + TILE - 1) / TILE;
-  const long long m = g / TILE % z.M, tile = g / TILE / z.M % tiles, n = g / TILE / z.M / tiles;
+  const long long m = g / TILE % z.M, tile = g / TILE / z.M % tiles, b = g / TILE / z.M / tiles;
   const long long place = tile * TILE + g % TILE;
-  w.any = n < z.N && place < z.Q;
+  w.any = b < z.B && place < z.Q;
   const long long q = w.any ? (order ? order[place] : place) : 0;
-  w.here = w.any ? (n * z.Q + q) * z.M + m : 0;
-  w.map = w.any ? (n * z.S * z.M + m) * D : 0;
+  w.idx = w.any ? (b * z.Q + q) * z.M + m : 0;
+  w.map = w.any ? (b * z.S * z.M + m) * D : 0;
   return w;
 }
 
-__device__ Channels load(const Stored* from) { return *reinterpret_cast<const Channels*>(from); }
+__device__ Channels load(const Stored* src) { return *reinterpret_cast<const Channels*>(src); }
 
-// Each lane works out some of a query's points from `first` on, for all lanes of its group.
+// Each lane computes the pixels of some of the query's points from `first` on, for its whole group.
 __device__ void share_pixels(Pixels* shared, const Work& w, const Sizes& z, int points,
                              const Real* locations, const Real* weights, int first, int count) {
   __syncwarp();
   for (int i = w.lane; i < count; i += LANES) {
-    const long long p = w.here * points + first + i;
+    const long long p = w.idx * points + first + i;
     const Place at = locate(locations + 2 * p, z, (first + i) / z.P);
     const Real weight = weights[p];
     Pixels around;
@@ -124,17 +125,17 @@ __device__ void share_pixels(Pixels* shared, const Work& w, const Sizes& z, int 
   __syncwarp();
 }
 
-__device__ void add(Real* to, const Real* what) {  // WIDTH values, atomically each
+__device__ void add(Real* dst, const Real* values) {  // adds WIDTH values, each atomically
   int c = 0;
 #if DTYPE != 3 && __CUDA_ARCH__ >= 900
   for (; c + 4 <= WIDTH; c += 4)
-    atomicAdd(reinterpret_cast<float4*>(to + c),
-              make_float4(what[c], what[c + 1], what[c + 2], what[c + 3]));
+    atomicAdd(reinterpret_cast<float4*>(dst + c),
+              make_float4(values[c], values[c + 1], values[c + 2], values[c + 3]));
 #endif
-  for (; c < WIDTH; ++c) atomicAdd(to + c, what[c]);
+  for (; c < WIDTH; ++c) atomicAdd(dst + c, values[c]);
 }
 
-// The gradients of point p are combinations of four dot products d, <grad_out, pixel>.
+// The gradients of point p combine four dot products d: of grad_out with each pixel.
 __device__ void write_gradients(const Place& at, Real weight, Four d, long long p,
                                 Real* grad_locations, Real* grad_weights) {
   const Real d0 = at.top && at.left ? d.v[0] : Real(0), d1 = at.top && at.right ? d.v[1] : Real(0);
@@ -146,7 +147,7 @@ __device__ void write_gradients(const Place& at, Real weight, Four d, long long 
   grad_locations[2 * p + 1] = weight * at.height * ((1 - at.fx) * (d2 - d0) + at.fx * (d3 - d1));
 }
 
-// order (Q,): the queries, neighbours together, or null.
+// order (Q,): the indices of the queries, neighbors together, or null for the order they come in.
 extern "C" __global__ void __launch_bounds__(THREADS)
     forward(const Sizes z, const int* __restrict__ order, const Stored* __restrict__ value,
             const Real* __restrict__ locations, const Real* __restrict__ weights,
@@ -178,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (c >= D) continue;
     Channels result;
     for (int j = 0; j < WIDTH; ++j) result.c[j] = stored(sum[r][j]);
-    *reinterpret_cast<Channels*>(out + w.here * D + c) = result;
+    *reinterpret_cast<Channels*>(out + w.idx * D + c) = result;
   }
 }
 
@@ -197,8 +198,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8)
   for (int r = 0; r < ROUNDS; ++r) {
     const int c = (r * LANES + w.lane) * WIDTH;
     if (c >= D || !w.any) continue;
-    const Channels from = load(grad_out + w.here * D + c);
-    for (int j = 0; j < WIDTH; ++j) grad[r][j] = real(from.c[j]);
+    const Channels src = load(grad_out + w.idx * D + c);
+    for (int j = 0; j < WIDTH; ++j) grad[r][j] = real(src.c[j]);
   }
   for (int first = 0; first < points; first += BATCH) {
     const int count = min(BATCH, points - first);
@@ -221,13 +222,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8)
           if (w.any && p.share[k] != 0) add(grad_value + place, part);
         }
       }
-      for (int step = LANES / 2; step > 0; step /= 2)  // sums over the lanes of the group
+      for (int step = LANES / 2; step > 0; step /= 2)  // sums over the group's lanes
         for (int k = 0; k < 4; ++k) dot[k] += __shfl_xor_sync(ALL, dot[k], step);
       if (w.lane == 0) dots[w.group][i] = Four{{dot[0], dot[1], dot[2], dot[3]}};
     }
     __syncwarp();
     for (int i = w.lane; i < count && w.any; i += LANES) {
-      const long long p = w.here * points + first + i;
+      const long long p = w.idx * points + first + i;
       const Place at = locate(locations + 2 * p, z, (first + i) / z.P);
       write_gradients(at, weights[p], dots[w.group][i], p, grad_locations, grad_weights);
     }

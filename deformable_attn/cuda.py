@@ -1,5 +1,8 @@
 """The CUDA kernel: cuda.cu, compiled at first use by NVRTC and launched on torch's stream.
-NVRTC, CUDA's compiler as a library, comes with torch; it and the driver are called by ctypes."""
+
+NVRTC is NVIDIA's CUDA compiler as a library; it comes with torch. NVRTC and the driver are called
+through ctypes.
+"""
 
 import ctypes
 import functools
@@ -9,38 +12,46 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("cuda.cu")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # places: the kernel's DTYPE
-THREADS = 128  # in a block
-TILE = 64  # neighbouring queries that are worked on together, head by head
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]  # as DTYPE counts in cuda.cu
+THREADS = 128  # per block
+TILE = 64  # neighboring queries that are worked on together, head by head
 MAX_LEVELS = 16
 WINDOWS = sys.platform == "win32"
-pointer = ctypes.c_void_p
+Pointer = ctypes.c_void_p
 
 
+# ---------------------------------------------------------------- NVRTC and the driver
 @functools.cache
 def nvrtc():
-    """CUDA's compiler of torch's own version, which torch has loaded. RuntimeError or OSError."""
+    """Return NVRTC of the CUDA version that torch was built with.
+
+    Raises RuntimeError if torch was built without CUDA, OSError if the library is not found.
+    """
     if not torch.version.cuda:
-        raise RuntimeError("torch is not built for CUDA; install a torch that is")
+        raise RuntimeError("PyTorch was built without CUDA; install a CUDA-enabled build")
     major = torch.version.cuda.split(".")[0]
-    return ctypes.CDLL(f"nvrtc64_{major}0_0.dll" if WINDOWS else f"libnvrtc.so.{major}")
+    if WINDOWS:
+        return ctypes.CDLL(f"nvrtc64_{major}0_0.dll")
+    return ctypes.CDLL(f"libnvrtc.so.{major}")
 
 
 @functools.cache
 def driver():
-    """NVIDIA's driver, which torch has loaded already where there is a GPU. OSError without one."""
-    return ctypes.CDLL("nvcuda.dll" if WINDOWS else "libcuda.so.1")
+    """Return NVIDIA's driver. Raises OSError where there is none."""
+    if WINDOWS:
+        return ctypes.CDLL("nvcuda.dll")
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def call(library, name, *arguments):
     """Call a function of NVRTC or the driver. Raises RuntimeError with the error's number."""
     error = getattr(library, name)(*arguments)
     if error:
-        raise RuntimeError(f"{name} failed with CUDA's error {error}")
+        raise RuntimeError(f"{name} failed with CUDA error {error}")
 
 
-def read(name, program):
-    """The bytes that a function of NVRTC gives; another one, called ...Size, tells their number."""
+def nvrtc_output(name, program):
+    """Return the bytes that a getter of NVRTC writes; the function <name>Size tells how many."""
     size = ctypes.c_size_t()
     call(nvrtc(), f"{name}Size", program, ctypes.byref(size))
     content = ctypes.create_string_buffer(size.value)
@@ -48,108 +59,189 @@ def read(name, program):
     return content.raw
 
 
-def geometry(dtype, channels):
-    """(channels that a thread loads at once, up to 16 bytes; threads that share one head)."""
-    wide = 16 // dtype.itemsize
-    width = wide if channels % wide == 0 else 1
-    return width, next(n for n in (1, 2, 4, 8, 16, 32) if n >= min(32, channels // width))
+def c_array(kind, values):
+    """Return the values as an array of C."""
+    return (kind * len(values))(*values)
 
 
-def macros(dtype, channels):
-    """What cuda.cu is compiled with."""
-    width, lanes = geometry(dtype, channels)
-    numbers = {"DTYPE": DTYPES.index(dtype), "D": channels, "WIDTH": width, "LANES": lanes}
-    numbers.update(THREADS=THREADS, TILE=TILE, LEVELS=MAX_LEVELS)
-    return [f"-D{name}={number}" for name, number in numbers.items()]
+# ---------------------------------------------------------------- compile
+def thread_layout(dtype, channels):
+    """Choose how threads share the channels of a head.
+
+    Returns (width, lanes): the channels that a thread loads at once, 16 bytes of them or one, and
+    the number of threads per head of a query, a power of two up to 32.
+    """
+    width = 16 // dtype.itemsize
+    if channels % width != 0:
+        width = 1
+    lanes = 1
+    while lanes < min(32, channels // width):
+        lanes *= 2
+    return width, lanes
+
+
+def compile_defines(dtype, channels):
+    """Return the macros of cuda.cu as the compiler's options."""
+    width, lanes = thread_layout(dtype, channels)
+    return [
+        f"-DDTYPE={DTYPES.index(dtype)}",
+        f"-DD={channels}",
+        f"-DWIDTH={width}",
+        f"-DLANES={lanes}",
+        f"-DTHREADS={THREADS}",
+        f"-DTILE={TILE}",
+        f"-DLEVELS={MAX_LEVELS}",
+    ]
 
 
 def compile_kernel(arch, dtype, channels):
-    """(binary, what the assembler reports) for "sm_90", say; needs no GPU. Raises RuntimeError."""
-    program, source = pointer(), SOURCE.read_bytes()
+    """Compile cuda.cu; this needs no GPU.
+
+    arch:     of the GPU, "sm_90" for example
+    channels: per head
+    Returns (the binary, the assembler's report). Raises RuntimeError with the compiler's messages.
+    """
     options = [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v"]
-    options += macros(dtype, channels)
-    texts = (ctypes.c_char_p * len(options))(*map(str.encode, options))
+    options += compile_defines(dtype, channels)
+    c_options = c_array(ctypes.c_char_p, [option.encode() for option in options])
+    source = SOURCE.read_bytes()
+    program = Pointer()
     call(nvrtc(), "nvrtcCreateProgram", ctypes.byref(program), source, b"cuda.cu", 0, None, None)
     try:
-        failed = nvrtc().nvrtcCompileProgram(program, len(options), texts)
-        log = read("nvrtcGetProgramLog", program).decode(errors="replace").strip("\0\n ")
-        if failed:
-            raise RuntimeError(f"{SOURCE.name} does not compile for {arch}: {log or failed}")
-        return read("nvrtcGetCUBIN", program), log
+        error = nvrtc().nvrtcCompileProgram(program, len(options), c_options)
+        log = nvrtc_output("nvrtcGetProgramLog", program).decode(errors="replace").strip("\0\n ")
+        if error:
+            raise RuntimeError(f"compiling {SOURCE.name} for {arch} failed: {log or error}")
+        return nvrtc_output("nvrtcGetCUBIN", program), log
     finally:
         nvrtc().nvrtcDestroyProgram(ctypes.byref(program))
 
 
 @functools.cache
-def functions(device, dtype, channels):
-    """(forward, backward) of the kernel, compiled and loaded for a device's index."""
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    binary, _ = compile_kernel(arch, dtype, channels)
-    module, found = pointer(), [pointer(), pointer()]
-    with torch.cuda.device(device):
+def functions(device_index, dtype, channels):
+    """Compile and load the kernel for a GPU. Returns its functions by name."""
+    major, minor = torch.cuda.get_device_capability(device_index)
+    binary, _ = compile_kernel(f"sm_{major}{minor}", dtype, channels)
+    module = Pointer()
+    forward_function = Pointer()
+    backward_function = Pointer()
+    with torch.cuda.device(device_index):
         torch.cuda.current_stream()  # makes the device's context, should nothing have run on it
         call(driver(), "cuModuleLoadData", ctypes.byref(module), binary)
-    for function, name in zip(found, (b"forward", b"backward")):
-        call(driver(), "cuModuleGetFunction", ctypes.byref(function), module, name)
-    return found
+    call(driver(), "cuModuleGetFunction", ctypes.byref(forward_function), module, b"forward")
+    call(driver(), "cuModuleGetFunction", ctypes.byref(backward_function), module, b"backward")
+    return {"forward": forward_function, "backward": backward_function}
 
 
 def description():
-    """What has been compiled, in words. Raises RuntimeError that says what is missing."""
-    nvrtc()  # first: where torch is not built for CUDA, it says so
+    """Compile the kernel and describe it. Raises RuntimeError or OSError if it cannot run."""
+    nvrtc()  # first, because its message is the clearest where torch was built without CUDA
     functions(torch.cuda.current_device(), torch.float32, 32)
     return f"cuda.cu, compiled by NVRTC for {torch.cuda.get_device_name()}"
 
 
+# ---------------------------------------------------------------- launch
 @functools.lru_cache(maxsize=64)
-def neighbours(spatial_shapes, device):
-    """(S,) int32: the cells of each level in tiles of 8 x 8, so neighbours follow each other."""
-    order, start = [], 0
-    for h, w in zip(spatial_shapes[::2], spatial_shapes[1::2]):
-        y, x = torch.arange(h)[:, None], torch.arange(w)
-        tile = (y // 8 * -(-w // 8) + x // 8).flatten()
-        order.append(tile.argsort(stable=True) + start)
-        start += h * w
+def tiled_query_order(sizes, device):
+    """Order the cells of each level in tiles of 8 x 8, so that neighbors follow each other.
+
+    sizes: height, width of every level in one tuple
+    Returns the indices of the cells, (S,) int32.
+    """
+    order = []
+    start = 0  # the level's first cell
+    for H, W in zip(sizes[::2], sizes[1::2]):
+        y = torch.arange(H)[:, None]
+        x = torch.arange(W)
+        tiles_per_row = (W + 7) // 8
+        tile = (y // 8) * tiles_per_row + x // 8  # (H, W)
+        order.append(tile.flatten().argsort(stable=True) + start)
+        start += H * W
     return torch.cat(order).to(device, torch.int32)
 
 
-def launch(which, spatial_shapes, inputs, results):
-    """Start a function of the kernel, 0 forward, 1 backward; the last inputs are forward's."""
-    value, locations, _ = inputs[-3:]
-    (N, S, M, D), (_, Q, _, L, P, _) = value.shape, locations.shape
+def sizes_struct(B, S, M, Q, L, P, sizes):
+    """Return the struct Sizes of cuda.cu; sizes: height, width of every level in one list."""
+    heights = sizes[::2]
+    widths = sizes[1::2]
+    starts = []
+    start = 0
+    for H, W in zip(heights, widths):
+        starts.append(start)
+        start += H * W
+    unused = [0] * (MAX_LEVELS - L)
+    numbers = [B, S, M, Q, L, P] + heights + unused + widths + unused + starts + unused
+    return c_array(ctypes.c_int, numbers)
+
+
+def aligned(tensor):
+    """Return the tensor, or a copy if it does not begin at 16 bytes as the kernel's loads need."""
+    if tensor.data_ptr() % 16 == 0:
+        return tensor
+    return tensor.clone()
+
+
+def launch(name, sizes, value, locations, inputs, results):
+    """Start a function of the kernel.
+
+    name:             "forward" or "backward"
+    sizes:            height, width of every level in one list
+    value, locations: two of the inputs, which tell the other sizes
+    inputs, results:  contiguous tensors in the order of cuda.cu
+    Raises ValueError for more than MAX_LEVELS levels.
+    """
+    B, S, M, D = value.shape
+    _, Q, _, L, P, _ = locations.shape
     if L > MAX_LEVELS:
         raise ValueError(f"locations has {L} levels; the CUDA kernel takes up to {MAX_LEVELS}")
-    if N * Q * M == 0:
+    if B * Q * M == 0:
         return
-    heights, widths = spatial_shapes[::2], spatial_shapes[1::2]
-    starts = [sum(h * w for h, w in zip(heights[:level], widths)) for level in range(L)]
-    unused = [0] * (MAX_LEVELS - L)
-    numbers = [N, S, M, Q, L, P, *heights, *unused, *widths, *unused, *starts, *unused]
-    sizes = (ctypes.c_int * len(numbers))(*numbers)  # Sizes of cuda.cu
-    inputs = [x if x.data_ptr() % 16 == 0 else x.clone() for x in inputs]  # loads of 16 bytes
-    order = neighbours(tuple(spatial_shapes), value.device) if Q == S else None  # Q == S: encoder
-    tensors = order, *inputs, *results
-    arguments = [sizes, *(pointer(None if x is None else x.data_ptr()) for x in tensors)]
-    addresses = (pointer * len(arguments))(*map(ctypes.addressof, arguments))
-    groups = N * -(-Q // TILE) * TILE * M
-    blocks = -(-groups * geometry(value.dtype, D)[1] // THREADS)
+
+    struct = sizes_struct(B, S, M, Q, L, P, sizes)
+    order = None
+    if Q == S:  # the encoder: every cell is a query
+        order = tiled_query_order(tuple(sizes), value.device)
+    tensors = [order] + [aligned(tensor) for tensor in inputs] + results
+    arguments = [struct]
+    for tensor in tensors:
+        arguments.append(Pointer(None if tensor is None else tensor.data_ptr()))
+    addresses = c_array(Pointer, [ctypes.addressof(argument) for argument in arguments])
+
+    # `lanes` threads for every query of every tile and every head; the last tile may not be full
+    _, lanes = thread_layout(value.dtype, D)
+    tiles = (Q + TILE - 1) // TILE
+    threads = B * tiles * TILE * M * lanes
+    blocks = (threads + THREADS - 1) // THREADS
     with torch.cuda.device(value.device):
-        function = functions(value.device.index, value.dtype, D)[which]
-        stream = pointer(torch.cuda.current_stream().cuda_stream)
-        grid = blocks, 1, 1, THREADS, 1, 1
-        call(driver(), "cuLaunchKernel", function, *grid, 0, stream, addresses, None)
+        function = functions(value.device.index, value.dtype, D)[name]
+        stream = Pointer(torch.cuda.current_stream().cuda_stream)
+        grid = [blocks, 1, 1]
+        block = [THREADS, 1, 1]
+        call(driver(), "cuLaunchKernel", function, *grid, *block, 0, stream, addresses, None)
 
 
-def forward(value, spatial_shapes, locations, weights):
-    """The operator on contiguous tensors; locations and weights in fp32, or fp64 as value."""
-    out = value.new_empty(*locations.shape[:2], value.shape[2] * value.shape[3])
-    launch(0, spatial_shapes, (value, locations, weights), [out])
+def forward(value, sizes, locations, weights):
+    """Return the operator's output.
+
+    All tensors are contiguous; locations and weights are fp32, or fp64 if value is fp64.
+    sizes: height, width of every level in one list
+    """
+    B, _, M, D = value.shape
+    Q = locations.shape[1]
+    out = value.new_empty(B, Q, M * D)
+    launch("forward", sizes, value, locations, [value, locations, weights], [out])
     return out
 
 
-def backward(grad, value, spatial_shapes, locations, weights):
-    """The gradients of value (summed in fp32 at least, in an order that varies), of the others."""
-    grads = [torch.zeros_like(value, dtype=locations.dtype)]
-    grads += torch.empty_like(locations), torch.empty_like(weights)
-    launch(1, spatial_shapes, (grad, value, locations, weights), grads)
-    return grads[0].to(value.dtype), *grads[1:]
+def backward(grad_out, value, sizes, locations, weights):
+    """Return the gradients of value, locations and weights; arguments as in `forward`.
+
+    That of value is summed in the dtype of locations, in an order that varies between calls.
+    """
+    grad_value = torch.zeros_like(value, dtype=locations.dtype)
+    grad_locations = torch.empty_like(locations)
+    grad_weights = torch.empty_like(weights)
+    inputs = [grad_out, value, locations, weights]
+    results = [grad_value, grad_locations, grad_weights]
+    launch("backward", sizes, value, locations, inputs, results)
+    return grad_value.to(value.dtype), grad_locations, grad_weights
