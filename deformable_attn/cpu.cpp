@@ -150,7 +150,7 @@ template <typename T> const T* sum_lanes(T* parts, T* spare, int n, int lanes) {
   return parts;
 }
 
-// One head's part of an array lies in pieces far apart; processors do not prefetch these themselves.
+// Processors do not prefetch one head's part of an array by themselves: its pieces lie far apart.
 template <int WRITE = 0, typename T> void prefetch(const T* src, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(src + i, WRITE);
 }
