@@ -75,7 +75,7 @@ def dilate_last_stage(resnet):
     for name, module in resnet.layer4.named_modules():
         if isinstance(module, nn.Conv2d):
             module.stride = (1, 1)
-            in_first_block = name.startswith("0.")  # its input has not been halved yet
+            in_first_block = name.startswith("0.")  # its input has the usual resolution
             if module.kernel_size == (3, 3) and not in_first_block:
                 module.dilation = (2, 2)
                 module.padding = (2, 2)
@@ -132,7 +132,7 @@ def sine_position(padding, channels, offset):
     """Encode the position of each cell in its image without the padding (DETR, section A.4).
 
     padding: (B, H, W)
-    offset:  0: a cell's position is its number, from 1 (DETR); 0.5: its center (Deformable DETR)
+    offset:  0: cells are numbered from 1 (DETR); 0.5: a position is a center (Deformable DETR)
     Returns (B, channels, H, W): half of the channels for y, then half for x.
     """
     parts = []
@@ -150,8 +150,10 @@ def make_level(features, padding, offset):
     padding:  (B, H, W), of the images
     offset:   see sine_position
     """
-    padding = F.interpolate(padding[:, None].float(), size=features.shape[-2:])[:, 0].bool()
-    return FeatureLevel(features, padding, sine_position(padding, features.shape[1], offset))
+    size = features.shape[-2:]
+    level_padding = F.interpolate(padding[:, None].float(), size=size)[:, 0].bool()  # (B, h, w)
+    position = sine_position(level_padding, features.shape[1], offset)
+    return FeatureLevel(features, level_padding, position)
 
 
 def flatten_levels(levels):
@@ -198,7 +200,7 @@ class TransformerLayer(nn.Module):
         return self.linear2(self.dropout(F.relu(self.linear1(x))))
 
     def add_norm(self, x, update, norm):
-        """Add an update to x and normalize the sum."""
+        """Add an update to x, after dropout, and normalize the sum."""
         return norm(x + self.dropout(update))
 
 
@@ -210,6 +212,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, 4)])
 
     def forward(self, x):
+        """Predict boxes (..., 4), before their sigmoid, from queries or cells x (..., dim)."""
         x = F.relu(self.layers[0](x))
         x = F.relu(self.layers[1](x))
         return self.layers[2](x)
@@ -275,11 +278,12 @@ class Detector(nn.Module):
         pixels, and queries (n,), the number of the query behind each detection. Sigmoid scores are
         sorted, best first.
         """
-        logits = outputs["logits"][-1].float()  # (B, Q, K)
+        logits = outputs["logits"][-1].float()  # (B, Q, K), or (B, Q, K + 1) with a softmax
         boxes = outputs["boxes"][-1].float()  # (B, Q, 4)
         B, Q, K = logits.shape
         if self.focal:
-            scores, pairs = logits.sigmoid().flatten(1).topk(min(max_dets, Q * K))  # (B, n)
+            n = min(max_dets, Q * K)
+            scores, pairs = logits.sigmoid().flatten(1).topk(n)  # (B, n)
             labels = pairs % K
             queries = pairs // K
             boxes = boxes.gather(1, queries[..., None].expand(-1, -1, 4))  # (B, n, 4)
@@ -366,7 +370,8 @@ class DETR(Detector):
         backbone_weights=None,
         aux_loss=True,
     ):
-        super().__init__(hidden_dim, nheads, 4, aux_loss)
+        divisor = 4  # positions are sines and cosines of y and x
+        super().__init__(hidden_dim, nheads, divisor, aux_loss)
         cnn = build_backbone(backbone, 1, dilation, frozen_bn, backbone_weights)
         self.strides = cnn.strides
         self.backbone = nn.Sequential(cnn)
@@ -413,11 +418,11 @@ class DETR(Detector):
         B = len(cells.features)
         query_position = self.query_embed.weight.expand(B, -1, -1)  # (B, Q, C)
         x = torch.zeros_like(query_position)
-        states = []
+        layer_states = []
         for layer in self.transformer.decoder.layers:
             x = layer(x, query_position, cells.features, cells.position, cells.padding)
-            states.append(self.transformer.decoder.norm(x))
-        states = torch.stack(states)  # (N, B, Q, C)
+            layer_states.append(self.transformer.decoder.norm(x))
+        states = torch.stack(layer_states)  # (N, B, Q, C)
         logits = self.class_embed(states)
         boxes = self.bbox_embed(states).float().sigmoid()
         return {"logits": logits, "boxes": boxes}
@@ -513,7 +518,8 @@ class DeformableDETR(Detector):
         two_stage=False,
         aux_loss=True,
     ):
-        super().__init__(hidden_dim, nheads, 32, aux_loss)
+        divisor = 32  # the groups of the normalization in make_input_proj
+        super().__init__(hidden_dim, nheads, divisor, aux_loss)
         if two_stage and not with_box_refine:
             raise ValueError("two_stage needs with_box_refine")
         self.num_queries = num_queries
@@ -685,8 +691,8 @@ class DeformableDETR(Detector):
         best_boxes = boxes.gather(1, best[..., None].expand(-1, -1, 4))  # (B, Q, 4)
         reference = best_boxes.detach().sigmoid()
         embedding = sine_embedding(reference, self.hidden_dim // 2).flatten(2)  # (B, Q, 2C)
-        embedding = self.transformer.pos_trans_norm(self.transformer.pos_trans(embedding))
-        position, content = embedding.chunk(2, -1)
+        queries = self.transformer.pos_trans_norm(self.transformer.pos_trans(embedding))
+        position, content = queries.chunk(2, -1)
         return Queries(content, position, reference)
 
 
@@ -700,7 +706,7 @@ def make_input_proj(channels, dim, kernel, stride):
 
 
 def valid_ratios(levels):
-    """Return the part of each level's width and height that is not padding: (B, L, 2) in 0..1."""
+    """Return the fraction of each level's width and height that is image: (B, L, 2) in 0..1."""
     ratios = []
     for level in levels:
         inside = (~level.padding).float()  # (B, H, W)
@@ -711,7 +717,7 @@ def valid_ratios(levels):
 
 
 def cell_centers(levels):
-    """Return the centers of all cells, x and y in 0..1 of the image: [(B, H*W, 2)] by level."""
+    """Return the centers of all cells per level, x and y in 0..1 of the image: [(B, H*W, 2)]."""
     centers = []
     for level, ratio in zip(levels, valid_ratios(levels).unbind(1)):
         H, W = level.padding.shape[1:]
@@ -810,13 +816,13 @@ class Criterion:
             boxes = boxes[-1:]
         losses = self.layer_losses(logits, boxes, targets, num_boxes)
         if "proposal_logits" in outputs:
-            logits = outputs["proposal_logits"][None]  # like those of a single decoder layer
-            boxes = outputs["proposal_boxes"][None]
-            objects = []  # proposals tell objects from background: every object has label 0
+            proposal_logits = outputs["proposal_logits"][None]  # like those of a single layer
+            proposal_boxes = outputs["proposal_boxes"][None]
+            objects = []  # proposals separate objects from background: every object has label 0
             for target in targets:
                 labels = torch.zeros_like(target["labels"])
                 objects.append({"labels": labels, "boxes": target["boxes"]})
-            proposal_losses = self.layer_losses(logits, boxes, objects, num_boxes)
+            proposal_losses = self.layer_losses(proposal_logits, proposal_boxes, objects, num_boxes)
             for name, loss in proposal_losses.items():
                 losses[f"{name}_enc"] = loss
         return losses
@@ -842,21 +848,22 @@ class Criterion:
         if self.focal:
             target_scores = torch.zeros_like(logits)  # all zeros for a query without an object
             target_scores[layer, image, query, matched_labels] = 1
-            loss_ce = sigmoid_focal_loss(logits, target_scores, ALPHA, GAMMA)  # (N, B, Q, K)
-            loss_ce = loss_ce.sum((1, 2, 3)) / num_boxes
+            focal_loss = sigmoid_focal_loss(logits, target_scores, ALPHA, GAMMA)  # (N, B, Q, K)
+            loss_ce = focal_loss.sum((1, 2, 3)) / num_boxes
         else:
             no_object = logits.shape[-1] - 1
             target_classes = torch.full(logits.shape[:-1], no_object, device=logits.device)
             target_classes[layer, image, query] = matched_labels
             class_weights = logits.new_ones(no_object + 1)
             class_weights[no_object] = NO_OBJECT_WEIGHT
-            loss_ce = F.cross_entropy(
+            cross_entropy = F.cross_entropy(
                 logits.movedim(-1, 1), target_classes, class_weights, reduction="none"
             )  # (N, B, Q)
-            loss_ce = loss_ce.sum((1, 2)) / class_weights[target_classes].sum((1, 2))
+            loss_ce = cross_entropy.sum((1, 2)) / class_weights[target_classes].sum((1, 2))
 
-        pred_boxes = boxes[layer, image, query]  # (pairs, 4); every layer has as many pairs
+        pred_boxes = boxes[layer, image, query]  # (pairs, 4), sorted by layer
         true_boxes = target_boxes[image, obj]  # (pairs, 4)
+        # every layer has the same number of pairs: view(N, -1) gives it a row of its own
         loss_bbox = (pred_boxes - true_boxes).abs().view(N, -1).sum(1) / num_boxes
         loss_giou = (1 - generalized_iou(pred_boxes, true_boxes)).view(N, -1).sum(1) / num_boxes
         return {"loss_ce": loss_ce, "loss_bbox": loss_bbox, "loss_giou": loss_giou}
