@@ -255,7 +255,7 @@ class Task(nn.Module, abc.ABC):
                 changed = corruption.changed().unflatten(1, corruption.grid)[:, None].float()
                 under = F.max_pool2d(changed, stride // self.patch, ceil_mode=True)
                 features = torch.where(under > 0, token[:, None, None], level.features)
-            corrupted.append(level._replace(features=features))
+            corrupted.append(level.with_features(features))
         return corrupted
 
     def encode(self, model, images, padding, corruption, levels=None):
