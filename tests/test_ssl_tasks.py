@@ -111,7 +111,7 @@ LEAKS += [("deformable_detr", {"num_feature_levels": 1}, None)]
 def test_no_leak_through_feature_maps(name, options, patch):
     """No gradient reaches a cell of any level under a masked patch, some every other cell."""
     images, padding, model, task, corruption = given(name, "mim-continuous", options, patch=patch)
-    levels = [x._replace(features=x.features.detach().requires_grad_())
+    levels = [x.with_features(x.features.detach().requires_grad_())
               for x in model.features(images, padding)]  # fmt: skip
     memory = model.encode(task.corrupt_levels(levels, corruption))
     shown = (x.features.masked_fill(x.padding[:, None], 0) for x in memory)

@@ -1,4 +1,4 @@
-"""Pictures of detections, self-supervised tasks, runs and attention."""
+"""Figures: detections, attention, self-supervised tasks and learning curves."""
 
 import functools
 import math
@@ -7,222 +7,304 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from matplotlib import colormaps, font_manager
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools.mask import iou
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+GREEN = (0, 200, 0)
+RED = (230, 0, 0)
+TITLE_HEIGHT = 18  # pixels above each row of a figure
+GAP = 4  # pixels between the images of a row
+
 
 def best_effort(draw):
-    """Decorates what draws a file: if that fails, it is said, and the command goes on. Returns
-    whether there is a picture now."""
+    """Decorate a function draw(path, ...) so that its failure is printed and training goes on."""
 
     @functools.wraps(draw)
     def attempt(path, *arguments, **options):
         try:
             draw(path, *arguments, **options)
-            return True
-        except Exception as error:  # a full disk, too large a picture, a missing font …
-            print(f"{path}: is not drawn ({type(error).__name__}: {error})", file=sys.stderr)
-            return False
+        except Exception as error:  # a full disk, too large an image, a missing font …
+            message = f"{type(error).__name__}: {error}"
+            print(f"could not write figure {path} ({message})", file=sys.stderr)
 
     return attempt
 
 
-@functools.cache
-def fonts():
-    """Files of matplotlib's font and of the system's, with their letters: [(path, {letter})]."""
-    found = []
-    for path in [font_manager.findfont("DejaVu Sans"), *font_manager.findSystemFonts()]:
-        try:
-            found.append((path, {*map(chr, font_manager.get_font(path).get_charmap())}))
-        except (OSError, RuntimeError):  # bitmaps, damaged fonts
-            continue
-    return found
-
-
-def legible(text, otherwise, size):
-    """(a font, the text); `otherwise`, of plain letters, if no font here has all it needs."""
-    if not text.isascii():
-        for path, letters in fonts():
-            if letters >= {*text}:
-                return ImageFont.truetype(path, size), text
-        text = otherwise
-    return ImageFont.load_default(size), text
-
-
 # ---------------------------------------------------------------- detections
-def class_color(label, n):
-    """A colour of its own for each of n classes, RGB: neighbours in the list differ most."""
-    table, place = (
-        ("tab20", (2 * label + label // 10) % 20) if n <= 20 else ("hsv", 0.618 * label % 1)
-    )
-    return tuple(round(255 * share) for share in colormaps[table](place)[:3])
+def class_color(label, num_classes):
+    """Return a color (red, green, blue) of its own for each class; neighbors differ most."""
+    if num_classes <= 20:
+        # tab20 has pairs of a dark and a light color: first the dark ones, then the light ones
+        color = colormaps["tab20"]((2 * label + label // 10) % 20)
+    else:
+        color = colormaps["hsv"](0.618 * label % 1)  # the golden ratio spreads them over the circle
+    red, green, blue, _ = color
+    return (round(255 * red), round(255 * green), round(255 * blue))
 
 
-def draw_boxes(image, entries, categories, side, inks=None):
-    """A PIL image, resized to `side`, with boxes and names of COCO annotations or results.
-    inks: RGB of each of them, else the colour of its class."""
+def class_text(category):
+    """Return the name of a COCO category, or its id if the font may lack letters of the name."""
+    if category["name"].isascii():
+        return category["name"]
+    return f"class {category['id']}"
+
+
+def draw_boxes(image, entries, categories, side, colors=None):
+    """Return an image with boxes and class names.
+
+    image:      a PIL image, which is resized to fit into side x side pixels
+    entries:    COCO annotations or results
+    categories: those of the dataset
+    colors:     (red, green, blue) of each box; None: the color of its class
+    """
     scale = side / max(image.size)
     image = ImageOps.contain(image, (side, side))
-    pen, ids = ImageDraw.Draw(image), [category["id"] for category in categories]
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(11)
+    label_of_id = {category["id"]: label for label, category in enumerate(categories)}
     for i, entry in enumerate(entries):
-        label = ids.index(entry["category_id"])
-        ink = inks[i] if inks else class_color(label, len(ids))
-        font, text = legible(categories[label]["name"], f"class {ids[label]}", 11)
-        text += f" {entry['score']:.2f}" if "score" in entry else ""
-        x, y, w, h = (v * scale for v in entry["bbox"])
-        pen.rectangle((x, y, x + w, y + h), outline=ink, width=2)
-        room = image.width - pen.textlength(text, font=font) - 2
-        corner = max(0, min(x + 1, room)), max(y - 13, 0)  # inside the picture
-        write(pen, pen.textbbox(corner, text, font=font), text, font, ink)
+        label = label_of_id[entry["category_id"]]
+        if colors is None:
+            color = class_color(label, len(categories))
+        else:
+            color = colors[i]
+        x, y, width, height = np.multiply(entry["bbox"], scale).tolist()
+        draw.rectangle((x, y, x + width, y + height), outline=color, width=2)
+
+        text = class_text(categories[label])
+        if "score" in entry:
+            text += f" {entry['score']:.2f}"
+        rightmost = image.width - draw.textlength(text, font=font) - 2
+        text_x = max(0, min(x + 1, rightmost))  # inside the image
+        text_y = max(y - 13, 0)
+        draw_label(draw, draw.textbbox((text_x, text_y), text, font=font), text, font, color)
     return image
 
 
-def write(pen, place, text, font, ink):
-    """Text in the rectangle that it fills, on a ground of the colour `ink`."""
-    left, top, right, bottom = place
-    pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=ink)
-    bright = 0.3 * ink[0] + 0.59 * ink[1] + 0.11 * ink[2] > 110
-    pen.text((left, bottom), text, fill="black" if bright else "white", font=font, anchor="ld")
+def draw_label(draw, text_box, text, font, color):
+    """Write text on a colored ground; text_box: (left, top, right, bottom) of the text."""
+    left, top, right, bottom = text_box
+    draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=color)
+    red, green, blue = color
+    text_color = "white"
+    if 0.3 * red + 0.59 * green + 0.11 * blue > 110:  # a bright ground
+        text_color = "black"
+    draw.text((left, bottom), text, fill=text_color, font=font, anchor="ld")
 
 
-def save_rows(path, rows, w, h):
-    """Save rows {title: [PIL images of at most w x h pixels]} as one picture."""
+def save_rows(path, rows, width, height):
+    """Save rows {title: [PIL images of at most width x height pixels]} as one image."""
     columns = max(len(images) for images in rows.values())
-    sheet = Image.new("RGB", (columns * (w + 4), len(rows) * (h + 20)), "white")
-    pen = ImageDraw.Draw(sheet)
+    column_width = width + GAP
+    row_height = TITLE_HEIGHT + height + 2
+    sheet = Image.new("RGB", (columns * column_width, len(rows) * row_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
     for row, (title, images) in enumerate(rows.items()):
-        font, title = legible(title, title.encode("ascii", "replace").decode(), 14)
-        pen.text((4, row * (h + 20) + 1), title, fill="black", font=font)
+        top = row * row_height
+        plain_title = title.encode("ascii", "replace").decode()  # the font lacks other letters
+        draw.text((4, top + 1), plain_title, fill="black", font=font)
         for column, image in enumerate(images):
-            sheet.paste(image, (column * (w + 4), row * (h + 20) + 18))
+            sheet.paste(image, (column * column_width, top + TITLE_HEIGHT))
     sheet.save(path)
 
 
-def greedy_match(found, truth):
-    """Which COCO results hit an object of their class (IoU 0.5, best first, each object once) and
-    which objects are hit: two lists of bool."""
-    right, hit = [], [False] * len(truth)
-    boxes = ([entry["bbox"] for entry in entries] for entries in (found, truth))
-    overlaps = iou(*boxes, [0] * len(truth)) if found and truth else [()] * len(found)
-    for result, overlap in zip(found, overlaps):  # overlap: with each object
-        free = [j for j, object in enumerate(truth)
-                if not hit[j] and object["category_id"] == result["category_id"]]  # fmt: skip
-        best = max(free, key=lambda j: overlap[j], default=None)
-        right.append(best is not None and overlap[best] >= 0.5)
-        if right[-1]:
-            hit[best] = True
-    return right, hit
+def greedy_match(detections, objects):
+    """Match detections with objects of their class at an IoU of at least 0.5, each object once.
 
-
-GREEN, RED = (0, 200, 0), (230, 0, 0)
+    detections: COCO results of an image, best first
+    objects:    its COCO annotations
+    Returns two lists of bool: which detections are correct, which objects are found.
+    """
+    correct = [False] * len(detections)
+    found = [False] * len(objects)
+    if not detections or not objects:
+        return correct, found
+    detected_boxes = [detection["bbox"] for detection in detections]
+    true_boxes = [obj["bbox"] for obj in objects]
+    overlaps = iou(detected_boxes, true_boxes, [0] * len(objects))  # (detections, objects)
+    for i, detection in enumerate(detections):
+        candidates = []
+        for j, obj in enumerate(objects):
+            if obj["category_id"] == detection["category_id"] and not found[j]:
+                candidates.append(j)
+        best = max(candidates, key=lambda j: overlaps[i, j], default=None)
+        if best is not None and overlaps[i, best] >= 0.5:
+            correct[i] = True
+            found[best] = True
+    return correct, found
 
 
 @best_effort
 def draw_detections(path, data, results, n=6, score=0.3, side=320):
-    """The first n images that hold objects: the truth above, below it the COCO results of at least
-    `score`, or the three best where there is none; green what is found, red what is not."""
-    chosen = ([i for i, labels in enumerate(data.labels) if len(labels)] or range(len(data)))[:n]
-    truth = [a for a in data.annotations if not a["iscrowd"]]
-    least = f"with a score of {score}"
-    rows = {f"ground truth; red: not found {least} at an IoU of 0.5": [],
-            f"found {least}, else the best three; red: wrong or once more": []}  # fmt: skip
-    for i in chosen:
+    """Draw the ground truth of the first n images with objects and, below it, the detections.
+
+    data:    a DetectionDataset
+    results: its COCO results; of an image those of at least `score` are drawn, or the three best
+             if there are none
+    Found objects and correct detections are green; the others red.
+    """
+    shown_images = [i for i, labels in enumerate(data.labels) if len(labels) > 0]
+    if not shown_images:
+        shown_images = list(range(len(data)))
+    truth_row = []
+    detection_row = []
+    for i in shown_images[:n]:
+        image_id = data.images[i]["id"]
+        objects = []
+        for annotation in data.annotations:
+            if annotation["image_id"] == image_id and not annotation["iscrowd"]:
+                objects.append(annotation)
+        detections = [result for result in results if result["image_id"] == image_id]
+        detections.sort(key=lambda result: -result["score"])
+        confident = [result for result in detections if result["score"] >= score]
+        _, found = greedy_match(confident, objects)
+        shown = confident
+        if not confident:
+            shown = detections[:3]
+        correct, _ = greedy_match(shown, objects)
+
         image = data.load_image(i)
-        there, mine = ([e for e in x if e["image_id"] == data.images[i]["id"]]
-                       for x in (truth, results))  # fmt: skip
-        mine.sort(key=lambda result: -result["score"])
-        good = [result for result in mine if result["score"] >= score]
-        right, _ = greedy_match(mine := good or mine[:3], there)
-        _, hit = greedy_match(good, there)
-        for row, entries, so in zip(rows.values(), (there, mine), (hit, right)):
-            inks = [GREEN if yes else RED for yes in so]
-            row.append(draw_boxes(image, entries, data.categories, side, inks))
+        truth_row.append(draw_boxes(image, objects, data.categories, side, green_or_red(found)))
+        detection_row.append(draw_boxes(image, shown, data.categories, side, green_or_red(correct)))
+    rows = {
+        f"ground truth; red: missed (score >= {score}, IoU >= 0.5)": truth_row,
+        f"detections (score >= {score}, else the three best); "
+        "red: false positive or duplicate": detection_row,
+    }
     save_rows(path, rows, side, side)
 
 
-@best_effort
+def green_or_red(flags):
+    """Return a color for each flag: green for True, red for False."""
+    return [GREEN if flag else RED for flag in flags]
+
+
 def draw_objects(path, image, found, categories, smallest=800, largest=4000):
-    """A whole image of a side between the two, with boxes, names and scores where there is room
-    for them, best first, and a legend of the classes found.
-    found: {"boxes" (n, 4) xyxy in pixels, "labels" (n,), "scores" (n,)}."""
+    """Draw the detections of a whole image, and a legend of their classes beside it.
+
+    image: a PIL image, drawn with `smallest` to `largest` pixels on its longer side
+    found: {"boxes" (n, 4) xyxy in pixels, "labels" (n,), "scores" (n,)}, best first
+    """
     scale = min(max(1, smallest / max(image.size)), largest / max(image.size))
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    line, counts = max(16, max(width, height) // 60), np.bincount(found["labels"])
-    shown, number = np.flatnonzero(counts), len(categories)
-    sheet = Image.new("RGB", (width + 12 * line, max(height, line * (len(shown) + 1))), "white")
+    width = max(1, round(image.width * scale))
+    height = max(1, round(image.height * scale))
+    line_height = max(16, max(width, height) // 60)
+    counts = np.bincount(found["labels"], minlength=len(categories))
+    legend_height = line_height * (np.count_nonzero(counts) + 1)
+    sheet = Image.new("RGB", (width + 12 * line_height, max(height, legend_height)), "white")
     sheet.paste(image.resize((width, height)))
-    pen = ImageDraw.Draw(sheet)
-    boxes = found["boxes"] * scale
-    for box, label in zip(boxes, found["labels"]):
-        pen.rectangle(tuple(box), outline=class_color(label, number), width=max(2, line // 12))
-    names = {k: legible(categories[k]["name"], f"class {categories[k]['id']}", 0.6 * line)
-             for k in shown}  # fmt: skip
-    for box, label, score in zip(boxes, found["labels"], found["scores"]):
-        font, name = names[label]
-        text, (x, y) = f"{name} {score:.2f}", box[:2]
-        place = pen.textbbox((x, y - 2), text, font=font, anchor="ld")
-        overlap = np.minimum(place[2:], boxes[:, 2:]) > np.maximum(place[:2], boxes[:, :2])
-        if place[1] >= 0 and place[2] <= width and not overlap.all(1).any():
-            boxes = np.concatenate([boxes, [place]])
-            write(pen, place, text, font, class_color(label, number))
-    for row, label in enumerate(shown):
-        x, y, ink = width + line / 2, line * (row + 0.5), class_color(label, number)
-        pen.rectangle((x, y, x + line * 0.7, y + line * 0.7), fill=ink)
-        name, category = categories[label]["name"], categories[label]["id"]
-        font, name = legible(name, f"class {category}", line * 0.7)
-        text = f"{name}  {counts[label]}"
-        pen.text((x + line, y - line * 0.1), text, fill="black", font=font)
-    if not len(shown):
-        font = ImageFont.load_default(line * 0.7)
-        pen.text((width + line / 2, line / 2), "nothing found", fill="black", font=font)
+    draw = ImageDraw.Draw(sheet)
+    draw_scored_boxes(draw, width, found["boxes"] * scale, found, categories, line_height)
+    draw_legend(draw, width, counts, categories, line_height)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, quality=90)
 
 
+def draw_scored_boxes(draw, image_width, boxes, found, categories, line_height):
+    """Draw all boxes, and, best first, class and score where that hides no box and no other text.
+
+    boxes: (n, 4) xyxy in pixels of the figure
+    found: the labels and scores, as in `draw_objects`
+    """
+    font = ImageFont.load_default(0.6 * line_height)
+    for box, label in zip(boxes, found["labels"]):
+        color = class_color(label, len(categories))
+        draw.rectangle(tuple(box), outline=color, width=max(2, line_height // 12))
+    occupied = boxes  # (boxes and texts, 4)
+    for box, label, score in zip(boxes, found["labels"], found["scores"]):
+        text = f"{class_text(categories[label])} {score:.2f}"
+        left, top, _, _ = box
+        text_box = draw.textbbox((left, top - 2), text, font=font, anchor="ld")
+        lower_corner = np.minimum(text_box[2:], occupied[:, 2:])
+        upper_corner = np.maximum(text_box[:2], occupied[:, :2])
+        overlaps = (lower_corner > upper_corner).all(1)
+        inside = text_box[1] >= 0 and text_box[2] <= image_width
+        if inside and not overlaps.any():
+            occupied = np.concatenate([occupied, [text_box]])
+            draw_label(draw, text_box, text, font, class_color(label, len(categories)))
+
+
+def draw_legend(draw, left, counts, categories, line_height):
+    """List the classes found and their numbers of objects; counts: (number of classes,)."""
+    font = ImageFont.load_default(0.7 * line_height)
+    x = left + line_height / 2
+    classes = np.flatnonzero(counts)
+    for row, label in enumerate(classes):
+        y = line_height * (row + 0.5)
+        square = (x, y, x + line_height * 0.7, y + line_height * 0.7)
+        draw.rectangle(square, fill=class_color(label, len(categories)))
+        text = f"{class_text(categories[label])}  {counts[label]}"
+        draw.text((x + line_height, y - line_height * 0.1), text, fill="black", font=font)
+    if len(classes) == 0:
+        draw.text((x, line_height / 2), "nothing found", fill="black", font=font)
+
+
 # ---------------------------------------------------------------- attention
 def draw_attention_overlay(image, points, weights, mark):
-    """A PIL image, paler, under what is looked at, red where the weights are largest.
-    Either a map of weights (h, w) over the image, points None; or points (n, 2) x, y in pixels
-    with weights (n,), yellow where they are small. mark: x, y of a cross."""
-    grey, share = ImageOps.grayscale(image).convert("RGB"), weights / weights.max()
-    image = Image.blend(grey, image, 0.4)
-    pen, unit = ImageDraw.Draw(image), max(image.size) / 100
+    """Return a paler image with what is attended to: red where the weights are largest.
+
+    image:   a PIL image
+    points:  (n, 2) x, y in pixels, yellow where the weights are small; None for a map
+    weights: (n,) of the points, or the map (h, w), which covers the image
+    mark:    x, y of a cross
+    """
+    gray = ImageOps.grayscale(image).convert("RGB")
+    image = Image.blend(gray, image, 0.4)
+    draw = ImageDraw.Draw(image)
+    unit = max(image.size) / 100
+    relative = weights / weights.max()
     if points is None:
-        mask = Image.fromarray((170 * share).astype(np.uint8))
-        image.paste("red", mask=mask.resize(image.size, Image.Resampling.NEAREST))
+        opacity = Image.fromarray((170 * relative).astype(np.uint8))
+        image.paste("red", mask=opacity.resize(image.size, Image.Resampling.NEAREST))
     else:
-        for k in share.argsort():  # the largest on top
-            size = unit * (0.6 + share[k])
+        for k in relative.argsort():  # the largest on top
+            radius = unit * (0.6 + relative[k])
             x, y = points[k]
-            ink = 255, round(230 * (1 - share[k])), 0
-            pen.ellipse((x - size, y - size, x + size, y + size), fill=ink, outline="black")
-    x, y = mark
-    for ink, width in (("black", 1.6 * unit), ("white", 0.8 * unit)):
-        for slope in (-1, 1):
-            arm = 2 * unit
-            pen.line((x - arm, y - slope * arm, x + arm, y + slope * arm), ink, round(width))
+            circle = (x - radius, y - radius, x + radius, y + radius)
+            color = (255, round(230 * (1 - relative[k])), 0)
+            draw.ellipse(circle, fill=color, outline="black")
+    draw_cross(draw, mark, arm=2 * unit, width=1.6 * unit, color="black")
+    draw_cross(draw, mark, arm=2 * unit, width=0.8 * unit, color="white")
     return image
 
 
-@best_effort
+def draw_cross(draw, center, arm, width, color):
+    """Draw two diagonal lines through a point."""
+    x, y = center
+    draw.line((x - arm, y + arm, x + arm, y - arm), color, round(width))
+    draw.line((x - arm, y - arm, x + arm, y + arm), color, round(width))
+
+
 def draw_attention(path, image, rows, categories, side=320):
-    """A row for each query: its box in the PIL image, then what attends to what in it.
-    rows: {title: (COCO result, [(points, weights, mark) as draw_attention_overlay takes them, in 0..1])}."""
+    """Draw a row per query: its box, then what attends to what in the image.
+
+    image: a PIL image
+    rows:  {title: (COCO result, [(points, weights, mark)])}, the latter as for
+           `draw_attention_overlay`, but with coordinates in 0..1
+    """
     scale = 2 * side / max(image.size)  # twice as large as it is saved: smooth edges
-    large = image.resize([round(n * scale) for n in image.size], Image.Resampling.BICUBIC)
-    drawn = {}
-    for title, (found, looks) in rows.items():
-        found = {**found, "bbox": [v * scale for v in found["bbox"]]}
-        drawn[title] = [draw_boxes(large, [found], categories, side)]
-        for points, weights, mark in looks:
-            points, mark = (None if x is None else x * large.size for x in (points, mark))
-            drawn[title].append(draw_attention_overlay(large, points, weights, mark).reduce(2))
-    w, h = (max(image.size[i] for image in sum(drawn.values(), [])) for i in (0, 1))
-    save_rows(path, drawn, w, h)
+    large_size = (round(image.width * scale), round(image.height * scale))
+    large = image.resize(large_size, Image.Resampling.BICUBIC)
+    drawn_rows = {}
+    all_drawn = []
+    for title, (result, overlays) in rows.items():
+        scaled_box = [value * scale for value in result["bbox"]]
+        drawn = [draw_boxes(large, [dict(result, bbox=scaled_box)], categories, side)]
+        for points, weights, mark in overlays:
+            if points is not None:
+                points = points * large_size
+            overlay = draw_attention_overlay(large, points, weights, mark * large_size)
+            drawn.append(overlay.reduce(2))
+        drawn_rows[title] = drawn
+        all_drawn += drawn
+    width = max(drawn.width for drawn in all_drawn)
+    height = max(drawn.height for drawn in all_drawn)
+    save_rows(path, drawn_rows, width, height)
 
 
 # ---------------------------------------------------------------- self-supervised tasks
@@ -365,52 +447,80 @@ def draw_frames(image, panel, b, side, columns):
 
 
 # ---------------------------------------------------------------- curves
+@best_effort
 def draw_curves(path, log):
-    """Losses, AP and the self-supervised task by epoch, from the lines of log.jsonl as dicts."""
-    there = {key for line in log for key, value in line.items() if value is not None}
-    guessed = ("ssl_baseline", "ssl_chance")  # a loss of pixels, a share of classes
-    names = {
-        "loss, by its weighted terms": ("train_loss", "val_loss"),
-        "on held-out images: AP": ("ap", "ap50", "ap75"),
-        "on held-out images: task's loss": ("ssl_loss", *guessed * ("ssl_acc" not in there)),
-        "on held-out images: accuracy": ("ssl_acc", *guessed) if "ssl_acc" in there else (),
-    }
+    """Draw losses, AP and the self-supervised task per epoch; log: the lines of log.jsonl."""
+    loss_names = ["ssl_loss"]
+    accuracy_names = ["ssl_acc"]
+    baselines = ["ssl_baseline", "ssl_chance"]
+    if points_of(log, "ssl_acc"):  # the task predicts classes: the baselines are accuracies
+        accuracy_names += baselines
+    else:
+        loss_names += baselines
     panels = {
-        label: {x.removeprefix("train_"): points_of(log, x) for x in mine if x in there}
-        for label, mine in names.items()
+        "loss (sum of its weighted terms)": curves_of(log, ["train_loss", "val_loss"], "train_"),
+        "AP on held-out images": curves_of(log, ["ap", "ap50", "ap75"]),
+        "task's loss on held-out images": curves_of(log, loss_names),
+        "task's accuracy on held-out images": curves_of(log, accuracy_names),
     }
-    terms = sorted(x for x in there if x.startswith("train_loss_"))
-    draw_panels(path, panels, {x.removeprefix("train_loss_"): points_of(log, x) for x in terms})
+    term_names = set()
+    for line in log:
+        term_names.update(name for name in line if name.startswith("train_loss_"))
+    draw_panels(path, panels, terms=curves_of(log, sorted(term_names), "train_loss_"))
+
+
+def curves_of(log, names, prefix=""):
+    """Return {name without prefix: [(epoch, value)]} of those names that the log contains."""
+    curves = {}
+    for name in names:
+        points = points_of(log, name)
+        if points:
+            curves[name.removeprefix(prefix)] = points
+    return curves
 
 
 def points_of(log, name):
-    """(epoch, value) of what a log has of a figure."""
+    """Return the values of a metric in the log: [(epoch, value)]."""
     return [(line["epoch"], line[name]) for line in log if line.get(name) is not None]
 
 
-@best_effort
-def draw_panels(path, panels, terms=()):
-    """Curves by epoch, a panel for each label: {label: {name: [(epoch, value)]}}; in the first one
-    on bars of the terms {name: [(epoch, value)]} that add up to it."""
+def draw_panels(path, panels, terms=None):
+    """Draw curves per epoch, side by side.
+
+    panels: {label of the y axis: {name: [(epoch, value)]}}; those without a point are left out
+    terms:  {name: [(epoch, value)]}, whose sum is the first panel's curve: bars below it
+    """
     panels = {label: curves for label, curves in panels.items() if any(curves.values())}
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
-    row, bottom = figure.subplots(1, len(panels), squeeze=False)[0], 0
-    for name, points in dict(terms).items():
-        epochs, values = np.reshape(points, (-1, 2)).T
-        row[0].bar(epochs, values, bottom=bottom, label=name, alpha=0.4)
-        bottom = bottom + values
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    if terms:
+        draw_stacked_bars(row[0], terms)
     for axes, (label, curves) in zip(row, panels.items()):
         for name, points in curves.items():
-            axes.plot(*np.reshape(points, (-1, 2)).T, marker=".", label=name)
+            epochs, values = np.reshape(points, (-1, 2)).T
+            axes.plot(epochs, values, marker=".", label=name)
         axes.set(xlabel="epoch", ylabel=label)
         axes.legend()
         finish_axes(axes)
     figure.savefig(path, dpi=110)
 
 
+def draw_stacked_bars(axes, terms):
+    """Draw the terms {name: [(epoch, value)]} of a sum above each other."""
+    bottom = 0
+    for name, points in terms.items():
+        epochs, values = np.reshape(points, (-1, 2)).T
+        axes.bar(epochs, values, bottom=bottom, label=name, alpha=0.4)
+        bottom = bottom + values
+
+
 def finish_axes(axes):
-    """Whole epochs below, and values from zero to a little more than the largest."""
-    axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1)
+    """Let the x axis show whole epochs, and the y axis begin at zero."""
+    highest = axes.dataLim.y1
+    if highest == 0:  # all values are zero
+        axes.set_ylim(0, 1)
+    else:
+        axes.set_ylim(0, 1.08 * highest)
     axes.set_xlim(axes.dataLim.x0 - 0.5, axes.dataLim.x1 + 0.5)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
