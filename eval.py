@@ -247,7 +247,6 @@ def evaluate(model, task, data, args, out=None, top=100):
     args: setting, batch_size, workers, device. "score" is what the best checkpoint is chosen by."""
     start, first = time.perf_counter(), distributed.rank() == 0
     metrics, results = {}, None
-    distributed.broadcast_buffers(model)
     if args.setting != "pretrain":
         losses = []
         what = args.batch_size, args.workers, args.device, top
@@ -290,9 +289,7 @@ def load_run(run, device):
     The checkpoint is a dict with "args", "categories", "window" … and "path"."""
     path, task = Path(checkpoint_file(run)), None
     state = load_checkpoint(path)
-    for fault in checkpoint.faults(state):
-        start = f"start from it with train.py --init {shlex.quote(str(path))}"
-        raise ValueError(f"{path}: {fault}; {start}")
+    checkpoint.require_train_checkpoint(state, path)
     try:
         model = detr.build_detector(**state["detector"])
         if state["task"]:
@@ -367,7 +364,7 @@ def parse(argv):
 @command
 def main(argv=None):
     args = parse(argv)
-    args.device = distributed.init(args.device)
+    distributed.init(args.device)
     model, task, state, data = distributed.run_on_all_ranks(open_run, args)
     print(f"{state['path']} on {data.name}")
     if args.out:

@@ -295,7 +295,7 @@ def epoch_batch_indices(data, args, epoch):
     """
     size = batch_size(data, args)
     num_processes = distributed.world_size()
-    step_size = size * args.accumulate * num_processes
+    step_size = size * args.grad_accum_steps * num_processes
     num_items = len(data)
     if args.overfit:
         num_items = 50 * step_size  # the same few images again and again

@@ -3,11 +3,11 @@
     python train.py                              a demonstration: synthetic scenes, CPU, minutes
     python train.py @recipes/detr.txt --data DIR the full-size model on a dataset
     python train.py --setting pretrain --ssl_task mim-continuous --out runs/mim
-    python train.py --init runs/mim              detection from a pretraining
+    python train.py --init runs/mim              detection, starting from a pretraining
     python train.py --setting multitask --ssl_task reconstruct --ssl_weight 0.1
 
-A run is a folder: config.json, log.jsonl (a line an epoch), last.pt, best.pt, and pictures. Without
-flags everything has the demonstration's small sizes; recipes hold the large ones.
+A run is a folder with config.json, log.jsonl (one line per epoch), last.pt, best.pt and pictures.
+The defaults are small sizes for the demonstration; files in recipes/ have other sets of flags.
 """
 
 import os
@@ -18,8 +18,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import argparse
-import collections
-import inspect
+import contextlib
 import math
 import shlex
 import signal
@@ -27,6 +26,8 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import deformable_attn
@@ -35,428 +36,822 @@ import isaid
 import ssl_tasks
 from eval import LOGGED, checkpoint_file, epoch_text, evaluate, metrics_table
 from util import checkpoint, cli, dataset_check, distributed, plots
-from util.cli import InitAction, Parser, command, number
+from util.synthetic import MAX_SCENES
 from util.weights import PARTS, init_from_checkpoint, part_of
 
 
-# ---------------------------------------------------------------- the losses and the loop
+# ---------------------------------------------------------------- losses
 def compute_losses(model, task, images, padding, targets, args):
-    """Losses of a batch by name, one value for each decoder layer: {"loss_…": (layers,)}.
-    Here detectors and self-supervised tasks meet, in one of three settings:
-    detect      the decoder reads the memory of the images
-    pretrain    the task reads the memory of corrupted images or features; no decoder runs
-    multitask   both: the decoder reads the clean memory, the task the corrupted one"""
-    losses, detect, corruption = {}, args.setting != "pretrain", None
+    """Compute the losses of a batch. Here detectors and self-supervised tasks meet.
+
+    detect:    the decoder reads the memory of the clean images
+    pretrain:  the task reads the memory of corrupted images or feature maps; no decoder runs
+    multitask: both; the decoder reads the clean memory, the task the corrupted one
+
+    task:    a ssl_tasks.Task, or None in the setting "detect"
+    images:  (B, 3, H, W) normalized
+    padding: (B, H, W) bool, True = padding
+    targets: one dict per image, see isaid.DetectionDataset
+    Returns {"loss_…": (layers,)}, unweighted, one value for each decoder layer that has a loss.
+    """
+    detects = args.setting in ("detect", "multitask")
     if task:
-        corruption = task.sample_corruption(padding, [target["seed"] for target in targets]).to(
-            images.device
-        )
+        seeds = [target["seed"] for target in targets]
+        corruption = task.sample_corruption(padding, seeds).to(images.device)
+
     with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-        if not task or not task.corrupts:
-            corrupted = clean = model.encode(model.features(images, padding))
-        else:
-            levels = clean = None
-            if detect or task.on == "features":
-                levels = model.features(images, padding)
-            if task.on == "features":  # between CNN and encoder: the CNN sees the images once
-                corrupted = task.corrupt_levels(levels, corruption)
-            else:
-                corrupted = model.features(task.corrupt_images(images, corruption), padding)
-            if detect:  # the encoder sees corrupted and clean levels as one batch of 2 B
-                both = [a._make(map(torch.cat, zip(a, b))) for a, b in zip(corrupted, levels)]
-                memory, B = model.encode(both), len(images)
-                corrupted = [level._make(x[:B] for x in level) for level in memory]
-                clean = [level._make(x[B:] for x in level) for level in memory]
-            else:
-                corrupted = model.encode(corrupted)
+        levels = None
+        if detects or not task.corrupts or task.on == "features":
+            levels = model.features(images, padding)  # the CNN sees the clean images
+        if detects:
+            clean_memory = model.encode(levels)
+        if detects and task and not task.corrupts:  # reconstruction: the clean memory will do
+            task_memory = clean_memory
+        elif task:
+            task_memory = task.encode(model, images, padding, corruption, levels)
+
+    losses = {}
     if task:
-        memory = detr.to_float32(corrupted)
         num_patches = distributed.mean_over_ranks(task.counted_patches(corruption).sum())
+        memory = detr.to_float32(task_memory)
         losses["loss_ssl"] = task.loss(memory, images, corruption, num_patches)[None]
-    if detect:
-        outputs = model.decode(detr.to_float32(clean))
+    if detects:
+        outputs = model.decode(detr.to_float32(clean_memory))
         check_finite(outputs, targets)
         num_boxes = distributed.mean_over_ranks(sum(len(target["labels"]) for target in targets))
         losses.update(model.criterion(outputs, targets, num_boxes))
     return losses
 
 
+class LossModule(nn.Module):
+    """The computation of the losses as a module, for DistributedDataParallel to wrap."""
+
+    def __init__(self, model, task, args):
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.args = args
+
+    def forward(self, images, padding, targets):
+        return compute_losses(self.model, self.task, images, padding, targets, self.args)
+
+
+def parallel_loss_module(model, task, args):
+    """Return the losses as a module that averages the gradients over all processes."""
+    module = LossModule(model, task, args)
+    if distributed.world_size() == 1:
+        return module
+    # without an encoder, a pretraining does not use the coarser levels
+    some_unused = args.setting == "pretrain" and args.enc_layers == 0
+    return DistributedDataParallel(module, find_unused_parameters=some_unused)
+
+
+def gradient_sync(module, completes_step):
+    """Return a context in which only the last batch of a step averages gradients over processes."""
+    if completes_step or not isinstance(module, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return module.no_sync()
+
+
+# ---------------------------------------------------------------- the loop
 def train(run, train_set, val_set, args):
-    """The training loop: epochs of batches, each epoch with its evaluation, log and checkpoint."""
-    model, task, optimizer, out = run.model, run.task, run.optimizer, Path(args.out)
-    ssl_weight = args.ssl_weight if args.setting == "multitask" else 1.0
-    weights = {**model.criterion.weights, "loss_ssl": ssl_weight}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    first, metrics = distributed.rank() == 0, None
-    bar = tqdm(total=args.epochs * run.steps_per_epoch, initial=(run.epoch - 1) * run.steps_per_epoch + run.step,
-               desc="training", unit="step", disable=None if first else True)  # fmt: skip
-    with checkpoint.GracefulStop() as signals, bar:
+    """Train until args.epochs, with an evaluation, a log line and checkpoints after each epoch.
+
+    Returns the metrics of the last evaluation, or None if no epoch was left to train.
+    """
+    model = run.model
+    loss_module = parallel_loss_module(model, run.task, args)
+    weights = {**model.criterion.weights, "loss_ssl": 1.0}
+    if args.setting == "multitask":
+        weights["loss_ssl"] = args.ssl_weight
+    parameters = []
+    for group in run.optimizer.param_groups:
+        parameters += group["params"]
+    metrics = None
+    bar = progress_bar(run, args)
+    with checkpoint.GracefulStop() as stop, bar:
         for epoch in range(run.epoch, args.epochs + 1):
             set_train_mode(model, args)
-            done = run.step * args.accumulate  # batches, where the run goes on within an epoch
-            loader = isaid.epoch_loader(train_set, args, epoch, done)
-            for i, (images, padding, targets) in enumerate(run.timed_batches(loader), done + 1):
-                images, padding = images.to(args.device), padding.to(args.device)
-                losses = compute_losses(model, task, images, padding, targets, args)
-                terms = {name: weights[name] * values.sum() for name, values in losses.items()}
-                loss = sum(terms.values())
-                check_finite({**losses, "the total": loss}, targets)
-                check_divergence(loss, run)
-                run.add_losses({**terms, "loss": loss}, 1 / args.accumulate)
-                loss = loss / args.accumulate
-                loss.backward()
-                if i % args.accumulate:
+            batches_done = run.step * args.grad_accum_steps  # by the run that is resumed
+            loader = isaid.epoch_loader(train_set, args, epoch, batches_done)
+            step_targets = []  # of the images since the last step of the optimizer
+            for i, (images, padding, targets) in enumerate(run.timed_batches(loader), 1):
+                images = images.to(args.device)
+                padding = padding.to(args.device)
+                step_targets += targets
+                completes_step = i % args.grad_accum_steps == 0
+                with gradient_sync(loss_module, completes_step):
+                    losses = loss_module(images, padding, targets)
+                    terms = {name: weights[name] * x.sum() for name, x in losses.items()}
+                    loss = sum(terms.values())
+                    run.add_losses({**terms, "loss": loss}, 1 / args.grad_accum_steps)
+                    (loss / args.grad_accum_steps).backward()
+                if not completes_step:
                     continue
-                distributed.average_gradients(parameters)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_max_norm)
-                check_finite({"the gradient": norm}, targets)
-                optimizer.step()
-                optimizer.zero_grad()
+                check_finite({**losses, "the gradient": norm}, step_targets)
+                check_divergence(loss, run)
+                run.optimizer.step()
+                run.optimizer.zero_grad()
                 run.schedule.step()
                 run.step += 1
+                step_targets = []
                 bar.update()
-                if distributed.mean_over_ranks(
-                    signals.received
-                ):  # any process got Ctrl-C or SIGTERM
-                    checkpoint.save_resume_state(out / "last.pt", run)
-                    there = (
-                        f"stopped in epoch {epoch} after {run.step} of {run.steps_per_epoch} steps"
-                    )
-                    again = f"the same command with --out {shlex.quote(args.out)} --resume"
-                    bar.write(f"{there}; to go on, {again}")
-                    sys.exit(128 + (signals.received or signal.SIGTERM))
+                if distributed.mean_over_ranks(stop.received) > 0:  # in any process
+                    stop_training(run, bar, stop.received)
 
-            check_finite(model.state_dict(), ())
-            checkpoint.save_resume_state(out / "last.pt", run)
-            line = run.log_line(isaid.batch_size(train_set, args) * args.accumulate)
+            check_finite(model.state_dict(), [])
+            checkpoint.save_resume_state(run.out / "last.pt", run)
+            line = run.log_line()
             if epoch % args.eval_every == 0 or epoch == args.epochs:
-                metrics, _ = evaluate(model, task, val_set, args, out)
+                distributed.broadcast_buffers(model)
+                metrics, _ = evaluate(model, run.task, val_set, args, run.out)
                 line.update({name: metrics[name] for name in LOGGED if name in metrics})
-                if metrics["score"] >= run.best:  # of equals the last: AP may stay at zero long
-                    run.best = metrics["score"]
-                    if first:
-                        checkpoint.save(out / "best.pt", checkpoint.inference_state(run))
+                if metrics["score"] >= run.best_score:  # the later of equals: AP may stay at zero
+                    run.best_score = metrics["score"]
+                    if distributed.rank() == 0:
+                        checkpoint.save(run.out / "best.pt", checkpoint.inference_state(run))
             run.log.append(line)
-            if first:
-                checkpoint.write_log(out / "log.jsonl", run.log)
-                plots.draw_curves(out / "curves.png", run.log)
+            if distributed.rank() == 0:
+                checkpoint.write_log(run.out / "log.jsonl", run.log)
+                plots.draw_curves(run.out / "curves.png", run.log)
             bar.write(epoch_text(line, args.epochs))
             run.next_epoch()
-        checkpoint.save_resume_state(out / "last.pt", run)
+        checkpoint.save_resume_state(run.out / "last.pt", run)
     return metrics
 
 
-def check_finite(values, targets):
-    """FloatingPointError, before any harm is done, if a tensor of `values` is NaN or infinite."""
-    finite = torch.stack([value.isfinite().all() for value in values.values()]).tolist()
-    bad = [name for name, fine in zip(values, finite) if not fine]
+def progress_bar(run, args):
+    """Return a bar of all steps of the run; it is shown in terminals, by the first process."""
+    done = (run.epoch - 1) * run.steps_per_epoch + run.step
+    disable = None if distributed.rank() == 0 else True  # None: shown unless piped to a file
+    total = args.epochs * run.steps_per_epoch
+    return tqdm(total=total, initial=done, desc="training", unit="step", disable=disable)
+
+
+def stop_training(run, bar, signal_number):
+    """Save the run after a signal, say how to resume it, and exit with the signal's status."""
+    checkpoint.save_resume_state(run.out / "last.pt", run)
+    bar.write(
+        f"stopped in epoch {run.epoch} after {run.step} of {run.steps_per_epoch} steps; "
+        f"to resume, run the same command with --out {shlex.quote(str(run.out))} --resume"
+    )
+    if signal_number == 0:  # another process received it
+        signal_number = signal.SIGTERM
+    sys.exit(128 + signal_number)
+
+
+def check_finite(tensors, targets):
+    """Raise FloatingPointError if a tensor of {name: tensor} contains NaN or infinity.
+
+    targets: those of the images that the tensors were computed from, for the message
+    """
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+    bad = [name for name, is_finite in zip(tensors, finite) if not is_finite]
     if bad:
-        images = ", ".join(target["file_name"] for target in targets)
-        message = f"{' and '.join(bad[:4])} became NaN or infinite"
-        message += f", with the images {images}; the step was not taken" if images else ""
-        raise FloatingPointError(f"{message}; start anew with a lower --lr")
+        message = f"{' and '.join(bad[:4])} became NaN or Inf"
+        if targets:
+            images = ", ".join(target["file_name"] for target in targets)
+            message += f" on images {images}; the optimizer step was skipped"
+        raise FloatingPointError(f"{message}. Restart with a lower --lr")
 
 
 def check_divergence(loss, run):
-    """FloatingPointError if the loss is a hundred times that of the run's first batch."""
-    run.first_loss = run.first_loss or max(loss.item(), 1.0)
+    """Raise FloatingPointError if the loss is a hundred times that of the run's first step."""
+    if run.first_loss == 0:
+        run.first_loss = max(loss.item(), 1.0)
     if loss > 100 * run.first_loss:
-        grown = f"the loss grew from {run.first_loss:.1f} to {loss:.1f}"
-        raise FloatingPointError(f"{grown}: nothing is learnt; start anew with a lower --lr")
+        message = f"training diverged: loss went from {run.first_loss:.1f} to {loss:.1f}"
+        raise FloatingPointError(f"{message}. Restart with a lower --lr")
 
 
 def set_train_mode(model, args):
-    """Training mode, but frozen parts keep their batch statistics and drop nothing out."""
+    """Set training mode, but frozen parts keep their batch statistics and use no dropout."""
     model.train()
     for part in args.freeze:
-        (model.backbone if part == "backbone" else getattr(model.transformer, part)).eval()
+        if part == "backbone":
+            model.backbone.eval()
+        else:
+            getattr(model.transformer, part).eval()
 
 
+# ---------------------------------------------------------------- optimizer and schedule
 def build_optimizer(model, task, args):
-    """AdamW with the papers' groups: CNN, sampling offsets and reference points, the rest."""
-    groups = collections.defaultdict(list)
+    """Return AdamW with the learning rates of the papers.
+
+    The CNN has one of its own; so have, in Deformable DETR, the linear projections that predict
+    sampling offsets and reference points (lr_linear_proj_mult times args.lr).
+    """
+    parameters_of = {}  # {learning rate: parameters}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        lr = args.lr
         if name.startswith("backbone"):
-            groups[args.lr_backbone].append(parameter)
+            lr = args.lr_backbone
         elif "sampling_offsets" in name or "reference_points" in name:
-            groups[args.lr * args.lr_linear_proj_mult].append(parameter)
-        else:
-            groups[args.lr].append(parameter)
-    groups[args.lr] += task.parameters() if task else []
-    groups = [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
+            lr = args.lr * args.lr_linear_proj_mult
+        parameters_of.setdefault(lr, []).append(parameter)
+    if task:
+        parameters_of.setdefault(args.lr, []).extend(task.parameters())
+    groups = [{"params": parameters, "lr": lr} for lr, parameters in parameters_of.items()]
     return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
 
 
 def build_schedule(optimizer, args, steps_per_epoch):
-    """The rate of each step as a factor. --lr_drop linear, cycle: up along a line in a tenth of the
-    steps, then down to zero along a line or a cosine; N: a tenth every N epochs; 0: constant."""
-    warmup = max(1, (total := args.epochs * steps_per_epoch) // 10)
+    """Return the schedule args.lr_schedule: a factor of the learning rate for each step.
 
-    def factor(step):
-        if isinstance(args.lr_drop, int):
-            return 0.1 ** (step // (args.lr_drop * steps_per_epoch)) if args.lr_drop else 1.0
-        left = 1 - max(0, step - warmup) / max(1, total - warmup)
-        cosine = args.lr_drop == "cycle"
-        return min((step + 1) / warmup, (1 - math.cos(math.pi * left)) / 2 if cosine else left)
+    step:     a tenth after every args.lr_drop epochs
+    linear:   up along a line in the first tenth of all steps, then down to zero along a line
+    cosine:   the same, down along half a cosine
+    constant: 1
+    """
+    total_steps = args.epochs * steps_per_epoch
+    warmup_steps = max(1, total_steps // 10)
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    def lr_factor(step):
+        if args.lr_schedule == "constant":
+            return 1.0
+        if args.lr_schedule == "step":
+            return 0.1 ** (step // (args.lr_drop * steps_per_epoch))
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        remaining = 1 - (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        if args.lr_schedule == "linear":
+            return remaining
+        return (1 - math.cos(math.pi * remaining)) / 2
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
 
 
 # ---------------------------------------------------------------- flags
+class LrDropAction(argparse.Action):
+    """`--lr_drop N` also selects the schedule "step". linear, cycle and 0 are old spellings."""
+
+    OLD = {"linear": "linear", "cycle": "cosine", "0": "constant"}
+
+    def __call__(self, parser, namespace, value, option=None):
+        if value in self.OLD:
+            namespace.lr_schedule = self.OLD[value]
+            return
+        namespace.lr_schedule = "step"
+        try:
+            namespace.lr_drop = cli.POSITIVE_INT(value)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument {option}: {error}")
+
+
 def build_parser():
-    """Every flag; defaults are the demonstration's, names the official ones where there are any."""
-    count, natural = number(int), number(int, zero=True)
-    size, images = number(int, most=10_000), number(int, most=isaid.MAX_SCENES)
-    few, deep = number(int, True, most=256), number(int, most=256)
-    rate, factor, share = number(float), number(float, zero=True), number(float, True, most=1)
-    parts, switch = tuple(PARTS), argparse.BooleanOptionalAction
-    parser = Parser(description=__doc__)
+    """Return the parser of all flags. Names are the official ones where the meaning is the same."""
+    parser = cli.Parser(description=__doc__)
+    num_images = cli.int_range(1, MAX_SCENES)
+    num_layers = cli.int_range(1, 256)
+    size = cli.int_range(1, 10_000)  # channels, pixels, queries
+    parts = tuple(PARTS)
+    switch = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("run").add_argument
-    settings = ("detect", "pretrain", "multitask")
-    add("--setting", choices=settings, default="detect", help="detection, a task, or both")
-    add("--model", choices=tuple(detr.DETECTORS), default="deformable_detr", help="the detector")
-    add("--epochs", type=count, default=7, help="passes over the training images")
-    add("--seed", type=natural, default=0, help="of weights, order, augmentation and scenes")
-    add("--device", type=cli.usable_device, default="auto", help="cpu, cuda, cuda:1, mps")
+    add(
+        "--setting",
+        choices=("detect", "pretrain", "multitask"),
+        default="detect",
+        help="detection, a self-supervised task, or both",
+    )
+    add("--model", choices=tuple(detr.DETECTORS), default="deformable_detr", help="detector")
+    add("--epochs", type=cli.POSITIVE_INT, default=7, help="passes over the training images")
+    add(
+        "--seed",
+        type=cli.NON_NEGATIVE_INT,
+        default=0,
+        help="seed of weights, order, augmentation and synthetic scenes",
+    )
+    add("--device", type=cli.parse_device, default="auto", help="cpu, cuda, cuda:1, mps")
     add("--out", help="run folder, must not exist; default: a new one in runs/")
-    add("--resume", action="store_true", help="go on with the run in --out, or start it")
-    add("--overfit", type=images, help="smoke test: train and evaluate on the same few images")
-    add("--init", action=InitAction, default=[], help="start from a run or an official checkpoint")
-    add("--init_parts", dest="init", nargs="+", choices=parts, action=InitAction, default=[],
-        help="only these parts of the --init before it; default: all")  # fmt: skip
+    add("--resume", action="store_true", help="continue the run in --out, or start it")
+    add(
+        "--overfit",
+        type=num_images,
+        metavar="N",
+        help="smoke test: train and evaluate on the same N images",
+    )
+    add(
+        "--init",
+        action=cli.InitAction,
+        default=[],
+        metavar="RUN",
+        help="initial weights: a run folder, an official checkpoint or its URL",
+    )
+    add(
+        "--init_parts",
+        dest="init",
+        nargs="+",
+        choices=parts,
+        action=cli.InitAction,
+        default=[],
+        help="parts to take from the --init before it; default: all",
+    )
     add("--freeze", nargs="+", choices=parts, default=[], help="parts that are not trained")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", help="a dataset, or to pretrain any folder of images; default: synthetic scenes")
-    add("--image_size", type=size, help="N x N pixels; default: 128 for scenes, else multi-scale")
-    add("--limit_train", type=images, help="the first training images; default: all, 1000 scenes")
-    add("--limit_val", type=images, help="the first held-out images; default: all, 200 scenes")
-    add("--workers", type=few, help="loader processes; default: 0 on the CPU, else up to 8")
-    add("--augment", choices=isaid.AUGMENT, default="flip", help="see isaid.make_transforms")
+    add(
+        "--data",
+        metavar="DIR",
+        help="dataset, or for pretraining any folder of images; default: synthetic scenes",
+    )
+    add(
+        "--image_size",
+        type=cli.IMAGE_SIDE,
+        metavar="N",
+        help="resize to N x N pixels; default: 128 for scenes, else multi-scale",
+    )
+    add(
+        "--limit_train",
+        type=num_images,
+        metavar="N",
+        help="first N training images only; default: all, or 1,000 scenes",
+    )
+    add(
+        "--limit_val",
+        type=num_images,
+        metavar="N",
+        help="first N held-out images only; default: all, or 200 scenes",
+    )
+    add(
+        "--workers",
+        type=cli.NUM_WORKERS,
+        help="data loading processes; default: 0 on a CPU, else up to 8",
+    )
+    add(
+        "--augment",
+        choices=isaid.AUGMENT,
+        default="flip",
+        help="augmentation, see isaid.make_transforms",
+    )
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", choices=detr.BACKBONES, default="resnet18", help="the CNN, see detr.Backbone")
-    add("--backbone_weights", choices=("none", "imagenet"), default="none", help="its start")
-    add("--frozen_bn", action=switch, default=False, help="keep batch norm and the first stage")
+    add("--backbone", choices=tuple(detr.BACKBONES), default="resnet18", help="CNN")
+    add(
+        "--backbone_weights",
+        choices=("none", "imagenet"),
+        default="none",
+        help="initial weights of the CNN",
+    )
+    add(
+        "--frozen_bn",
+        action=switch,
+        default=False,
+        help="freeze batch normalization and the first stage of the CNN",
+    )
     add("--dilation", action=switch, default=False, help="DC5: stride 16 instead of 32")
     add("--hidden_dim", type=size, default=128, help="channels of the transformer")
     add("--nheads", type=size, default=8, help="attention heads")
-    add("--enc_layers", type=few, default=2, help="encoder layers")
-    add("--dec_layers", type=deep, default=3, help="decoder layers")
-    add("--dim_feedforward", type=size, default=256, help="hidden channels of its layers")
-    add("--dropout", type=share, default=0.0, help="in the transformer")
-    add("--num_queries", type=size, default=30, help="objects an image that can be found")
-    add("--num_feature_levels", type=deep, default=3, help="strides 8, 16, 32 …; 2: 16, 32; 1: 32")
-    add("--with_box_refine", action=switch, default=True, help="layers correct each other's boxes")
+    add("--enc_layers", type=cli.int_range(0, 256), default=2, help="encoder layers")
+    add("--dec_layers", type=num_layers, default=3, help="decoder layers")
+    add(
+        "--dim_feedforward",
+        type=size,
+        default=256,
+        help="hidden channels of the feed-forward networks",
+    )
+    add("--dropout", type=cli.FRACTION, default=0.0, help="dropout in the transformer")
+    add(
+        "--num_queries",
+        type=size,
+        default=30,
+        help="object queries, the most objects per image that can be found",
+    )
+    add(
+        "--num_feature_levels",
+        type=num_layers,
+        default=3,
+        help="levels: 3 have strides 8, 16, 32; 2: 16, 32; 1: 32; more: 64, …",
+    )
+    add(
+        "--with_box_refine",
+        action=switch,
+        default=True,
+        help="each decoder layer refines the boxes of the one before",
+    )
     add("--two_stage", action=switch, default=False, help="the encoder proposes the queries")
-    add("--aux_loss", action=switch, default=True, help="losses of all decoder layers")
-    add("--attn", choices=deformable_attn.BACKENDS, default="auto", help="kernel or reference")
+    add(
+        "--aux_loss", action=switch, default=True, help="losses of all decoder layers, not the last"
+    )
+    add(
+        "--attn_backend",
+        "--attn",
+        choices=deformable_attn.BACKENDS,
+        default="auto",
+        help="kernel of deformable attention, or torch for the reference",
+    )
 
     add = parser.add_argument_group("self-supervised task").add_argument
-    add("--ssl_task", choices=tuple(ssl_tasks.TASKS), default="mim-continuous", help="which one")
+    add("--ssl_task", choices=tuple(ssl_tasks.TASKS), default="mim-continuous", help="task")
     add("--ssl_on", choices=("features", "image"), default="features", help="what is corrupted")
-    add("--ssl_ratio", type=share, default=0.5, help="share of the patches that is corrupted")
-    add("--ssl_patch", type=size, help="pixels a side of a patch; default: the largest stride")
-    add("--ssl_loss_on", choices=("corrupted", "all"), default="corrupted", help="what counts")
-    add("--ssl_weight", type=factor, default=1.0, help="multitask: of the task's loss")
-    add("--vocabulary", type=size, default=64, help="mim-discrete: tokens from k-means")
-    add("--tokenizer_weights", help="mim-discrete: DALL-E's encoder.pkl instead of k-means")
+    add("--ssl_ratio", type=cli.FRACTION, default=0.5, help="fraction of patches to corrupt")
+    add(
+        "--ssl_patch",
+        type=cli.IMAGE_SIDE,
+        help="side of a patch in pixels; default: the largest stride",
+    )
+    add(
+        "--ssl_loss_patches",
+        "--ssl_loss_on",
+        choices=("corrupted", "all"),
+        default="corrupted",
+        help="patches that count in the loss",
+    )
+    add(
+        "--ssl_weight",
+        type=cli.NON_NEGATIVE_FLOAT,
+        default=1.0,
+        help="weight of the task's loss in the setting multitask",
+    )
+    add(
+        "--vocab_size",
+        "--vocabulary",
+        type=size,
+        default=64,
+        help="mim-discrete: number of visual tokens found by k-means",
+    )
+    add(
+        "--tokenizer_weights",
+        metavar="FILE",
+        help="mim-discrete: DALL-E's encoder.pkl instead of k-means",
+    )
 
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--batch_size", type=count, default=16, help="images at a time in each process")
-    add("--lr", type=rate, default=1e-3, help="learning rate")
-    add("--lr_backbone", type=rate, default=1e-3, help="of the CNN")
-    add("--lr_linear_proj_mult", type=rate, default=1.0, help="of sampling offsets; officially 0.1")
-    add("--weight_decay", type=factor, default=1e-4, help="of AdamW")
-    add("--clip_max_norm", type=rate, default=0.1, help="largest norm of the gradient")
-    add("--accumulate", type=count, default=1, help="batches a step")
-    add("--amp", choices=("auto", "no", "bf16"), default="auto", help="auto: bf16 on CPUs with it")
-    add("--compile", action=switch, default=False, help="torch.compile: minutes first, then faster")
-    add("--lr_drop", type=number(int, zero=True, words=("linear", "cycle")), default="linear",
-        help="a tenth every N epochs; 0: constant; linear, cycle: up and down")  # fmt: skip
-    add("--eval_every", type=count, default=1, help="epochs between evaluations")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--batch_size", type=cli.POSITIVE_INT, default=16, help="images per batch and process")
+    add("--lr", type=cli.POSITIVE_FLOAT, default=1e-3, help="learning rate")
+    add("--lr_backbone", type=cli.POSITIVE_FLOAT, default=1e-3, help="learning rate of the CNN")
+    add(
+        "--lr_linear_proj_mult",
+        type=cli.POSITIVE_FLOAT,
+        default=1.0,
+        help="factor of --lr for sampling offsets and reference points; officially 0.1",
+    )
+    add("--weight_decay", type=cli.NON_NEGATIVE_FLOAT, default=1e-4, help="weight decay of AdamW")
+    add(
+        "--clip_max_norm",
+        type=cli.POSITIVE_FLOAT,
+        default=0.1,
+        help="gradients are scaled down to this norm",
+    )
+    add(
+        "--grad_accum_steps",
+        "--accumulate",
+        type=cli.POSITIVE_INT,
+        default=1,
+        help="batches per optimizer step",
+    )
+    add(
+        "--amp",
+        choices=("auto", "no", "bf16"),
+        default="auto",
+        help="mixed precision; auto: bf16 on CPUs that have instructions for it",
+    )
+    add(
+        "--compile",
+        action=switch,
+        default=False,
+        help="torch.compile: takes minutes at the start, faster afterwards",
+    )
+    add(
+        "--lr_schedule",
+        choices=("step", "linear", "cosine", "constant"),
+        default="linear",
+        help="learning rate over time, see build_schedule",
+    )
+    add(
+        "--lr_drop",
+        action=LrDropAction,
+        default=40,
+        metavar="N",
+        help="selects --lr_schedule step: a tenth of the rate after every N epochs",
+    )
+    add("--eval_every", type=cli.POSITIVE_INT, default=1, help="epochs between evaluations")
     return parser
 
 
 def parse(argv=None):
-    """(flags, those given that have no effect in this run); a mistake ends with one line.
-    Of a flag that is given twice, as in a recipe and after it, the last one counts."""
+    """Return (flags, names of given flags that have no effect); mistakes end with one line.
+
+    Of a flag that is given twice, as in a recipe and after it, the last one counts. Nothing
+    changes the flags afterwards.
+    """
     parser = build_parser()
-    defaults = vars(parser.parse_args([]))
-    unset = argparse.Namespace(**dict.fromkeys(defaults, argparse))  # any value that no flag has
-    given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not argparse}
-    args = argparse.Namespace(**{**defaults, **given})
-    args.image_size = args.image_size or (None if args.data else isaid.SCENE_SIZE)
-    trained = {"backbone", "encoder"} if args.setting == "pretrain" else set(PARTS)
-    started = {part for _, parts in args.init for part in parts or PARTS}
-    started |= {"backbone"} if args.backbone_weights == "imagenet" else set()
-    for wrong, message in (
-        (trained <= set(args.freeze), "--freeze leaves nothing to train; name fewer parts"),
-        (args.frozen_bn and "backbone" not in started,
-         "--frozen_bn freezes random layers; add --backbone_weights imagenet or --init"),
-        (args.resume and not args.out, "--resume needs --out, the run folder to go on with"),
-        (args.augment == "crop" and not args.image_size, "--augment crop needs --image_size N"),
-        (args.image_size and args.image_size < 64, "--image_size must be at least 64"),
-    ):  # fmt: skip
-        if wrong:
-            parser.error(message)
+    args = parser.parse_args(argv)
+    if args.image_size is None and not args.data:
+        args.image_size = isaid.SCENE_SIZE
+    check_flags(parser, args)
     if args.workers is None:
-        args.workers = 0 if args.device == "cpu" else min(8, os.cpu_count() or 1)
-    args.amp = cli.default_amp(args.device) if args.amp == "auto" else args.amp
-    for name in ("data", "tokenizer_weights"):  # eval.py may run elsewhere
+        args.workers = default_workers(args.device)
+    if args.amp == "auto":
+        args.amp = cli.default_amp(args.device)
+    for name in ("data", "tokenizer_weights"):  # eval.py may be run from another folder
         if getattr(args, name):
             setattr(args, name, os.path.abspath(getattr(args, name)))
-    return args, [name for name in ignored_flags(args) if name in given]
+    ignored = []
+    for name in ignored_flags(args):
+        if getattr(args, name) != parser.get_default(name):
+            ignored.append(name)
+    return args, ignored
+
+
+def default_workers(device):
+    """Return the number of data loading processes: on a GPU as many as there are cores, up to 8."""
+    cores = os.cpu_count()  # None if unknown
+    if device == "cpu" or cores is None:
+        return 0
+    return min(8, cores)
+
+
+def check_flags(parser, args):
+    """End with an error if flags contradict each other."""
+    trained = set(PARTS)
+    if args.setting == "pretrain":
+        trained.remove("decoder")
+    if trained <= set(args.freeze):
+        parser.error("--freeze leaves no trainable parameters; freeze fewer parts")
+    initialized = set()
+    if args.backbone_weights == "imagenet":
+        initialized.add("backbone")
+    for _, parts in args.init:
+        initialized.update(parts or PARTS)
+    if args.frozen_bn and "backbone" not in initialized:
+        parser.error(
+            "--frozen_bn would freeze randomly initialized layers; "
+            "add --backbone_weights imagenet or --init"
+        )
+    if args.resume and not args.out:
+        parser.error("--resume requires --out RUN (the run folder to resume)")
+    if args.augment == "crop" and not args.image_size:
+        parser.error("--augment crop needs --image_size N")
+    if args.image_size and args.image_size < 64:
+        parser.error("--image_size must be at least 64")
 
 
 def ignored_flags(args):
-    """Flags that have no effect with these."""
-    task = ssl_tasks.TASKS[args.ssl_task] if args.setting != "detect" else None
-    tokens, detect = task is ssl_tasks.MaskedTokens, args.setting != "pretrain"
-    deformable, whole = args.model == "deformable_detr", any(not x for _, x in args.init)
-    used = {"num_feature_levels attn lr_linear_proj_mult": deformable,
-            "with_box_refine two_stage": deformable and detect, "backbone_weights": not whole,
-            "ssl_on ssl_ratio ssl_loss_on": task and task.corrupts, "ssl_task ssl_patch": task,
-            "vocabulary": tokens and not args.tokenizer_weights, "tokenizer_weights": tokens,
-            "ssl_weight": task and detect, "dec_layers num_queries aux_loss": detect,
-            "limit_train limit_val augment": not args.overfit,
-            "lr_backbone": "backbone" not in args.freeze}  # fmt: skip
-    return [name for names, use in used.items() if not use for name in names.split()]
+    """Return the names of the flags that have no effect together with the others."""
+    detects = args.setting != "pretrain"
+    task = None
+    if args.setting != "detect":
+        task = ssl_tasks.TASKS[args.ssl_task]
+    uses_tokens = task is ssl_tasks.MaskedTokens
+    ignored = []
+    if args.model != "deformable_detr":
+        ignored += ["num_feature_levels", "attn_backend", "lr_linear_proj_mult"]
+    if args.model != "deformable_detr" or not detects:
+        ignored += ["with_box_refine", "two_stage"]
+    if not detects:  # no decoder runs
+        ignored += ["dec_layers", "num_queries", "aux_loss"]
+    if not task:
+        ignored += ["ssl_task", "ssl_patch"]
+    if not task or not task.corrupts:
+        ignored += ["ssl_on", "ssl_ratio", "ssl_loss_patches"]
+    if not task or not detects:
+        ignored += ["ssl_weight"]
+    if not uses_tokens:
+        ignored += ["tokenizer_weights"]
+    if not uses_tokens or args.tokenizer_weights:
+        ignored += ["vocab_size"]
+    if args.overfit:
+        ignored += ["limit_train", "limit_val", "augment"]
+    if args.lr_schedule != "step":
+        ignored += ["lr_drop"]
+    if "backbone" in args.freeze:
+        ignored += ["lr_backbone"]
+    if any(parts is None for _, parts in args.init):  # all weights come from --init
+        ignored += ["backbone_weights"]
+    return ignored
 
 
-# ---------------------------------------------------------------- what a run is made of
+# ---------------------------------------------------------------- building a run
+DETECTOR_FLAGS = (
+    "backbone",
+    "hidden_dim",
+    "nheads",
+    "enc_layers",
+    "dec_layers",
+    "dim_feedforward",
+    "dropout",
+    "num_queries",
+    "dilation",
+    "frozen_bn",
+    "aux_loss",
+)
+DEFORMABLE_DETR_FLAGS = ("num_feature_levels", "with_box_refine", "two_stage")
+
+
 def detector_config(args, num_classes):
-    """The arguments of detr.build_detector as plain values; saved in the checkpoint."""
-    names = inspect.signature(detr.DETECTORS[args.model]).parameters.keys() & vars(args).keys()
-    config = {name: getattr(args, name) for name in sorted(names - {"backbone_weights"})}
-    return {"name": args.model, "num_classes": num_classes, **config}
+    """Return the arguments of detr.build_detector as plain values; the checkpoint holds them."""
+    config = {"name": args.model, "num_classes": num_classes}
+    for name in DETECTOR_FLAGS:
+        config[name] = getattr(args, name)
+    if args.model == "deformable_detr":
+        for name in DEFORMABLE_DETR_FLAGS:
+            config[name] = getattr(args, name)
+    return config
 
 
 def build_model(config, args):
-    """(the detector with the weights it starts from, a note about them). Raises ValueError.
-    Parts that are not trained get no gradient; a pretraining never runs the decoder."""
-    imagenet = args.backbone_weights == "imagenet" and all(parts for _, parts in args.init)
-    weights = "IMAGENET1K_V1" if imagenet else None
+    """Return (the detector with its initial weights, a note about them). Raises ValueError.
+
+    Parts that are not trained get no gradients; a pretraining never runs the decoder.
+    """
+    weights = None
+    origin = {}  # {part: where its weights come from}
+    if args.backbone_weights == "imagenet" and "backbone_weights" not in ignored_flags(args):
+        weights = "IMAGENET1K_V1"
+        origin["backbone"] = weights
     try:
         model = detr.build_detector(**config, backbone_weights=weights)
     except OSError as error:  # URLError is one
-        message = f"the ImageNet weights of {config['backbone']} cannot be downloaded ({error})"
-        raise ValueError(f"{message}; put them into {torch.hub.get_dir()}/checkpoints") from None
-    source, anew = {"backbone": weights} if imagenet else {}, []
+        message = f"failed to download ImageNet weights for {config['backbone']} ({error})"
+        folder = Path(torch.hub.get_dir(), "checkpoints")
+        raise ValueError(f"{message}; place the file in {folder}") from None
+    reinitialized = []
     for path, parts in args.init:
         taken, names = init_from_checkpoint(model, checkpoint_file(path), parts)
-        source.update(dict.fromkeys(taken, path))
-        anew = [name for name in anew if part_of(name) not in taken] + names
-    parts = {path: [part for part in source if source[part] == path] for path in source.values()}
-    note = "; ".join(f"{' and '.join(parts)} from {path}" for path, parts in parts.items())
-    if anew:
-        note += f"; absent or of another number of classes, start anew: {', '.join(anew)}"
-    started = source.keys() - {part_of(name) for name in anew}
-    for part in set(args.freeze) - started:
-        raise ValueError(f"--freeze {part} would keep random weights; start it with --init")
-    idle = [*args.freeze, "decoder"] if args.setting == "pretrain" else args.freeze
+        for part in taken:
+            origin[part] = path
+        reinitialized = [name for name in reinitialized if part_of(name) not in taken] + names
+    check_frozen(args, origin, reinitialized)
+    idle = list(args.freeze)
+    if args.setting == "pretrain":
+        idle.append("decoder")
     for name, parameter in model.named_parameters():
         if part_of(name) in idle:
             parameter.requires_grad_(False)
-    return model, note or "random weights"
+    return model, init_note(origin, reinitialized)
 
 
-def build_task(args, strides, train_set):
-    """(the task or None, the arguments to build it again); visual tokens are fitted on images."""
+def check_frozen(args, origin, reinitialized):
+    """Raise ValueError if a part would stay at random weights."""
+    random_parts = set(PARTS) - origin.keys()
+    random_parts.update(part_of(name) for name in reinitialized)
+    for part in args.freeze:
+        if part in random_parts:
+            message = f"--freeze {part} would freeze randomly initialized weights"
+            raise ValueError(f"{message}; load weights for it with --init")
+
+
+def init_note(origin, reinitialized):
+    """Return where the initial weights come from, in words."""
+    if not origin:
+        return "random weights"
+    parts_from = {}
+    for part, path in origin.items():
+        parts_from.setdefault(path, []).append(part)
+    note = "; ".join(f"{' and '.join(parts)} from {path}" for path, parts in parts_from.items())
+    if reinitialized:
+        note += "; re-initialized (missing, or different number of classes): "
+        note += ", ".join(reinitialized)
+    return note
+
+
+def build_task(args, strides):
+    """Return (the task or None, the arguments of ssl_tasks.build_task to build it again)."""
     if args.setting == "detect":
         return None, None
-    config = {"name": args.ssl_task, "dim": args.hidden_dim, "strides": list(strides)}
-    config.update(patch=args.ssl_patch or max(strides), image_size=args.image_size)
-    config.update(ratio=args.ssl_ratio, on=args.ssl_on, loss_patches=args.ssl_loss_on)
-    config["hidden_layer"] = args.setting == "multitask"
+    config = {
+        "name": args.ssl_task,
+        "dim": args.hidden_dim,
+        "strides": list(strides),
+        "patch": args.ssl_patch or max(strides),
+        "image_size": args.image_size,
+        "ratio": args.ssl_ratio,
+        "on": args.ssl_on,
+        "loss_patches": args.ssl_loss_patches,
+        "hidden_layer": args.setting == "multitask",  # as in the authors' code
+    }
     if ssl_tasks.TASKS[args.ssl_task] is ssl_tasks.MaskedTokens:
-        config.update(vocab_size=args.vocabulary, tokenizer_weights=args.tokenizer_weights)
-    task = ssl_tasks.build_task(**config)
-    if hasattr(task, "tokenizer") and train_set:
-        order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(args.seed))
-        sample = isaid.data_loader(
-            train_set, args.workers, batch_size=8, sampler=order[:256].tolist()
-        )
-        sample = (
-            (x, ssl_tasks.patches_inside_image(padding, task.patch)) for x, padding, _ in sample
-        )
-        task.tokenizer.fit(sample, args.seed)
-    if train_set:
-        images, padding, _ = isaid.collate([train_set[i] for i in range(min(4, len(train_set)))])
-        task.check(images, padding)
-    return task.to(args.device), config
+        config["vocab_size"] = args.vocab_size
+        config["tokenizer_weights"] = args.tokenizer_weights
+    return ssl_tasks.build_task(**config), config
 
 
-def build_run(args):
-    """(the run, training images, held-out images, notes), before the first step; ValueError."""
+def prepare_task(task, train_set, args):
+    """Fit the visual tokens of a new task on training images, and try it on a first batch."""
+    if hasattr(task, "tokenizer"):
+        generator = torch.Generator().manual_seed(args.seed)
+        order = torch.randperm(len(train_set), generator=generator)
+        sample = order[:256].tolist()
+        loader = isaid.data_loader(train_set, args.workers, batch_size=8, sampler=sample)
+        task.tokenizer.fit(images_and_patches(loader, task.patch), args.seed)
+    images, padding, _ = isaid.collate([train_set[i] for i in range(min(4, len(train_set)))])
+    task.check(images, padding)
+
+
+def images_and_patches(loader, patch):
+    """Yield the images of each batch and which of their patches lie inside them."""
+    for images, padding, _ in loader:
+        yield images, ssl_tasks.patches_inside_image(padding, patch)
+
+
+def build_run(args, train_set):
+    """Return the run before its first step, or as it was saved. Raises ValueError."""
     torch.manual_seed(args.seed)
-    train_set, val_set = isaid.load_train_and_val(args)
-    steps = len(isaid.epoch_batch_indices(train_set, args, 0)) // args.accumulate
-    if not steps:
-        images = f"{len(train_set)} training images do not fill a step"
-        raise ValueError(f"{images}; lower --batch_size or --accumulate, or start fewer processes")
+    steps = len(isaid.epoch_batch_indices(train_set, args, 0)) // args.grad_accum_steps
+    if steps == 0:
+        raise ValueError(
+            f"{len(train_set)} training images are fewer than one optimizer step needs "
+            "(batch size x accumulation x processes); lower --batch_size or --grad_accum_steps, "
+            "or use fewer processes"
+        )
     state = checkpoint.load_resume_state(args) if args.resume else None
-    detector = detector_config(args, max(1, len(train_set.categories)))
-    model, start = build_model(detector, args)
-    attention = deformable_attn.set_attention_backend(model, args.device, args.attn)
-    model.to(args.device, memory_format=torch.channels_last)  # convolutions are faster so
-    task, task_config = build_task(args, model.strides, None if state else train_set)
-    content = {"args": vars(args), "detector": detector, "task": task_config}
-    content.update(categories=train_set.categories, window=dataset_check.median_side(train_set))
+    config = detector_config(args, max(1, len(train_set.categories)))
+    model, init = build_model(config, args)
+    attention = deformable_attn.set_attention_backend(model, args.device, args.attn_backend)
+    model.to(args.device, memory_format=torch.channels_last)  # makes convolutions faster
+    task, task_config = build_task(args, model.strides)
+    if task and state is None:
+        prepare_task(task, train_set, args)
+    if task:
+        task.to(args.device)
     optimizer = build_optimizer(model, task, args)
-    schedule = build_schedule(optimizer, args, steps)
-    run = checkpoint.Run(model, task, optimizer, schedule, content, steps)
+    run = checkpoint.Run(
+        model=model,
+        task=task,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, args, steps),
+        metadata={
+            "args": vars(args),
+            "detector": config,
+            "task": task_config,
+            "categories": train_set.categories,
+            "window": dataset_check.median_side(train_set),
+        },
+        steps_per_epoch=steps,
+        images_per_step=images_per_step(args, train_set),
+    )
     torch.manual_seed(args.seed + distributed.rank())  # dropout differs between processes
     if state:
         checkpoint.resume(run, state, args.device)
-        start = f"resumed in epoch {run.epoch} after {run.step} of {steps} steps"
+        init = f"resumed in epoch {run.epoch} after {run.step} of {steps} steps"
+    run.notes = {"init": init, "attention": attention}
     if args.compile:
-        for name in ("features", "encode", "decode"):
-            setattr(model, name, torch.compile(getattr(model, name)))
-    return run, train_set, val_set, {"start": start, "attention": attention}
+        model.features = torch.compile(model.features)
+        model.encode = torch.compile(model.encode)
+        model.decode = torch.compile(model.decode)
+    return run
 
 
-def print_summary(args, run, train_set, val_set, notes):
-    """What a user should know before the first step."""
+def images_per_step(args, train_set):
+    """Return the number of images of an optimizer step, in all processes."""
+    batch_size = isaid.batch_size(train_set, args)
+    return batch_size * args.grad_accum_steps * distributed.world_size()
+
+
+def print_summary(args, run, train_set, val_set, ignored):
+    """Print what a user should know before the first step."""
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
-    batch = isaid.batch_size(train_set, args) * args.accumulate * distributed.world_size()
+    images = run.steps_per_epoch * args.epochs * run.images_per_step
     device = checkpoint.device_name(args.device)
-    slow = args.model == "detr" and args.setting != "pretrain" and notes["start"][:6] == "random"
-    lines = {
-        "run": f"{args.out}, seed {args.seed}, revision {checkpoint.revision()}, on {device}",
-        "model": f"{args.model}, {args.backbone}, {trained:.1f} M parameters are trained",
-        **notes,
-        "batch": f"{batch} images a step, {run.steps_per_epoch} steps an epoch, {args.epochs} epochs: "
-        f"{run.steps_per_epoch * args.epochs * batch:,} images in all (DETR in the paper: 1,400,000)",
-        "precision": args.amp == "bf16" and "bf16 in the CNN and the encoder, fp32 behind them",
-        "task": run.task and f"{args.ssl_task}, patches of {run.task.patch} pixels",
-        "expect": slow and args.image_size != 64 and "no object for many epochs; see --init",
-        "train": dataset_check.summary(train_set, args.num_queries, args.image_size),
-        "val": dataset_check.summary(val_set, args.num_queries, args.image_size),
-        "classes": ", ".join(f"{c['id']} {c['name']} ({n:,})"
-                             for c, n in zip(train_set.categories, dataset_check.class_counts(train_set))),
-    }  # fmt: skip
-    for name, text in lines.items():
+
+    def show(title, text):
+        print(f"{title:11} {text}")
+
+    show("run", f"{run.out}, seed {args.seed}, revision {checkpoint.revision()}, on {device}")
+    show("model", f"{args.model}, {args.backbone}, {trained:.1f} M trainable parameters")
+    for title, text in run.notes.items():
         if text:
-            print(f"{name:11} {text}")
+            show(title, text)
+    show(
+        "batch",
+        f"{run.images_per_step} images per step, {run.steps_per_epoch} steps per epoch, "
+        f"{args.epochs} epochs: {images:,} images in total",
+    )
+    if args.amp == "bf16":
+        show("precision", "bf16 in the CNN and encoder, fp32 in the decoder, tasks and losses")
+    if run.task:
+        show("task", f"{args.ssl_task}, patches of {run.task.patch} pixels")
+    if ignored:
+        show("ignored", ", ".join(f"--{name}" for name in ignored))
+    is_slow = args.model == "detr" and run.notes["init"] == "random weights"
+    if is_slow and args.setting != "pretrain" and args.image_size != 64:
+        show("expect", "DETR from scratch detects nothing for many epochs; consider --init")
+    show("train", dataset_check.summary(train_set, args.num_queries, args.image_size))
+    show("val", dataset_check.summary(val_set, args.num_queries, args.image_size))
+    classes = []
+    for category, count in zip(train_set.categories, dataset_check.class_counts(train_set)):
+        classes.append(f"{category['id']} {category['name']} ({count:,})")
+    if classes:
+        show("classes", ", ".join(classes))
 
 
-@command
+@cli.cli_main
 def main(argv=None):
     args, ignored = parse(argv)
-    args.device = distributed.init(args.device)
-    run, train_set, val_set, notes = distributed.run_on_all_ranks(build_run, args)
-    args.out = distributed.run_on_rank0(checkpoint.make_run_folder, args)
-    notes["not used"] = ", ".join(f"--{name}" for name in ignored)
-    print_summary(args, run, train_set, val_set, notes)
-    with checkpoint.remove_if_unused(args.out):
+    distributed.init(args.device)
+    train_set, val_set = distributed.run_on_all_ranks(isaid.load_train_and_val, args)
+    run = distributed.run_on_all_ranks(build_run, args, train_set)
+    run.out = Path(distributed.run_on_rank0(checkpoint.make_run_folder, args))
+    print_summary(args, run, train_set, val_set, ignored)
+    with checkpoint.remove_if_unused(run.out):
         metrics = train(run, train_set, val_set, args)
     if metrics and "per_class" in metrics:
         print(f"\n{metrics_table(metrics)}")
-    print(f"\nlook at the pictures; evaluate: python eval.py {shlex.quote(args.out)}")
+    print(f"\nFigures are in {run.out}. Evaluate with: python eval.py {shlex.quote(str(run.out))}")
 
 
 if __name__ == "__main__":

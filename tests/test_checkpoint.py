@@ -20,6 +20,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+import isaid
 import train
 from util import checkpoint
 
@@ -89,7 +90,7 @@ def equal(a, b, path=""):
         a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
-        times = {"seconds", "waited", "eval_seconds", "images_per_second", "data_wait"}
+        times = {"seconds", "data_seconds", "eval_seconds", "images_per_second", "data_wait"}
         for name in a.keys() - times - {"out", "resume", "workers"}:
             equal(a[name], b[name], f"{path}/{name}")
     else:
@@ -111,15 +112,16 @@ FLAGS = [*TINY, *"--limit_train 16 --epochs 2 --dropout 0.1 --augment aerial".sp
 KINDS = {
     "detect": (1, "--workers 2", [
         ("os.fsync", 1, [SIGKILL], -9, "random weights"),  # within its first last.pt
-        ("util.distributed.average_gradients", 2, [SIGTERM], 143, "resumed in epoch 1 after 2 of 4")]),
-    "pretrain": (1, "--setting pretrain --ssl_task mim-discrete --vocabulary 4 --model detr", [
+        ("torch.nn.utils.clip_grad_norm_", 2, [SIGTERM], 143, "resumed in epoch 1 after 2 of 4")]),
+    "pretrain": (1, "--setting pretrain --ssl_task mim-discrete --vocab_size 4 --model detr", [
         # between epochs, saved but not yet in the log; then within last.pt of the second epoch
         ("util.checkpoint.write_log", 1, [SIGKILL], -9, "resumed in epoch 1 after 4 of 4"),
         ("os.fsync", 3, [SIGKILL], -9, "resumed in epoch 1 after 4 of 4")]),
-    "multitask": (1, "--setting multitask --ssl_task jigsaw-discrete --accumulate 2 --workers 2", [
-        ("util.distributed.average_gradients", 3, [SIGINT], 130, "resumed in epoch 2 after 1 of 2")]),
+    "multitask": (1, "--setting multitask --ssl_task jigsaw-discrete --grad_accum_steps 2 "
+                     "--workers 2", [
+        ("torch.nn.utils.clip_grad_norm_", 3, [SIGINT], 130, "resumed in epoch 2 after 1 of 2")]),
     "two processes": (2, "--setting multitask --workers 1", [
-        ("util.distributed.average_gradients", 3, [SIGTERM], 143, "resumed in epoch 2 after 1 of 2")]),
+        ("torch.nn.utils.clip_grad_norm_", 3, [SIGTERM], 143, "resumed in epoch 2 after 1 of 2")]),
 }  # fmt: skip
 
 
@@ -139,18 +141,20 @@ def test_stopped_and_resumed_is_undisturbed(kind, undisturbed, tmp_path):
     command = ["train.py", *FLAGS, *flags.split(), "--out", out, "--resume"]
     for *strike, status, then in strikes:  # with nothing there yet --resume is the start
         said, _ = Command(tmp_path, *command, processes=processes, strike=strike).end(status)
-        stopped = f"{then.replace('resumed', 'stopped')} steps; to go on, the same command with"
-        for text in (f"start       {start}", f"{stopped} --out {out} --resume"):
+        stopped = (
+            f"{then.replace('resumed', 'stopped')} steps; to resume, run the same command with"
+        )
+        for text in (f"init        {start}", f"{stopped} --out {out} --resume"):
             assert text in said or status == -SIGKILL  # which leaves no time to say it
         start, config = then, (out / "config.json").read_bytes()
     said, _ = Command(tmp_path, *command, processes=processes).end()
-    assert f"start       {start}" in said and (out / "config.json").read_bytes() == config
+    assert f"init        {start}" in said and (out / "config.json").read_bytes() == config
     same_run(undisturbed(kind), out)
 
 
 @pytest.mark.parametrize("signals, status", [([SIGINT] * 2, 130), ([SIGTERM] * 2, -SIGTERM)])
 def test_a_second_signal_does_not_wait(signals, status, tmp_path):
-    strike, out = ("util.distributed.average_gradients", 1, signals), tmp_path / "run"
+    strike, out = ("torch.nn.utils.clip_grad_norm_", 1, signals), tmp_path / "run"
     said, _ = Command(tmp_path, "train.py", *FLAGS, "--out", out, strike=strike).end(status)
     assert "stopped" not in said and not (out / "last.pt").exists()
 
@@ -175,17 +179,22 @@ def test_going_on_with_a_complete_run(again, undisturbed, tmp_path):
     same_run(before, out)
     assert (out / "config.json").read_bytes() == (before / "config.json").read_bytes()
     last, whole = out / "last.pt", (out / "last.pt").read_bytes()
-    go_on(f"{last}: was made with --epochs 2, not 4; a run goes on", resume, "--epochs", "4")
-    go_on(f"--out {out} exists already; name a new folder, or go on with its run: --resume")
+    go_on(
+        f"{last}: cannot resume with different flags .--epochs was 2, now 4.",
+        resume,
+        "--epochs",
+        "4",
+    )
+    go_on(f"--out {out} already exists; choose a new folder, or continue that run with --resume")
     assert last.read_bytes() == whole
     damaged = whole[: 10**7] + bytes([whole[10**7] ^ 255]) + whole[10**7 + 1 :]
     for content in (damaged, whole[:5000], b"", b"text"):
         last.write_bytes(content)
         go_on(f"{last}: not a weights-only checkpoint, or the file is corrupted ", resume)
     torch.save({"model": {}, "args": train.parse([])[0]}, last)  # as the official ones
-    go_on(f"{last}: is not a checkpoint of train.py; start from it with --init", resume)
+    go_on(f"{last}: not a train.py checkpoint, cannot resume; .*--init", resume)
     last.unlink()
-    go_on(f"{last}: is gone, but its run has been going; name another folder", resume)
+    go_on(f"{last}: not found, but log.jsonl shows that this run has already started", resume)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
@@ -193,7 +202,7 @@ def test_where_nothing_can_be_written(again):
     out, go_on = again
     before = (out / "last.pt").read_bytes()
     (out / "last.tmp").symlink_to("/dev/full")
-    go_on(f"{out}/last.pt: cannot be written; is the disk full?", "--resume")
+    go_on(f"{out}/last.pt: cannot write checkpoint .*is the disk full?", "--resume")
     assert (out / "last.pt").read_bytes() == before and not os.path.lexists(out / "last.tmp")
 
 
@@ -202,25 +211,27 @@ def test_nothing_is_filled_in(kind, undisturbed, tmp_path):
     """A checkpoint that lacks something, or is of other data, is refused."""
     state = torch.load(undisturbed(kind) / "last.pt")
     flags = [*FLAGS, *KINDS[kind][1].split(), "--workers", "0", "--out", str(tmp_path)]
-    run, *_ = train.build_run(train.parse(flags)[0])
+    args, _ = train.parse(flags)
+    train_set, _ = isaid.load_train_and_val(args)
+    run = train.build_run(args, train_set)
     (own,) = state["processes"]
 
     def refused(message, without="", **changed):
         changed = {key: x for key, x in {**state, **changed}.items() if key != without}
-        with pytest.raises(ValueError, match=f"^last.pt: {message}"):
+        with pytest.raises(ValueError, match=f"^cannot resume from last.pt{message}"):
             checkpoint.resume(run, changed, "cpu")
 
-    refused("was made with 9 steps an epoch, not", steps_per_epoch=9)
-    refused("was made with 2 processes, not 1; a run goes on", processes=[own, own])
-    refused("was made with .*boat.* classes, not", categories=[{"id": 1, "name": "boat"}])
+    refused(": steps per epoch was 9, is now", steps_per_epoch=9)
+    refused(": number of processes was 2, is now 1; resume with", processes=[own, own])
+    refused(": classes was .*boat", categories=[{"id": 1, "name": "boat"}])
     for name in ("backbone.0.body.conv1.weight", "transformer.encoder.layers.0.norm1.bias"):
-        refused("cannot", model={k: x for k, x in state["model"].items() if k != name})
+        refused(" ", model={k: x for k, x in state["model"].items() if k != name})
     for name in own:
-        refused("cannot", processes=[{k: x for k, x in own.items() if k != name}])
-    refused("cannot", **({"task_state": {}} if run.task else {"model": {}}))
-    for name in {*checkpoint.PLAIN, "model", "optimizer", "schedule"} - {"steps_per_epoch"}:
-        refused(f"cannot be gone on from .'{name}'", without=name)
-    refused("cannot be gone on from .'log' is 'x'", log="x")
+        refused(" ", processes=[{k: x for k, x in own.items() if k != name}])
+    refused(" ", **({"task_state": {}} if run.task else {"model": {}}))
+    for name in {*checkpoint.PROGRESS, "model", "optimizer", "schedule"} - {"steps_per_epoch"}:
+        refused(f" .'{name}'", without=name)
+    refused(" .'log' is 'x'", log="x")
 
 
 def test_a_processor_is_named(tmp_path):

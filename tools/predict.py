@@ -181,7 +181,7 @@ def parse(argv):
 @command
 def main(argv=None):
     args = parse(argv)
-    args.device = distributed.init(args.device)
+    distributed.init(args.device)
     if distributed.rank():  # one process does it all
         return
     model, _, run = load_run(args.run, args.device)

@@ -1,12 +1,11 @@
-"""What a run keeps on disk: its folder, its checkpoints, its log; how it stops and goes on.
+"""Runs on disk: the run folder, its checkpoints and its log; stopping and resuming.
 
-last.pt holds all it takes to go on exactly; best.pt what others need of the run: weights,
-architecture, classes, flags. Both hold tensors and plain values only.
+last.pt holds the full training state for an exact resume. best.pt holds what inference needs:
+weights, architecture, class names and flags. Both hold tensors and plain values only.
 """
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -20,20 +19,13 @@ from pathlib import Path
 import torch
 import torchvision
 
-from util import coco, distributed
+from util import distributed
 from util.cli import one_line
 from util.files import check_writable, write_text
 from util.weights import load_checkpoint, part_of
 
-MAY_CHANGE_ON_RESUME = {
-    "resume",
-    "out",
-    "workers",
-    "device",
-    "data",
-    "tokenizer_weights",
-}  # files may move
-NEED_SAME = "a run goes on with the flags, data and number of processes it was started with"
+MAY_CHANGE_ON_RESUME = {"resume", "out", "workers", "device", "data", "tokenizer_weights"}
+RESUME_RULE = "resume with the original flags, data and number of processes"
 
 
 @dataclasses.dataclass
@@ -44,209 +36,268 @@ class Run:
     task: torch.nn.Module | None
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    metadata: dict  # for others: "args", "detector", "categories", "task", "window"
+    metadata: dict  # of the checkpoint: "args", "detector", "task", "categories", "window"
     steps_per_epoch: int
+    images_per_step: int  # in all processes
+    notes: dict = dataclasses.field(default_factory=dict)  # lines of the summary: {title: text}
+    out: Path | None = None  # the run folder
     epoch: int = 1
-    step: int = 0  # those of this epoch that are done
-    sums: dict = dataclasses.field(default_factory=dict)  # of losses over these steps
+    step: int = 0  # steps of this epoch that are done
+    loss_sums: dict = dataclasses.field(default_factory=dict)  # over these steps
     seconds: float = 0.0  # of these steps …
-    waited: float = 0.0  # … and how many of them for data
-    first_loss: float = 0.0  # of the first batch of all
-    best: float = -math.inf
-    log: list = dataclasses.field(default_factory=list)  # a dict an epoch
+    data_seconds: float = 0.0  # … and how many of them were spent waiting for data
+    first_loss: float = 0.0  # of the first batch of the run
+    best_score: float = -math.inf
+    log: list = dataclasses.field(default_factory=list)  # one dict per epoch
 
     def timed_batches(self, loader):
-        """The batches; counts the seconds of the epoch, and those in which it waits for data."""
+        """Yield the batches; count the seconds of the epoch and those spent waiting for data."""
         start = time.perf_counter()
         for batch in loader:
-            self.waited += time.perf_counter() - start
+            self.data_seconds += time.perf_counter() - start
             yield batch
-            self.seconds, start = self.seconds + time.perf_counter() - start, time.perf_counter()
+            now = time.perf_counter()
+            self.seconds += now - start
+            start = now
 
-    def add_losses(self, terms, share):
-        """Count the losses of a batch, which is a share of a step."""
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + share * value.detach()
+    def add_losses(self, losses, share):
+        """Add the losses of a batch, {name: scalar tensor}; the batch is this share of a step."""
+        for name, value in losses.items():
+            self.loss_sums[name] = self.loss_sums.get(name, 0) + share * value.detach()
 
-    def log_line(self, batch):
-        """The log's line of this epoch; losses are means over batches and processes."""
-        losses = {
-            f"train_{name}": distributed.mean_over_ranks(x) / self.steps_per_epoch
-            for name, x in self.sums.items()
-        }
+    def log_line(self):
+        """Return the log's line of this epoch; losses are means over steps and processes."""
+        line = {"epoch": self.epoch}
+        for name, total in self.loss_sums.items():
+            line[f"train_{name}"] = distributed.mean_over_ranks(total) / self.steps_per_epoch
         seconds = max(self.seconds, 1e-9)
-        times = {"seconds": round(self.seconds, 2), "data_wait": round(self.waited / seconds, 4)}
-        rate = round(self.steps_per_epoch * batch * distributed.world_size() / seconds, 2)
-        return {"epoch": self.epoch, **losses, **times, "images_per_second": rate}
+        line["seconds"] = round(self.seconds, 2)
+        line["data_wait"] = round(self.data_seconds / seconds, 4)
+        images = self.steps_per_epoch * self.images_per_step
+        line["images_per_second"] = round(images / seconds, 2)
+        return line
 
     def next_epoch(self):
         self.epoch += 1
-        self.step, self.sums, self.seconds, self.waited = 0, {}, 0.0, 0.0
+        self.step = 0
+        self.loss_sums = {}
+        self.seconds = 0.0
+        self.data_seconds = 0.0
 
 
-PLAIN = "steps_per_epoch", "epoch", "step", "seconds", "waited", "first_loss", "best", "log"
+# The fields of a run that are saved as they are.
+PROGRESS = (
+    "steps_per_epoch",
+    "epoch",
+    "step",
+    "seconds",
+    "data_seconds",
+    "first_loss",
+    "best_score",
+    "log",
+)
 
 
+# ---------------------------------------------------------------- saving
 def inference_state(run):
-    """What others need of a run; the decoder of a pretraining is left out."""
-    weights, task = run.model.state_dict(), run.task and run.task.state_dict()
+    """Return the content of best.pt. The decoder of a pretraining is left out: it is untrained."""
+    weights = run.model.state_dict()
     if run.metadata["args"]["setting"] == "pretrain":
-        weights = {k: x for k, x in weights.items() if part_of(k) != "decoder"}
-    return {**run.metadata, "model": weights, "task_state": task, "epoch": run.epoch}
+        weights = {name: x for name, x in weights.items() if part_of(name) != "decoder"}
+    task_state = run.task.state_dict() if run.task else None
+    return {**run.metadata, "model": weights, "task_state": task_state, "epoch": run.epoch}
 
 
 def save_resume_state(path, run):
-    """Write what it takes to go on; every process calls this, the first one writes."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    sums = {name: value.cpu() for name, value in run.sums.items()}
-    processes = distributed.all_gather({"cpu": torch.get_rng_state(), "cuda": cuda, "sums": sums})
+    """Write last.pt. Every process calls this, since each has random numbers of its own."""
+    cuda_rng_state = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    loss_sums = {name: total.cpu() for name, total in run.loss_sums.items()}
+    own = {"cpu": torch.get_rng_state(), "cuda": cuda_rng_state, "loss_sums": loss_sums}
+    processes = distributed.all_gather(own)
     if distributed.rank() == 0:
-        training = {name: getattr(run, name).state_dict() for name in ("optimizer", "schedule")}
-        plain = {name: getattr(run, name) for name in PLAIN}
-        save(path, {**inference_state(run), **training, **plain, "processes": processes})
+        state = inference_state(run)
+        state["optimizer"] = run.optimizer.state_dict()
+        state["schedule"] = run.schedule.state_dict()
+        state["processes"] = processes
+        for name in PROGRESS:
+            state[name] = getattr(run, name)
+        save(path, state)
 
 
-def save(path, content):
+def save(path, state):
     """Write a checkpoint whole or not at all. Raises OSError."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch raises the latter for a full disk
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError if the disk is full
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written; is the disk full? ({error})") from None
+        message = f"{path}: cannot write checkpoint ({error}); is the disk full?"
+        raise OSError(message) from None
 
 
-def load_resume_state(args):
-    """The checkpoint to go on from, or None yet. ValueError if it was made with other flags."""
-    path = Path(args.out, "last.pt")
-    if not path.exists():
-        if path.with_name("log.jsonl").exists():
-            raise ValueError(f"{path}: is gone, but its run has been going; name another folder")
-        return None
-    state, now = load_checkpoint(path), vars(args)
-    before = state.get("args")
-    if not isinstance(before, dict):
-        raise ValueError(f"{path}: is not a checkpoint of train.py; start from it with --init")
-    differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-    changes = [
-        f"--{k} {before.get(k)}, not {now.get(k)}" for k in differ if k not in MAY_CHANGE_ON_RESUME
-    ]
-    if changes:
-        raise ValueError(f"{path}: was made with {', '.join(changes)}; {NEED_SAME}")
-    return state
+def write_log(path, log):
+    """Write log.jsonl, all of it each time, so that no epoch is doubled or lost on resuming."""
+    write_text(path, "".join(json.dumps(line) + "\n" for line in log))
 
 
-# the flags of a run that others read
-KINDS = {"setting": str, "augment": str, "seed": int, "batch_size": int, "data": str | None}
-KINDS |= dict.fromkeys(("image_size", "overfit", "limit_train", "limit_val"), int | None)
-
-
-def faults(state):
-    """What a checkpoint says of its run that cannot be, one message after the other."""
+# ---------------------------------------------------------------- loading
+def require_train_checkpoint(state, path):
+    """Raise ValueError unless `state` is a checkpoint of train.py."""
     for name in ("args", "detector", "categories", "window", "model", "task"):
-        if name not in state or name in ("args", "detector") and not isinstance(state[name], dict):
-            yield f"is not a checkpoint of train.py, which has {name!r}"
-            return
-    for name, kind in KINDS.items():
-        value, least = state["args"].get(name), 0 if name == "seed" else 1
-        there = name in state["args"] and isinstance(value, kind)
-        if not there or isinstance(value, int) and value < least:
-            yield f"its 'args' have no usable {name!r}, but {value!r:.60}"
-    classes = {"images": [], "annotations": [], "categories": state["categories"]}
-    yield from coco.validation_errors(classes, require_annotations=False)
-    if max(1, len(state["categories"])) != state["detector"].get("num_classes"):
-        yield "'categories' are more or fewer than its detector has classes"
-    window = state["window"]
-    if state["args"]["setting"] != "pretrain" and not (isinstance(window, int) and window > 0):
-        yield f"'window' is {window!r:.60}, not the side of its images in pixels"
+        if name not in state:
+            message = f"{path}: not a train.py checkpoint: missing key {name!r}"
+            raise ValueError(f"{message}; use its weights with train.py --init {path}")
 
 
 def load(model, task, state):
-    """The weights of a checkpoint into model and task; a pretraining alone lacks the decoder's."""
-    pretrain, own = state["args"]["setting"] == "pretrain", model.state_dict()
-    left = {k: x for k, x in own.items() if pretrain and part_of(k) == "decoder"}
-    model.load_state_dict({**left, **state["model"]})
+    """Load the weights of a checkpoint into model and task; only a pretraining lacks the decoder's.
+
+    Raises RuntimeError if they do not fit.
+    """
+    weights = dict(state["model"])
+    if state["args"]["setting"] == "pretrain":
+        for name, tensor in model.state_dict().items():
+            if part_of(name) == "decoder":
+                weights[name] = tensor
+    model.load_state_dict(weights)
     if task:
         task.load_state_dict(state["task_state"])
 
 
+def load_resume_state(args):
+    """Return the content of last.pt in args.out, or None if there is none yet.
+
+    Raises ValueError if the run was started with other flags.
+    """
+    path = Path(args.out, "last.pt")
+    if not path.exists():
+        if path.with_name("log.jsonl").exists():
+            message = "not found, but log.jsonl shows that this run has already started"
+            raise ValueError(f"{path}: {message}; choose a different --out")
+        return None
+    state = load_checkpoint(path)
+    before = state.get("args")
+    if not isinstance(before, dict):
+        message = "not a train.py checkpoint, cannot resume"
+        raise ValueError(f"{path}: {message}; to use its weights, pass it to --init")
+    now = vars(args)
+    changes = []
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name) and name not in MAY_CHANGE_ON_RESUME:
+            changes.append(f"--{name} was {before.get(name)}, now {now.get(name)}")
+    if changes:
+        message = f"cannot resume with different flags ({', '.join(changes)})"
+        raise ValueError(f"{path}: {message}; {RESUME_RULE}")
+    return state
+
+
 def resume(run, state, device):
-    """Put a run where the checkpoint was saved, random numbers too. Raises ValueError."""
+    """Put a run where its last.pt was saved, including random numbers. Raises ValueError."""
     processes = state.get("processes", ())
     for name, before, now in (
-        ("steps an epoch", state.get("steps_per_epoch"), run.steps_per_epoch),
-        ("processes", len(processes), distributed.world_size()),
+        ("steps per epoch", state.get("steps_per_epoch"), run.steps_per_epoch),
+        ("number of processes", len(processes), distributed.world_size()),
         ("classes", state.get("categories"), run.metadata["categories"]),
     ):
         if before != now:
-            raise ValueError(f"last.pt: was made with {before} {name}, not {now}; {NEED_SAME}")
+            message = f"cannot resume from last.pt: {name} was {before}, is now {now}"
+            raise ValueError(f"{message}; {RESUME_RULE}")
     try:
         load(run.model, run.task, state)
         run.optimizer.load_state_dict(state["optimizer"])
         run.schedule.load_state_dict(state["schedule"])
-        for name in PLAIN:
-            if type(state[name]) is not type(getattr(run, name)):
+        for name in PROGRESS:
+            if not isinstance(state[name], type(getattr(run, name))):
                 raise TypeError(f"{name!r} is {state[name]!r:.60}")
             setattr(run, name, state[name])
         own = processes[distributed.rank()]
-        run.sums = {name: value.to(device) for name, value in own["sums"].items()}
+        run.loss_sums = {name: total.to(device) for name, total in own["loss_sums"].items()}
         torch.set_rng_state(own["cpu"])
         if own["cuda"] is not None:
             torch.cuda.set_rng_state(own["cuda"])
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-        why = one_line(error)
-        raise ValueError(f"last.pt: cannot be gone on from ({why}); use --init") from None
+        message = f"cannot resume from last.pt ({one_line(error)})"
+        raise ValueError(f"{message}; to reuse only its weights, pass it to --init") from None
 
 
+# ---------------------------------------------------------------- stopping
 class GracefulStop:
-    """Within this context the first SIGINT or SIGTERM is noted only; a second one interrupts."""
+    """Within this context the first SIGINT or SIGTERM is only noted; a second one interrupts.
+
+    received: the number of the signal, 0 for none.
+    """
 
     def __enter__(self):
         self.received = 0
-        self.before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self.note)
         return self
 
-    def _note(self, number, frame):
+    def note(self, number, frame):
         self.received = number
-        self.__exit__()
+        self.restore()
+
+    def restore(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        self.restore()
 
 
 # ---------------------------------------------------------------- the run folder
 def make_run_folder(args):
-    """A new folder for the run with its config.json, or the one to go on with. ValueError."""
-    if args.out is None:
-        kind = args.setting if args.setting == "detect" else f"{args.setting}-{args.ssl_task}"
-        names = (Path(f"runs/{args.model}-{kind}-{n}") for n in itertools.count(1))
-        args.out = next(str(name) for name in names if not name.exists())
-    out = Path(args.out)
+    """Make the run folder and its config.json, or accept that of the run to resume.
+
+    Returns its path as text. Raises ValueError if it exists or cannot be written.
+    """
+    out = Path(args.out) if args.out else unused_run_folder(args)
     try:
         out.mkdir(parents=True, exist_ok=args.resume)
         if not (out / "last.pt").exists():  # a run may end before its first checkpoint
-            versions = {"python": platform.python_version(), "torch": torch.__version__}
-            versions |= {"torchvision": torchvision.__version__, "device": device_name(args.device)}
-            config = {"args": vars(args), "versions": versions, "revision": revision()}
-            write_text(out / "config.json", json.dumps(config, indent=1))
+            write_text(out / "config.json", json.dumps(run_config(args), indent=1))
     except FileExistsError:
-        advice = ", or go on with its run: --resume" if out.is_dir() else ""
-        raise ValueError(f"--out {out} exists already; name a new folder{advice}") from None
+        remedy = "choose a new folder"
+        if out.is_dir():
+            remedy += ", or continue that run with --resume"
+        raise ValueError(f"--out {out} already exists; {remedy}") from None
     except OSError as error:
-        why = f"cannot be made ({error.strerror}); name another folder"
-        raise ValueError(f"--out {out} {why}") from None
+        message = f"cannot create --out {out} ({error.strerror})"
+        raise ValueError(f"{message}; choose a different folder") from None
     check_writable(out / ".tried")
     return str(out)
 
 
+def unused_run_folder(args):
+    """Return the first of runs/MODEL-SETTING-1, -2, … that does not exist."""
+    kind = f"{args.model}-{args.setting}"
+    if args.setting != "detect":
+        kind += f"-{args.ssl_task}"
+    number = 1
+    while Path(f"runs/{kind}-{number}").exists():
+        number += 1
+    return Path(f"runs/{kind}-{number}")
+
+
+def run_config(args):
+    """Return the content of config.json."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": device_name(args.device),
+    }
+    return {"args": vars(args), "versions": versions, "revision": revision()}
+
+
 @contextlib.contextmanager
 def remove_if_unused(out):
-    """Remove the folder of a run that ends before its first checkpoint: its name is free then."""
+    """Remove the folder of a run that ends before its first checkpoint, so its name is free."""
     try:
         yield
     finally:
@@ -256,27 +307,26 @@ def remove_if_unused(out):
 
 
 def revision():
-    """The commit of this code, and whether it was changed since."""
+    """Return the commit of this code and whether it has been changed since."""
     command = ["git", "describe", "--always", "--exclude=*", "--dirty= with changes"]
-    where = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parent
     try:
-        done = subprocess.run(command, cwd=where, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
 
 
 def device_name(device):
-    """What a run computes on; another kind rounds otherwise, so that a seed gives another run.
-    Of a processor (on Linux) its name and its instructions for bf16."""
+    """Return the name of the GPU or of the processor (on Linux) with its bf16 instructions.
+
+    Another kind rounds differently, so the same seed gives a different run there.
+    """
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
-    names = re.findall(r"model name\s*: (.*)", text)[:1] or [platform.machine()]
-    return ", ".join([device, *names, *sorted({*re.findall(r"\w+_bf16", text)})])
-
-
-def write_log(path, log):
-    """log.jsonl, anew each time, so that no epoch is doubled or missing after an interruption."""
-    write_text(path, "".join(json.dumps(line) + "\n" for line in log))
+    name = re.search(r"model name\s*: (.*)", text)
+    parts = [device, name[1] if name else platform.machine()]
+    parts += sorted(set(re.findall(r"\w+_bf16", text)))
+    return ", ".join(parts)
