@@ -67,7 +67,7 @@ def measure(flags, repeats):
         optimizer.zero_grad()
 
     found = {"step": seconds(step, args.device, repeats), "memory": peak(args.device)}
-    levels = [level._replace(features=level.features.detach().requires_grad_())
+    levels = [level.with_features(level.features.detach().requires_grad_())
               for level in model.features(images, padding)]  # fmt: skip
 
     def encode():
