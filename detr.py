@@ -275,8 +275,8 @@ class Detector(nn.Module):
         max_dets: detections per image with sigmoid scores, where any pair of a query and a class
                   may be one; with a softmax each query is one detection
         Returns for each image a dict of scores (n,), labels (n,), boxes (n, 4), which are xyxy in
-        pixels, and queries (n,), the number of the query behind each detection. Sigmoid scores are
-        sorted, best first.
+        pixels, and queries (n,), the index of each detection's query. Sigmoid scores are sorted,
+        best first.
         """
         logits = outputs["logits"][-1].float()  # (B, Q, K), or (B, Q, K + 1) with a softmax
         boxes = outputs["boxes"][-1].float()  # (B, Q, 4)
@@ -486,7 +486,8 @@ class DeformableDETR(Detector):
     """Deformable DETR: several levels; sigmoid scores of K classes.
 
     Takes these arguments in addition to those of both detectors:
-    num_feature_levels: L: 1: stride 32 (16 with dilation); 2: 16, 32; 3: 8, 16, 32; 4: 8 to 64 …
+    num_feature_levels: L; one level has stride 32 (16 with dilation), two have strides 16 and 32,
+                        three 8 to 32, four 8 to 64, …
     enc_n_points, dec_n_points: sampling points per head and level
     with_box_refine:    each layer has its own heads and corrects the boxes of the layer before it
                         (section A.4)
@@ -701,7 +702,7 @@ def make_input_proj(channels, dim, kernel, stride):
     conv = nn.Conv2d(channels, dim, kernel, stride, padding=kernel // 2)
     nn.init.xavier_uniform_(conv.weight)
     nn.init.zeros_(conv.bias)
-    groups = min(32, dim // 2)  # 32 officially; at least two channels each: a map may have one cell
+    groups = min(32, dim // 2)  # officially 32; at least two channels each: a map may be one cell
     return nn.Sequential(conv, nn.GroupNorm(groups, dim))
 
 
