@@ -1,20 +1,19 @@
-"""Evaluation: COCO metrics in total and per class, result files.
+"""Evaluate a trained detector or self-supervised task: COCO metrics, result files, figures.
 
     python eval.py RUN [--data DIR] [--split val] [--limit_val N] [--out DIR] [--export FILE]
 
-RUN is a run folder of train.py (its best.pt, else last.pt) or a checkpoint file. On the run's own
-held-out images metrics.json is written into the run folder; of others only where --out says.
-For images of any size see tools/predict.py.
+RUN is a run folder of train.py (its best.pt, else its last.pt) or a checkpoint file. Metrics on the
+run's own held-out images are written to metrics.json in the run folder; metrics on other images
+only to the folder given by --out. For images of any size see tools/predict.py.
 """
 
 import argparse
 import collections
 import contextlib
+import dataclasses
 import importlib.util
 import io
-import itertools
 import json
-import math
 import shlex
 import time
 from pathlib import Path
@@ -28,179 +27,310 @@ import deformable_attn
 import detr
 import isaid
 import ssl_tasks
-from util import checkpoint, coco, distributed, plots
-from util.cli import Parser, command, number, usable_device
+from util import checkpoint, cli, coco, distributed, plots
 from util.files import DataError, check_writable, write_text
 from util.images import unnormalize
 from util.weights import load_checkpoint
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
-SSL = "ssl_loss", "ssl_acc", "ssl_baseline", "ssl_chance"
-LOGGED = *METRICS, "val_loss", *SSL, "collapsed", "eval_seconds"  # of an epoch
-MAX_BASELINE_VALUES = 2**24  # values that the task's targets have
-SIZE_RANGES = {
-    "coco": (0, 32, 96, 1e5),
-    "isaid": (10, 144, 512, 1e5),
-}  # sides: small, medium, large
+METRIC_TITLES = ("AP", "AP50", "AP75", "small", "medium", "large", "AR")
+SSL_METRICS = ("ssl_loss", "ssl_acc", "ssl_baseline", "ssl_chance")
+LOGGED = METRICS + ("val_loss",) + SSL_METRICS + ("collapsed", "eval_seconds")  # in log.jsonl
+
+# Square roots of areas in pixels: an object is small from the first to the second number, medium
+# to the third, large to the last. "isaid" are the ranges of iSAID's devkit.
+SIZE_RANGES = {"coco": (0, 32, 96, 1e5), "isaid": (10, 144, 512, 1e5)}
+MAX_BASELINE_VALUES = 2**24  # pixels or classes of the targets that the baseline is computed from
 
 
 # ---------------------------------------------------------------- detection
-def detect_dataset(model, data, batch_size, workers=0, device="cpu", top=100, losses=None):
-    """What the model finds in every image of a dataset, as COCO results with the dataset's ids;
-    in every process those of all. losses: see `detections`. Raises FloatingPointError if NaN."""
-    batches, results = eval_loader(data, batch_size, workers, "evaluating"), []
-    for target, found in detect(model, batches, device, top, data.name, losses):
-        results += coco_results(found, target["image_id"], data.categories)
-    return sum(distributed.all_gather(results), [])
+def eval_loader(data, batch_size, workers, text):
+    """Return the batches of a dataset in order, under a progress bar with this text.
+
+    Of several processes each gets a share of the images, and each image is in one of them.
+    """
+    own_images = range(distributed.rank(), len(data), distributed.world_size())
+    subset = torch.utils.data.Subset(data, own_images)
+    loader = isaid.data_loader(subset, workers, batch_size=batch_size)
+    disable = None if distributed.rank() == 0 else True  # None: shown unless piped to a file
+    return tqdm(loader, text, leave=False, disable=disable)
 
 
 @torch.no_grad()
-def detect(model, batches, device, top, name, losses=None):
-    """Pairs of an image's target and what the model's postprocess finds in it, on the CPU.
-    losses: a list that gets (images, the loss of training, weighted and summed) of each batch.
-    Raises FloatingPointError, with the name of the data, if what is found is NaN."""
+def detect(model, loader, device, max_dets=100, name="images"):
+    """Yield (target, detection) of every image.
+
+    loader:   batches (images, padding, targets), see isaid.collate
+    max_dets: largest number of detections per image
+    name:     of the images, for the error
+    A detection is what `postprocess` of the model returns for an image, on the CPU.
+    Raises FloatingPointError if the model's outputs contain NaN or Inf.
+    """
     model.eval()
-    for images, padding, targets in batches:
-        every = model(images.to(device), padding.to(device))
-        outputs = {key: every[key][-1:].cpu() for key in ("logits", "boxes")}
-        if not all(output.isfinite().all() for output in outputs.values()):
-            message = "what the model finds is NaN or infinite; its training diverged"
-            raise FloatingPointError(f"{name}: {message}, or its file is damaged")
-        if losses is not None:
-            weights, terms = model.criterion.weights, model.criterion(every, targets)
-            loss = sum(weights[term] * values.sum().item() for term, values in terms.items())
-            losses.append((len(targets), loss))
-        sizes = [target["size"] for target in targets]
-        yield from zip(targets, model.postprocess(outputs, sizes, top))
+    for images, padding, targets in loader:
+        outputs = model(images.to(device), padding.to(device))
+        yield from zip(targets, postprocess(model, outputs, targets, max_dets, name))
 
 
-def coco_results(found, image_id, categories, digits=3):
-    """What postprocess finds in an image, one by one as {"image_id", "category_id", "bbox": [x, y,
-    w, h] in pixels, "score"}."""
-    boxes = box_convert(torch.as_tensor(found["boxes"]), "xyxy", "xywh").tolist()
-    for label, score, box in zip(found["labels"].tolist(), found["scores"].tolist(), boxes):
-        result = {"image_id": image_id, "category_id": categories[label]["id"]}
-        yield {**result, "bbox": [round(v, digits) for v in box], "score": round(score, 6)}
+def postprocess(model, outputs, targets, max_dets, name):
+    """Return the detections of a batch from the last decoder layer, computed on the CPU."""
+    last_layer = {key: outputs[key][-1:].cpu() for key in ("logits", "boxes")}
+    for output in last_layer.values():
+        if not output.isfinite().all():
+            raise FloatingPointError(
+                f"{name}: model outputs contain NaN or Inf: training diverged, or the checkpoint "
+                f"is corrupted"
+            )
+    sizes = [target["size"] for target in targets]
+    return model.postprocess(last_layer, sizes, max_dets)
 
 
-def eval_loader(data, batch_size, workers, text):
-    """Batches of the images in order; every process takes its share, each image once."""
-    mine = range(distributed.rank(), len(data), distributed.world_size())
-    batches = isaid.data_loader(torch.utils.data.Subset(data, mine), workers, batch_size=batch_size)
-    return tqdm(batches, text, leave=False, disable=True if distributed.rank() else None)
+@torch.no_grad()
+def detect_dataset(model, data, args, max_dets=100):
+    """Run the detector on a dataset. Returns (COCO results of all images, mean loss or None).
+
+    The loss is that of training; it is None if the dataset has no annotations.
+    args: batch_size, workers, device. Of several processes each returns what all have found.
+    """
+    model.eval()
+    results = []
+    losses = []  # of batches
+    batch_sizes = []
+    for images, padding, targets in eval_loader(data, args.batch_size, args.workers, "evaluating"):
+        outputs = model(images.to(args.device), padding.to(args.device))
+        detections = postprocess(model, outputs, targets, max_dets, data.name)
+        for target, detection in zip(targets, detections):
+            results += coco_results(detection, target["image_id"], data.categories)
+        if data.annotations:
+            terms = model.criterion(outputs, targets)
+            weights = model.criterion.weights
+            losses.append(sum(weights[term] * loss.sum().item() for term, loss in terms.items()))
+            batch_sizes.append(len(targets))
+
+    results = gather_items(results)
+    losses = gather_items(losses)
+    if not losses:
+        return results, None
+    return results, float(np.average(losses, weights=gather_items(batch_sizes)))
+
+
+def gather_items(items):
+    """Return the items of the lists of all processes."""
+    gathered = []
+    for part in distributed.all_gather(items):
+        gathered += part
+    return gathered
+
+
+def coco_results(detection, image_id, categories, digits=3):
+    """Return the detections of an image as a list of COCO results.
+
+    detection:  {"boxes" (n, 4) xyxy in pixels, "labels" (n,), "scores" (n,)}
+    categories: COCO categories, in the order of the labels
+    digits:     decimals of the boxes
+    Each result is {"image_id", "category_id", "bbox": [x, y, w, h] in pixels, "score"}.
+    """
+    boxes = box_convert(torch.as_tensor(detection["boxes"]), "xyxy", "xywh").tolist()
+    labels = detection["labels"].tolist()
+    scores = detection["scores"].tolist()
+    results = []
+    for box, label, score in zip(boxes, labels, scores):
+        result = {
+            "image_id": image_id,
+            "category_id": categories[label]["id"],
+            "bbox": [round(value, digits) for value in box],
+            "score": round(score, 6),
+        }
+        results.append(result)
+    return results
 
 
 def predictions_collapsed(data, results):
-    """Whether the same is found in every image, as by a model that does not look."""
-    sides = {image["id"]: 2 * (image["width"], image["height"]) for image in data.images}
-    found = {i: [] for i in sides}
+    """Return True if the model predicts the same detections for every image."""
+    if len(data) < 2 or not results:
+        return False
+    sizes = {image["id"]: (image["width"], image["height"]) for image in data.images}
+    detections = {image_id: [] for image_id in sizes}
     for result in results:
-        i = result["image_id"]
-        box = (round(v / side, 2) for v, side in zip(result["bbox"], sides[i]))
-        found[i].append((result["category_id"], *box))
-    different = {tuple(sorted(boxes)) for boxes in found.values()}
-    return len(data) > 1 and bool(results) and len(different) == 1
+        W, H = sizes[result["image_id"]]
+        x, y, w, h = result["bbox"]
+        box = (round(x / W, 2), round(y / H, 2), round(w / W, 2), round(h / H, 2))
+        detections[result["image_id"]].append((result["category_id"], *box))
+    different = {tuple(sorted(boxes)) for boxes in detections.values()}
+    return len(different) == 1
 
 
-def coco_metrics(data, results, evaluator=None, max_dets=100, areas="coco"):
-    """Box metrics of COCO results on a dataset; None stands where there is no ground truth.
-    max_dets: detections an image that count. areas: of SIZE_RANGES, what small, medium and large mean.
+# ---------------------------------------------------------------- COCO metrics
+def coco_metrics(data, results, evaluator=None, max_dets=100, size_ranges="coco"):
+    """Compute the box metrics of COCO results; None stands where there is no ground truth.
+
+    evaluator:   "pycocotools" or "faster-coco-eval"; None: the latter if it is installed
+    max_dets:    detections per image that count
+    size_ranges: key of SIZE_RANGES, the meaning of small, medium and large
     Returns {each of METRICS, "per_class": [{"id", "name", "boxes", "ap", "ap50"}], "images",
-    "evaluator"}. Raises DataError if results and dataset do not belong together."""
-    for key, entries in (("image_id", data.images), ("category_id", data.categories)):
-        unknown = {result[key] for result in results} - {entry["id"] for entry in entries}
-        if unknown:
-            message = f"the results have {key} {min(unknown)}, which the dataset has not"
-            raise DataError(f"{data.name}: {message}; they were made from another one")
-    fast = importlib.util.find_spec("faster_coco_eval")
-    evaluator = evaluator or ("faster-coco-eval" if fast else "pycocotools")
-    found = run_evaluator(evaluator, data, results, max_dets, SIZE_RANGES[areas])
-    # of all objects, and of each size of them: (IoU thresholds, recalls, classes)
-    precision, *of_sizes = np.moveaxis(found["precision"][..., -1], -1, 0)
-    parts = precision, precision[0], precision[5], *of_sizes, found["recall"][:, :, 0, -1]
-    metrics = {name: _mean(part) for name, part in zip(METRICS, parts)}
-    metrics.update(per_class=[], images=len(data), evaluator=evaluator)
+    "evaluator"}.
+    Raises DataError if the results are not of this dataset.
+    """
+    check_ids(data.name, results, "image_id", data.images)
+    check_ids(data.name, results, "category_id", data.categories)
+    if evaluator is None:
+        installed = importlib.util.find_spec("faster_coco_eval") is not None
+        evaluator = "faster-coco-eval" if installed else "pycocotools"
+    sides = SIZE_RANGES[size_ranges]
+    evaluation = run_evaluator(evaluator, data, results, max_dets, sides)
+
+    # (IoU thresholds 0.5 … 0.95, recall thresholds, classes, sizes: all, small …, max_dets)
+    all_precisions = evaluation["precision"]
+    precision = all_precisions[:, :, :, 0, -1]
+    metrics = {
+        "ap": mean_of_valid(precision),
+        "ap50": mean_of_valid(precision[0]),
+        "ap75": mean_of_valid(precision[5]),
+        "ap_small": mean_of_valid(all_precisions[:, :, :, 1, -1]),
+        "ap_medium": mean_of_valid(all_precisions[:, :, :, 2, -1]),
+        "ap_large": mean_of_valid(all_precisions[:, :, :, 3, -1]),
+        "ar": mean_of_valid(evaluation["recall"][:, :, 0, -1]),
+        "per_class": [],
+        "images": len(data),
+        "evaluator": evaluator,
+    }
     boxes = collections.Counter(a["category_id"] for a in data.annotations if not a["iscrowd"])
     for k, category in enumerate(data.categories):
-        aps = {"ap": _mean(precision[..., k]), "ap50": _mean(precision[0, :, k])}
-        metrics["per_class"].append({**category, "boxes": boxes[category["id"]], **aps})
+        row = {
+            **category,
+            "boxes": boxes[category["id"]],
+            "ap": mean_of_valid(precision[:, :, k]),
+            "ap50": mean_of_valid(precision[0, :, k]),
+        }
+        metrics["per_class"].append(row)
     return metrics
 
 
+def check_ids(name, results, key, entries):
+    """Raise DataError if a result has an image or category id that no entry of the dataset has."""
+    unknown = {result[key] for result in results} - {entry["id"] for entry in entries}
+    if unknown:
+        raise DataError(
+            f"{name}: results contain {key} {min(unknown)}, which is not in the dataset; "
+            f"were they produced on a different dataset?"
+        )
+
+
 def run_evaluator(evaluator, data, results, max_dets, sides):
-    """{"precision", "recall"} by pycocotools' evaluation, or that of its faster twin."""
+    """Return {"precision", "recall"} of pycocotools' evaluation or of its faster replacement."""
     if evaluator == "faster-coco-eval":
         from faster_coco_eval import COCO
         from faster_coco_eval import COCOeval_faster as COCOeval
     else:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
-    true = [dict(a) for a in data.annotations]  # copies, which the evaluators mark
-    found = [{**r, "id": i, "area": math.prod(r["bbox"][2:])} for i, r in enumerate(results, 1)]
-    same, both = {"images": data.images, "categories": data.categories}, (COCO(), COCO())
-    with contextlib.redirect_stdout(io.StringIO()):  # both evaluators print what they do
-        for index, annotations in zip(both, (true, found)):
-            index.dataset = {**same, "annotations": annotations}
-            index.createIndex()
-        run = COCOeval(*both, "bbox")
+
+    ground_truth = [dict(annotation) for annotation in data.annotations]  # evaluators change them
+    detections = []
+    for i, result in enumerate(results, start=1):
+        _, _, w, h = result["bbox"]
+        detections.append({**result, "id": i, "area": w * h})
+    areas = [[0, 1e10]]
+    for smallest, largest in zip(sides[:-1], sides[1:]):
+        areas.append([smallest**2, largest**2])
+
+    with contextlib.redirect_stdout(io.StringIO()):  # both evaluators print their progress
+        run = COCOeval(
+            coco_index(COCO, data, ground_truth), coco_index(COCO, data, detections), "bbox"
+        )
         run.params.maxDets = [max_dets]
-        run.params.areaRng = [[0, 1e10], *([a**2, b**2] for a, b in itertools.pairwise(sides))]
+        run.params.areaRng = areas
         run.evaluate()
         run.accumulate()
     return run.eval
 
 
-def _mean(values):
-    """The mean of what there is; the evaluators write -1 where there is no ground truth."""
+def coco_index(COCO, data, annotations):
+    """Return an evaluator's index of annotations of the dataset's images."""
+    index = COCO()
+    index.dataset = {
+        "images": data.images,
+        "categories": data.categories,
+        "annotations": annotations,
+    }
+    index.createIndex()
+    return index
+
+
+def mean_of_valid(values):
+    """Return the mean of an array without its -1, which marks missing ground truth, or None."""
     values = values[values > -1]
-    return float(values.mean()) if values.size else None
+    if values.size == 0:
+        return None
+    return float(values.mean())
 
 
 # ---------------------------------------------------------------- self-supervised tasks
 @torch.no_grad()
-def ssl_metrics(model, task, data, batch_size, workers, device):
-    """How well a task is solved on every image of a dataset, each always corrupted in one way.
-    Returns {"ssl_loss": mean over all counted patches, "ssl_acc": share of them that is right,
-    None for pixels; "ssl_baseline", "ssl_chance": what is reached without looking, see task.guess,
-    by the first images, about MAX_BASELINE_VALUES values} and the panels of the first batch.
-    Raises DataError if no patch counts."""
+def ssl_metrics(model, task, data, args):
+    """Evaluate a self-supervised task on a dataset, each image with its own fixed corruption.
+
+    args: batch_size, workers, device
+    Returns (metrics, panels of the first batch for plots.draw_ssl); the metrics are
+        ssl_loss:     mean over all counted patches
+        ssl_acc:      share of them that is predicted correctly; None if the task predicts pixels
+        ssl_baseline: score of the best constant prediction, computed from the first images
+        ssl_chance:   accuracy of a random guess; None for pixels
+    Raises DataError if no patch is counted.
+    """
     model.eval()
-    sums, panels = torch.zeros(3, dtype=torch.float64), None  # errors, right ones, patches
-    taken = []
-    for images, padding, targets in eval_loader(data, batch_size, workers, "evaluating the task"):
-        corruption = task.sample_corruption(padding, [target["seed"] for target in targets]).to(
-            device
-        )
-        images, padding = images.to(device), padding.to(device)
+    loss_sum = 0.0
+    num_correct = 0
+    num_patches = 0
+    baseline_targets = []
+    num_baseline_values = 0
+    panels = None
+    loader = eval_loader(data, args.batch_size, args.workers, "evaluating the task")
+    for images, padding, image_targets in loader:
+        seeds = [image_target["seed"] for image_target in image_targets]
+        corruption = task.sample_corruption(padding, seeds).to(args.device)
+        images = images.to(args.device)
+        padding = padding.to(args.device)
         memory = task.encode(model, images, padding, corruption)
         prediction, target = task.predict_and_target(memory, images, corruption)
-        error, right = task.patch_losses(prediction, target)
-        counted = task.counted_patches(corruption)
-        hits = counted if right is None else right & counted
-        sums += torch.stack([(error * counted).sum(), hits.sum(), counted.sum()]).cpu().double()
-        if sum(map(torch.numel, taken)) < MAX_BASELINE_VALUES:
-            taken.append(task.counted_targets(target, counted).cpu())
-        if not panels:
+        losses, correct = task.patch_losses(prediction, target)  # (B, P)
+        counted = task.counted_patches(corruption)  # (B, P)
+
+        loss_sum += (losses * counted).sum().item()
+        num_patches += counted.sum().item()
+        if correct is not None:
+            num_correct += (correct & counted).sum().item()
+        if num_baseline_values < MAX_BASELINE_VALUES:
+            baseline_targets.append(task.counted_targets(target, counted).cpu())
+            num_baseline_values += baseline_targets[-1].numel()
+        if panels is None:
             panels = plots.ssl_panels(task, images, prediction, target, corruption)
             for panel in panels:
-                panel.images = unnormalize(panel.images).masked_fill(padding[:, None], 1)
-    error, hits, patches = sum(distributed.all_gather(sums)).tolist()
-    if not patches:
-        message = "no patch was corrupted; take larger images or smaller patches"
+                panel.images = unnormalize(panel.images).masked_fill(padding[:, None], 1)  # white
+
+    num_patches = sum(distributed.all_gather(num_patches))
+    if num_patches == 0:
+        message = "no patch was corrupted; use larger images or smaller patches"
         raise DataError(f"{data.name}: {message}")
-    accuracy = hits / patches if isinstance(task, ssl_tasks.ClassTask) else None
-    baseline = {"ssl_baseline": None, "ssl_chance": None}
-    targets = torch.cat(taken)
-    if len(targets):
-        baseline = task.baseline(targets)
-    found = {"ssl_loss": error / patches, "ssl_acc": accuracy}
-    return {**found, **baseline}, panels
+    metrics = {
+        "ssl_loss": sum(distributed.all_gather(loss_sum)) / num_patches,
+        "ssl_acc": None,
+        "ssl_baseline": None,
+        "ssl_chance": None,
+    }
+    num_correct = sum(distributed.all_gather(num_correct))
+    if isinstance(task, ssl_tasks.ClassTask):
+        metrics["ssl_acc"] = num_correct / num_patches
+    if num_baseline_values > 0:  # the share of this process may have no counted patch
+        metrics.update(task.baseline(torch.cat(baseline_targets)))
+    return metrics, panels
 
 
-# ---------------------------------------------------------------- text
-def format_metric(value):
-    return "n/a" if value is None else f"{value:.3f}"
+# ---------------------------------------------------------------- both
+def evaluate(model, task, data, args, out=None, max_dets=100):
+    """Evaluate a model on a dataset, and draw figures in the folder `out`.
 
+<<<<<<< HEAD
 
 def ssl_text(metrics):
     """How well the task is solved, and how well without looking."""
@@ -247,124 +377,230 @@ def evaluate(model, task, data, args, out=None, top=100):
     args: setting, batch_size, workers, device. "score" is what the best checkpoint is chosen by."""
     start, first = time.perf_counter(), distributed.rank() == 0
     metrics, results = {}, None
+=======
+    task:     a ssl_tasks.Task or None
+    args:     setting, batch_size, workers, device
+    max_dets: largest number of detections per image in the results
+    Returns (metrics, COCO results or None). metrics["score"] is what the best checkpoint is chosen
+    by: AP, or in a pretraining the negative loss.
+    """
+    start = time.perf_counter()
+    is_first = distributed.rank() == 0
+    distributed.broadcast_buffers(model)
+    metrics = {"score": 0.0}
+    results = None
+>>>>>>> 1508ea5 (wip)
     if args.setting != "pretrain":
-        losses = []
-        what = args.batch_size, args.workers, args.device, top
-        results = detect_dataset(model, data, *what, losses if data.annotations else None)
-        losses = np.array(sum(distributed.all_gather(losses), [])).reshape(-1, 2)  # images, loss
-        if first and data.annotations:
-            metrics = {
-                **coco_metrics(data, results),
-                "collapsed": predictions_collapsed(data, results),
-            }
-            metrics["val_loss"] = float(np.average(losses[:, 1], weights=losses[:, 0]))
-            metrics["score"] = metrics["ap"] or 0.0
+        results, val_loss = detect_dataset(model, data, args, max_dets)
+        if is_first and data.annotations:
+            metrics.update(coco_metrics(data, results))
+            metrics["collapsed"] = predictions_collapsed(data, results)
+            metrics["val_loss"] = val_loss
+            if metrics["ap"] is not None:
+                metrics["score"] = metrics["ap"]
             if out:
                 plots.draw_detections(out / "detections.png", data, results)
     if task:
-        found, panels = ssl_metrics(model, task, data, args.batch_size, args.workers, args.device)
-        metrics = {"score": -found["ssl_loss"], **metrics, **found}
-        if first and out:
-            plots.draw_ssl(out / "ssl.png", panels, task.patch, ssl_text(found))
-    metrics.setdefault("score", 0.0)  # without a box to compare with
+        task_metrics, panels = ssl_metrics(model, task, data, args)
+        metrics.update(task_metrics)
+        if "ap" not in metrics:
+            metrics["score"] = -metrics["ssl_loss"]
+        if is_first and out:
+            plots.draw_ssl(out / "ssl.png", panels, task.patch, ssl_text(metrics))
     metrics["eval_seconds"] = round(time.perf_counter() - start, 2)
     return distributed.all_gather(metrics)[0], results
 
 
+# ---------------------------------------------------------------- text
+def format_metric(value):
+    """Return a metric with three decimals, or n/a for None."""
+    if value is None:
+        return "n/a"
+    return f"{value:.3f}"
+
+
+def summary_line(metrics):
+    """Return the metrics over all classes in one line."""
+    cells = []
+    for title, name in zip(METRIC_TITLES, METRICS):
+        cells.append(f"{title} {format_metric(metrics[name])}")
+    return "  ".join(cells)
+
+
+def metrics_table(metrics):
+    """Return the metrics as text: one line over all classes, then a line per class."""
+    lines = [
+        summary_line(metrics),
+        f"{metrics['images']} images, {metrics['evaluator']}; n/a: no ground truth",
+        "",
+        "  id  class                  boxes     AP   AP50",
+    ]
+    for row in metrics["per_class"]:
+        ap = format_metric(row["ap"])
+        ap50 = format_metric(row["ap50"])
+        lines.append(f"{row['id']:>4}  {row['name']:20} {row['boxes']:7,} {ap:>6} {ap50:>6}")
+    return "\n".join(lines)
+
+
+def ssl_text(metrics):
+    """Return the metrics of a self-supervised task in one line."""
+    loss = format_metric(metrics["ssl_loss"])
+    baseline = format_metric(metrics["ssl_baseline"])
+    if metrics["ssl_acc"] is None:
+        return f"loss {loss} (baseline {baseline})"
+    accuracy = format_metric(metrics["ssl_acc"])
+    chance = format_metric(metrics["ssl_chance"])
+    return f"loss {loss}, accuracy {accuracy} (baseline {baseline}, chance {chance})"
+
+
+def epoch_text(line, epochs):
+    """Return a line of log.jsonl, {name: value}, as a line of text."""
+    text = f"epoch {line['epoch']:>3}/{epochs}  loss {line['train_loss']:.3f}"
+    if "ap" in line:
+        text += f" (held out {line['val_loss']:.3f})"
+        for name in ("ap", "ap50", "ap75"):
+            text += f"  {name.upper()} {format_metric(line[name])}"
+    if "ssl_loss" in line:
+        text += f"  held-out task: {ssl_text(line)}"
+    if line.get("collapsed"):
+        text += "  (warning: identical detections in every image)"
+    text += f"  {line['seconds']:.0f} s"
+    return f"{text}, {line['images_per_second']:.1f} images/s, {line['data_wait']:.0%} waiting"
+
+
 # ---------------------------------------------------------------- opening a run
+@dataclasses.dataclass
+class TrainedRun:
+    """The trained model of a run, and what its checkpoint contains about it."""
+
+    model: torch.nn.Module
+    task: torch.nn.Module | None
+    args: argparse.Namespace  # flags of train.py
+    categories: list  # [{"id", "name"}] in the order of the labels
+    window: int  # pixels per side of the images trained on
+    path: Path  # of the checkpoint
 
 
 def checkpoint_file(run):
-    """The checkpoint of a run folder, its best; a file stands for itself. Raises ValueError."""
-    for file in (Path(run, "best.pt"), Path(run, "last.pt")):
-        if file.is_file():
-            return file
+    """Return the checkpoint of a run folder, best.pt or else last.pt; a file stands for itself.
+
+    Raises ValueError if the folder has neither.
+    """
+    for name in ("best.pt", "last.pt"):
+        if Path(run, name).is_file():
+            return Path(run, name)
     if Path(run).is_dir():
-        raise ValueError(f"{run}: has no best.pt and no last.pt; is it a run folder of train.py?")
-    return run
+        raise ValueError(f"{run}: no best.pt or last.pt found; is this a train.py run folder?")
+    return Path(run)
 
 
 def load_run(run, device):
-    """A trained detector: (model, its task or None, its checkpoint). Raises ValueError.
-    The checkpoint is a dict with "args", "categories", "window" … and "path"."""
-    path, task = Path(checkpoint_file(run)), None
+    """Return the TrainedRun of a run folder or checkpoint file. Raises ValueError."""
+    path = checkpoint_file(run)
     state = load_checkpoint(path)
+<<<<<<< HEAD
     checkpoint.require_train_checkpoint(state, path)
+=======
+    for error in checkpoint.faults(state):
+        remedy = f"use train.py --init {shlex.quote(str(path))} to load only its weights"
+        raise ValueError(f"{path}: {error}; {remedy}")
+    args = argparse.Namespace(**state["args"])
+    task = None
+>>>>>>> 1508ea5 (wip)
     try:
         model = detr.build_detector(**state["detector"])
         if state["task"]:
             task = ssl_tasks.build_task(**state["task"]).to(device)
         checkpoint.load(model, task, state)
     except (TypeError, AttributeError, RuntimeError, KeyError) as error:
-        message = f"{path}: its weights do not fit its flags; was it written by another version?"
-        raise ValueError(f"{message} ({str(error).splitlines()[0]})") from None
-    reference = state["args"].get("attn") == "torch"  # a kernel of there may be missing here
-    deformable_attn.set_attention_backend(model, device, "torch" if reference else "auto")
-    model.to(device, memory_format=torch.channels_last)  # convolutions are faster so
-    return model, task, {**state, "path": path}
+        raise ValueError(
+            f"{path}: weights do not match the stored config; "
+            f"was it written by a different version? ({str(error).splitlines()[0]})"
+        ) from None
+    attn_backend = "auto"  # the kernel that the run was trained with may not exist here
+    if getattr(args, "attn_backend", getattr(args, "attn", None)) == "torch":  # TODO(L)
+        attn_backend = "torch"
+    deformable_attn.set_attention_backend(model, device, attn_backend)
+    model.to(device, memory_format=torch.channels_last)  # convolutions are faster in this layout
+    return TrainedRun(model, task, args, state["categories"], state["window"], path)
 
 
-def require_detector(state):
-    """Raises ValueError if a checkpoint, as `load_run` gives it, is of a pretraining."""
-    if state["args"]["setting"] == "pretrain":
-        raise ValueError(f"{state['path']}: is of a pretraining, it detects nothing")
+def require_detector(run):
+    """Raise ValueError if a TrainedRun is a self-supervised pretraining."""
+    if run.args.setting == "pretrain":
+        raise ValueError(
+            f"{run.path}: is a self-supervised pretraining checkpoint without a trained detection "
+            f"head; fine-tune it with train.py --init"
+        )
 
 
-def open_run(args):
-    """What an evaluation needs: (model, its task or None, its checkpoint, images); args get the
-    defaults that depend on the run. Raises ValueError."""
-    model, task, state = load_run(args.run, args.device)
-    flags = argparse.Namespace(**state["args"])
-    if args.export:
-        require_detector(state)
-    own = "train" if flags.overfit else "val"
-    args.split, args.setting = args.split or own, flags.setting
-    args.batch_size = args.batch_size or flags.batch_size
-    if args.data or args.limit_val:  # other images than the run's
-        flags.data = args.data or flags.data
-        setattr(flags, f"limit_{args.split}", args.limit_val)
-        flags.overfit = None
-    elif args.split == own:
-        args.out = args.out or state["path"].parent
-    if args.split == "test" and not flags.data:
-        raise ValueError("--split test is of a dataset on disk; name it with --data")
-    data = isaid.load_split(args.split, flags, train=False)
-    if not (data.annotations or args.export or task):
-        raise DataError(f"{data.name}: has nothing to compare with; add --export FILE")
-    if args.split == "test" and not data.categories:  # test images need not tell the classes
-        data.categories = state["categories"]
-    if flags.setting != "pretrain" and data.categories != state["categories"]:
-        theirs, ours = coco.class_names(data.categories), coco.class_names(state["categories"])
-        raise DataError(f"{data.name}: its classes {theirs} are not the model's {ours}")
-    return model, task, state, data
-
-
+# ---------------------------------------------------------------- the command
 def parse(argv):
-    parser, count, size = Parser(description=__doc__), number(int), number(int, most=10_000)
+    parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("run", help="run folder of train.py, or a checkpoint file")
-    add("--data", help="a dataset with other images than the run's")
-    add("--split", choices=("train", "val", "test"), help="default: what the run held out, val")
-    add("--limit_val", type=count, help="only the first images")
-    add("--batch_size", type=count, help="images at a time; default: the run's")
-    add("--workers", type=number(int, True, most=256), default=0, help="loader processes")
-    add("--device", type=usable_device, default="auto", help="cpu, cuda, mps …")
-    add("--max_dets", type=size, default=100, help="detections an image; iSAID's devkit: 1000")
-    add(
-        "--areas", choices=tuple(SIZE_RANGES), default="coco", help="what small, medium, large mean"
-    )
-    add("--out", type=Path, help="for metrics and pictures; default: the run, of its own images")
-    add("--export", type=Path, help="file for what is found, as COCO results")
+    add("--data", help="dataset folder; default: the run's")
+    add("--split", choices=("train", "val", "test"), help="default: the run's held-out images, val")
+    add("--limit_val", type=cli.POSITIVE_INT, help="use only the first N images")
+    add("--batch_size", type=cli.POSITIVE_INT, help="images per batch; default: the run's")
+    add("--workers", type=cli.NUM_WORKERS, default=0, help="data loader processes")
+    add("--device", type=cli.parse_device, default="auto", help="cpu, cuda, mps …")
+    max_dets_help = "detections per image that count; iSAID's devkit: 1000"
+    add("--max_dets", type=cli.int_range(1, 10_000), default=100, help=max_dets_help)
+    ranges_help = "which objects are called small, medium and large"
+    add("--size_ranges", "--areas", choices=SIZE_RANGES, default="coco", help=ranges_help)
+    out_help = "folder for metrics.json and figures; default: RUN, if its own images are evaluated"
+    add("--out", type=Path, help=out_help)
+    add("--export", type=Path, help="file for the detections, as COCO results")
     args = parser.parse_args(argv)
     if args.split == "test" and not args.export:
-        parser.error("--split test has no ground truth; add --export FILE for what is found")
+        parser.error("--split test has no ground truth; add --export FILE to save the detections")
     return args
 
 
-@command
+def evaluation_flags(run, args, split):
+    """Return the flags of a run, with those that this command changes."""
+    flags = argparse.Namespace(**vars(run.args))
+    flags.workers = args.workers
+    flags.device = args.device
+    if args.batch_size is not None:
+        flags.batch_size = args.batch_size
+    if args.data is not None:
+        flags.data = args.data
+    if args.data is not None or args.limit_val is not None:  # the run's limits are of its images
+        flags.overfit = None
+        setattr(flags, f"limit_{split}", args.limit_val)
+    return flags
+
+
+def load_images(run, flags, split, export):
+    """Return the dataset to evaluate on. Raises ValueError if it does not suit the run."""
+    if export:
+        require_detector(run)
+    if split == "test" and not flags.data:
+        raise ValueError("--split test requires --data (synthetic scenes have no test split)")
+    data = isaid.load_split(split, flags, train=False)
+    if not data.annotations and not run.task and not export:
+        raise DataError(
+            f"{data.name}: no ground truth to evaluate against; "
+            f"add --export FILE to save the detections"
+        )
+    if split == "test" and not data.categories:  # a file of test images may lack them
+        data.categories = run.categories
+    if run.args.setting != "pretrain" and data.categories != run.categories:
+        found = coco.class_names(data.categories)
+        expected = coco.class_names(run.categories)
+        raise DataError(
+            f"{data.name}: dataset classes ({found}) do not match the model's ({expected})"
+        )
+    return data
+
+
+@cli.cli_main
 def main(argv=None):
     args = parse(argv)
     distributed.init(args.device)
+<<<<<<< HEAD
     model, task, state, data = distributed.run_on_all_ranks(open_run, args)
     print(f"{state['path']} on {data.name}")
     if args.out:
@@ -375,22 +611,55 @@ def main(argv=None):
     if distributed.rank():
         return
     text = [f"{state['task']['name']}: {ssl_text(metrics)}"] if task else []
+=======
+    run = distributed.run_on_all_ranks(load_run, args.run, args.device)
+    own_split = "train" if run.args.overfit else "val"
+    split = own_split if args.split is None else args.split
+    flags = evaluation_flags(run, args, split)
+    data = distributed.run_on_all_ranks(load_images, run, flags, split, args.export)
+    print(f"{run.path} on {data.name}")
+
+    out = args.out
+    is_own_data = split == own_split and args.data is None and args.limit_val is None
+    if out is None and is_own_data:
+        out = run.path.parent
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        distributed.run_on_rank0(check_writable, out / "metrics.json")
+    if args.export:
+        distributed.run_on_rank0(check_writable, args.export)
+
+    max_dets = max(100, args.max_dets)  # 100: COCO's metrics are computed in any case
+    metrics, results = evaluate(run.model, run.task, data, flags, out, max_dets)
+    if distributed.rank() == 0:
+        print(write_results(metrics, results, run, data, args, out))
+
+
+def write_results(metrics, results, run, data, args, out):
+    """Write metrics and detections where the flags say so; return them as text.
+
+    The text is printed after all files are written: its reader may have closed the pipe.
+    """
+    text = []
+    if run.task:
+        text.append(f"{run.args.ssl_task}: {ssl_text(metrics)}")
+>>>>>>> 1508ea5 (wip)
     if args.export:
         write_text(args.export, json.dumps(results))
         text.append(f"{len(results):,} detections written to {args.export}")
     if "per_class" in metrics:
         text.append(metrics_table(metrics))
-        how = {"max_dets": args.max_dets, "areas": args.areas}
-        if how != {"max_dets": 100, "areas": "coco"}:
-            other = metrics["other"] = {**how, **coco_metrics(data, results, **how)}
-            text.append(
-                f"\n{args.max_dets} detections, {args.areas}'s areas: {summary_line(other)}"
-            )
-    if args.out:
-        metrics = {"checkpoint": str(state["path"]), "data": data.name, **metrics}
-        write_text(args.out / "metrics.json", json.dumps(metrics, indent=1))
-        text.append(f"\nwritten: {args.out}/metrics.json and pictures")
-    print("\n".join(text))  # last: what it is piped to may have closed
+        options = {"max_dets": args.max_dets, "size_ranges": args.size_ranges}
+        if options != {"max_dets": 100, "size_ranges": "coco"}:
+            other = coco_metrics(data, results, **options)
+            metrics["other"] = {**options, **other}
+            title = f"{args.max_dets} detections per image, size ranges of {args.size_ranges}"
+            text.append(f"\n{title}: {summary_line(other)}")
+    if out:
+        metrics = {"checkpoint": str(run.path), "data": data.name, **metrics}
+        write_text(out / "metrics.json", json.dumps(metrics, indent=1))
+        text.append(f"\nwritten: {out}/metrics.json and figures")
+    return "\n".join(text)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""Where a detector looks: what its best queries, and the encoder's cells there, attend to.
+"""Draw what the best queries of a detector attend to, and what the encoder does in their place.
 
     python -m tools.attention RUN [IMAGE] [--queries N] [--out FILE]
 
-A row of the picture is a query: its box; what it looks at in the decoder's last layer, with a cross
-at the mean; what the cell in the middle of the box, with a cross, looks at in the encoder's last.
-DETR looks at all cells: a map, the mean of its heads. Deformable DETR looks at points on all
-levels: those of all heads, larger and redder with their weight. Without IMAGE the first held-out
-image with objects is drawn, and the run's metrics.json gets "attention", see `pointing_game`. IMAGE
-is seen whole, resized as the run's images are; of a large one give a part.
+Each row of the picture is one query. Its columns are the query's box; the attention of the query in
+the last decoder layer, with a cross at the mean; and the attention of the cell in the center of the
+box, with a cross at that cell, in the last encoder layer. DETR attends to all cells: the picture
+shows a map, the mean over its heads. Deformable DETR attends to points on all levels: the picture
+shows the points of all heads, larger and redder with their weight.
+
+Without IMAGE the first held-out image with objects is drawn, and the run's metrics.json gets an
+entry "attention", see `pointing_game`. IMAGE is seen whole, resized as the run's images are; of a
+large one use a crop.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -24,81 +26,117 @@ import detr
 import isaid
 from eval import coco_results, eval_loader, load_run, require_detector
 from util import cli, plots
-from util.cli import Parser, command, number
 from util.files import DataError, check_writable, read_json, write_text
 from util.images import read_image
 
-COLUMNS = "its box", "decoder: what its query looks at", "encoder: what its middle cell looks at"
+NMS_IOU = 0.3  # of two boxes that overlap more, only the better one is drawn
+MIN_SCORE = 0.1  # of the queries that are drawn, except for the best one
 
 
-# ---------------------------------------------------------------- where it looks
+# ---------------------------------------------------------------- attention
 class AttentionMap(NamedTuple):
-    """Where Q queries look with M heads, at n points each; in DETR all queries at the same ones,
-    the centres of the cells, so that Q and M are 1 in `points`."""
+    """What Q queries attend to with M heads, at n points each.
 
-    points: Tensor  # (B, Q, M, n, 2): x, y in 0..1 of the unpadded image; outside nothing is seen
-    weights: Tensor  # (B, Q, M, n), of sum 1
+    In DETR all queries attend to the same points, the centers of all cells: Q and M are 1 in
+    `points`.
+    """
+
+    points: Tensor  # (B, Q, M, n, 2): x, y in 0..1 of the image without padding; may be outside
+    weights: Tensor  # (B, Q, M, n): the sum over n is 1
     shapes: list  # (height, width) of each level, finest first
 
 
 @torch.no_grad()
 def attention_of(model, images, padding, part="decoder"):
-    """(outputs of a detector, a Look of the last layer of its "decoder" or "encoder").
-    In the encoder all cells are queries. The model runs as always; what its attention is given is
-    recorded, and from that the same module tells where it looks."""
-    layer, calls = getattr(model.transformer, part).layers[-1], []
-    names = ["self_attn"] if part == "encoder" else ["cross_attn", "multihead_attn"]
-    module = next(getattr(layer, name) for name in names if hasattr(layer, name))
-    hook = module.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
-    with hook:
+    """Return (outputs of a detector, AttentionMap of its last decoder or encoder layer).
+
+    images:  (B, 3, H, W) normalized
+    padding: (B, H, W) bool, True = padding
+    part:    "decoder" or "encoder", where every cell is a query
+    The model computes as always. What its attention module is called with is recorded, and the same
+    module then returns its attention for this.
+    """
+    calls = []
+
+    def record(module, args, kwargs):
+        calls.append((args, kwargs))
+
+    module = attention_module(model, part)
+    with module.register_forward_pre_hook(record, with_kwargs=True):
         memory = model.eval().encode(model.features(images, padding))
         outputs = model.decode(memory)
-    (arguments, options), *_ = calls
+    args, kwargs = calls[0]
     shapes = [level.features.shape[-2:] for level in memory]
+
     if isinstance(model, detr.DeformableDETR):
-        query, reference, _, sizes, _ = arguments
-        points, weights = module.sample(query, reference, sizes)  # (B, Q, M, L, P, 2)
+        query, reference, _, spatial_shapes, _ = args
+        points, weights = module.sample(query, reference, spatial_shapes)  # (B, Q, M, L, P, 2)
         points = points / detr.valid_ratios(memory)[:, None, None, :, None]
         return outputs, AttentionMap(points.flatten(3, 4), weights.flatten(3), shapes)
-    options.update(need_weights=True, average_attn_weights=False)
-    weights = module(*arguments, **options)[1].transpose(1, 2)  # (B, Q, M, S)
-    centres = torch.cat(detr.cell_centers(memory), 1)  # (B, S, 2)
-    return outputs, AttentionMap(centres[:, None, None], weights, shapes)
+
+    kwargs = {**kwargs, "need_weights": True, "average_attn_weights": False}
+    _, weights = module(*args, **kwargs)  # (B, M, Q, S)
+    centers = torch.cat(detr.cell_centers(memory), 1)  # (B, S, 2)
+    return outputs, AttentionMap(centers[:, None, None], weights.transpose(1, 2), shapes)
 
 
-def mean_point(seen):
-    """The mean of the points that a query looks at, by weight: (B, Q, 2); NaN if all are outside
-    the image, where nothing is seen."""
-    inside = ((seen.points >= 0) & (seen.points <= 1)).all(-1)
-    weights = (seen.weights * inside)[..., None]  # (B, Q, M, n, 1)
-    return (seen.points * weights).sum((2, 3)) / weights.sum((2, 3))
+def attention_module(model, part):
+    """Return the module of the last layer with which queries or cells attend to cells."""
+    if part == "encoder":
+        return model.transformer.encoder.layers[-1].self_attn
+    layer = model.transformer.decoder.layers[-1]
+    if isinstance(model, detr.DeformableDETR):
+        return layer.cross_attn
+    return layer.multihead_attn
+
+
+def mean_point(attention):
+    """Return the weighted mean of the points inside the image for each query: (B, Q, 2).
+
+    It is NaN if all points are outside the image, where a query attends to nothing.
+    """
+    inside = ((attention.points >= 0) & (attention.points <= 1)).all(-1)
+    weights = (attention.weights * inside)[..., None]  # (B, Q, M, n, 1)
+    return (attention.points * weights).sum((2, 3)) / weights.sum((2, 3))
 
 
 @torch.no_grad()
 def pointing_game(model, data, batch_size, device):
-    """{"in_box": the share of the objects in `data` at which their query looks: the mean of its
-    points lies in the object's box; "by_chance": the same of a point anywhere in the image;
-    "objects": how many}. An object's query is the one that the matching of training gives it."""
-    hits, areas = [], []
+    """Compute how often queries attend to their object (pointing game, Zhang et al. 2016).
+
+    An object's query is the one that the matching of training assigns to it; it hits if the mean of
+    its attention lies in the object's box.
+    Returns {"accuracy": share of hits, "chance": that of a random point in the image, "objects":
+    number of objects in the dataset}.
+    """
+    hits = []
+    areas = []
     for images, padding, targets in eval_loader(data, batch_size, 0, "attention"):
-        outputs, seen = attention_of(model, images.to(device), padding.to(device))
+        outputs, attention = attention_of(model, images.to(device), padding.to(device))
         labels, boxes = detr.pad_targets(targets, device)  # (B, T), (B, T, 4)
         counts = [len(target["labels"]) for target in targets]
-        last = outputs["logits"][-1:], outputs["boxes"][-1:]
-        _, image, query, target = model.criterion.match(*last, labels, boxes, counts)
-        centre, side = boxes[image, target].split(2, -1)  # (pairs, 2)
-        hits += ((mean_point(seen)[image, query] - centre).abs() <= side / 2).all(1).tolist()
-        areas += side.prod(1).tolist()
-    return {"in_box": np.mean(hits), "by_chance": np.mean(areas), "objects": len(hits)}
+        logits = outputs["logits"][-1:]  # of the last layer
+        pred_boxes = outputs["boxes"][-1:]
+        _, image, query, obj = model.criterion.match(logits, pred_boxes, labels, boxes, counts)
+        center, size = boxes[image, obj].split(2, -1)  # (pairs, 2)
+        distance = (mean_point(attention)[image, query] - center).abs()
+        hits += (distance <= size / 2).all(1).tolist()
+        areas += size.prod(1).tolist()
+    return {"accuracy": np.mean(hits), "chance": np.mean(areas), "objects": len(hits)}
 
 
-# ---------------------------------------------------------------- a picture of it
-def batch(image, image_size):
-    """A PIL image as the evaluation shows it to a model: images (1, 3, H, W), padding (1, H, W).
-    image_size: the run's flag."""
-    return isaid.collate([(isaid.to_tensor(isaid.resize(image_size)(image)), None)])[:2]
+# ---------------------------------------------------------------- the picture
+def batch_of_one(image, image_size):
+    """Return a PIL image as evaluation shows it to a model: images (1, 3, H, W), padding (1, H, W).
+
+    image_size: the run's flag
+    """
+    pixels = isaid.to_tensor(isaid.resize(image_size)(image))
+    images, padding, _ = isaid.collate([(pixels, None)])
+    return images, padding
 
 
+<<<<<<< HEAD
 def draw(path, model, image, run, n=4):
     """Save a picture of where the n best queries of a model look in a PIL image; of several
     whose boxes overlap, the best; none below a score of 0.1 but the best.
@@ -125,47 +163,105 @@ def draw(path, model, image, run, n=4):
         what = f": {' | '.join(COLUMNS[: 1 + len(looks)])}" if k == 0 else ""
         rows[f"{k + 1}. {title}{what}"] = result, overlays
     plots.draw_attention(path, image, rows, run["categories"])
+=======
+def draw_best_queries(path, run, image, n=4):
+    """Draw what the n best queries of a run's model attend to in a PIL image; see the module.
+
+    run: eval.TrainedRun
+    """
+    model = run.model
+    images, padding = batch_of_one(image, run.args.image_size)
+    device = next(model.parameters()).device
+    images = images.to(device)
+    padding = padding.to(device)
+    outputs, decoder_attention = attention_of(model, images, padding)
+    columns = ["box", "decoder: attention of its query"]
+    has_encoder = len(model.transformer.encoder.layers) > 0
+    if has_encoder:
+        _, encoder_attention = attention_of(model, images, padding, "encoder")
+        columns.append("encoder: attention of its center cell")
+
+    (detection,) = model.postprocess(outputs, [(image.height, image.width)])
+    best = best_detections(detection, n)
+    detection = {name: values[best].cpu() for name, values in detection.items()}
+    results = coco_results(detection, 0, run.categories)
+    means = mean_point(decoder_attention)[0].nan_to_num(0.5).cpu().numpy()  # (Q, 2)
+    rows = {}
+    for k, (query, result) in enumerate(zip(detection["queries"].tolist(), results)):
+        overlays = [overlay(model, decoder_attention, query, means[query])]
+        if has_encoder:
+            box = outputs["boxes"][-1, 0, query].tolist()
+            cell, center = center_cell(box, encoder_attention.shapes[0])
+            overlays.append(overlay(model, encoder_attention, cell, center))
+        name = run.categories[detection["labels"][k]]["name"]
+        title = f"{k + 1}. {name} {result['score']:.2f}"
+        if k == 0:
+            title += f": {' | '.join(columns)}"
+        rows[title] = (result, overlays)
+    plots.draw_attention(path, image, rows, run.categories)
+>>>>>>> 1508ea5 (wip)
 
 
-def overlay(model, seen, q):
-    """What query q looks at in the first image: (points (n, 2), weights (n,)) of all heads, or of
-    DETR (None, map (h, w))."""
-    weights = seen.weights[0, q].cpu()  # (M, n)
+def best_detections(detection, n):
+    """Return the indices of at most n detections of different objects, best first, at least one."""
+    best = nms(detection["boxes"], detection["scores"], NMS_IOU)[:n]
+    good = int((detection["scores"][best] >= MIN_SCORE).sum())
+    return best[: max(1, good)]
+
+
+def center_cell(box, shape):
+    """Return the cell of a level in which the center of a box lies: (its index, its center (2,)).
+
+    box:   cxcywh in 0..1
+    shape: (height, width) of the level
+    """
+    x, y, _, _ = box
+    h, w = shape
+    row = min(int(y * h), h - 1)
+    column = min(int(x * w), w - 1)
+    return row * w + column, np.array([(column + 0.5) / w, (row + 0.5) / h])
+
+
+def overlay(model, attention, query, cross):
+    """Return what a query attends to in the first image, for plots.draw_attention.
+
+    cross: (2,) the point to mark, x, y in 0..1
+    Returns (points (n, 2) of all heads, weights (n,), cross); for DETR (None, map (h, w), cross).
+    """
+    weights = attention.weights[0, query].cpu()  # (M, n)
     if isinstance(model, detr.DETR):
-        return None, weights.mean(0).view(*seen.shapes[0]).numpy()
-    return seen.points[0, q].flatten(0, 1).cpu().numpy(), weights.flatten().numpy()
+        attention_map = weights.mean(0).view(attention.shapes[0])
+        return None, attention_map.numpy(), cross
+    points = attention.points[0, query].flatten(0, 1)
+    return points.cpu().numpy(), weights.flatten().numpy(), cross
 
 
 # ---------------------------------------------------------------- the command
 def parse(argv):
-    parser = Parser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("run", help="run folder of train.py, or a checkpoint file")
     add("image", nargs="?", type=Path, help="default: the first held-out image with objects")
-    add("--queries", type=number(int), default=4, help="how many of the best are drawn")
-    add("--out", type=Path, help="picture; default: attention.png, or attention-IMAGE.png, in RUN")
-    add("--device", type=cli.usable_device, default="auto", help="cpu, cuda, mps …")
+    add("--queries", type=cli.POSITIVE_INT, default=4, help="number of queries to draw")
+    out_help = "picture to write; default: attention.png, or attention-IMAGE.png, in RUN"
+    add("--out", type=Path, help=out_help)
+    add("--device", type=cli.parse_device, default="auto", help="cpu, cuda, mps …")
     return parser.parse_args(argv)
 
 
-@command
+@cli.cli_main
 def main(argv=None):
     args = parse(argv)
-    model, _, run = load_run(args.run, args.device)
+    run = load_run(args.run, args.device)
     require_detector(run)
-    flags, folder = argparse.Namespace(**run["args"]), run["path"].parent
+    folder = run.path.parent
     name = f"attention-{args.image.stem}.png" if args.image else "attention.png"
-    out, metrics = args.out or folder / name, folder / "metrics.json"
+    out = args.out if args.out else folder / name
     check_writable(out)
-    before = read_json(metrics) if metrics.exists() and not args.image else {}
-    if not isinstance(before, dict):
-        raise ValueError(f"{metrics}: is not of eval.py; delete it")
     if args.image:
-        image, (w, h) = read_image(args.image)
-        if run["window"] and max(w, h) > run["window"]:
-            larger = f"{w} x {h} pixels, more than the {run['window']} of the images trained on"
-            print(f"{args.image}: {larger}; objects may be too small in it: try a part of it")
+        image = read_whole_image(args.image, run.window)
     else:
+<<<<<<< HEAD
         check_writable(metrics)
         data = isaid.load_split("train" if flags.overfit else "val", flags, train=False)
         with_objects = (i for i, labels in enumerate(data.labels) if len(labels))
@@ -177,7 +273,48 @@ def main(argv=None):
         text = "of {objects:,} held-out objects {in_box:.1%} are looked at by the queries that are "
         print(f"{text}matched with them (by chance: {{by_chance:.1%}})".format(**share))
     draw(out, model, image, run, args.queries)
+=======
+        image = play_pointing_game(run, args.device, folder / "metrics.json")
+    draw_best_queries(out, run, image, args.queries)
+>>>>>>> 1508ea5 (wip)
     print(f"written: {out}")
+
+
+def read_whole_image(path, window):
+    """Return a PIL image; print a note if it is larger than the training images, window."""
+    image, (width, height) = read_image(path)
+    if max(width, height) > window:
+        print(
+            f"{path}: {width} x {height} pixels, more than the {window} of the images trained on; "
+            f"objects may be too small after resizing; try a crop"
+        )
+    return image
+
+
+def play_pointing_game(run, device, metrics_path):
+    """Add the pointing game on a run's held-out images to its metrics.json.
+
+    Returns the first of these images that contains objects, a PIL image.
+    """
+    metrics = {}
+    if metrics_path.exists():
+        metrics = read_json(metrics_path)
+    if not isinstance(metrics, dict):
+        raise ValueError(f"{metrics_path}: not written by eval.py; delete or move it")
+    check_writable(metrics_path)
+    split = "train" if run.args.overfit else "val"
+    data = isaid.load_split(split, run.args, train=False)
+    with_objects = [i for i, labels in enumerate(data.labels) if len(labels) > 0]
+    if not with_objects:
+        raise DataError(f"{data.name}: contains no objects; pass an image file")
+
+    game = pointing_game(run.model, data, run.args.batch_size, device)
+    write_text(metrics_path, json.dumps({**metrics, "attention": game}, indent=1))
+    print(
+        f"pointing-game accuracy: {game['accuracy']:.1%} of {game['objects']:,} held-out objects "
+        f"(chance: {game['chance']:.1%})"
+    )
+    return data.load_image(with_objects[0])
 
 
 if __name__ == "__main__":

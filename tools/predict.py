@@ -1,9 +1,11 @@
-"""Objects in images of any size: windows, and what several windows have seen put together.
+"""Detect objects in images of any size.
 
     python -m tools.predict RUN IMAGE_OR_FOLDER … [--out DIR] [--score 0.3]
 
-Writes for each image a picture with the boxes, and for all of them predictions.json (COCO's
-format, with a score) and predictions.csv. Boxes here are xyxy in pixels of the whole image.
+The detector runs on overlapping windows as large as the training images, and duplicate detections
+of an object are merged. Writes a picture with boxes for each image, and for all images together
+predictions.json (COCO's format, with scores) and predictions.csv. Boxes in this file are xyxy in
+pixels of the whole image.
 """
 
 import csv
@@ -22,59 +24,91 @@ from tqdm import tqdm
 import isaid
 from eval import coco_results, detect, load_run, require_detector
 from util import cli, coco, distributed, isaid_prepare, plots
-from util.cli import Parser, command, number
 from util.files import DataError, check_writable, write_text
 from util.images import read_image
 
-AGREE = 0.5  # IoU from which two boxes are of one object
-INSIDE = 0.7  # share of a cut box inside another from which it is a part of that
-PICTURE = ".boxes.jpg"  # end of the pictures' names, so that they are not taken for images
+MERGE_IOU = 0.5  # detections in two windows that overlap more are of one object
+CONTAINED_FRACTION = 0.7  # a truncated box is a fragment of a box that contains more of it
+PICTURE_SUFFIX = ".boxes.jpg"  # of the pictures that are written: they are no input
 
 
 # ---------------------------------------------------------------- windows
 class Windows(torch.utils.data.Dataset):
-    """The windows of an image. Item i: (picture (3, h, w) normalised,
-    {"size": (height, width) in the image, "window": xyxy})."""
+    """The windows of an image. Item i: (pixels (3, h, w) normalized, {"size": (height, width)
+    in the image, "window": xyxy}).
+
+    window, overlap: pixels per side in the image
+    image_size:      pixels per side that a window is resized to
+    """
 
     def __init__(self, image, window, overlap, image_size):
-        self.image, self.scale = image, image_size / window
-        rows, columns = (
-            isaid_prepare.tile_intervals(n, window, overlap) for n in (image.height, image.width)
-        )
-        self.boxes = [(x0, y0, x1, y1) for y0, y1 in rows for x0, x1 in columns]
+        self.image = image
+        self.scale = image_size / window
+        self.windows = []
+        for y0, y1 in isaid_prepare.tile_intervals(image.height, window, overlap):
+            for x0, x1 in isaid_prepare.tile_intervals(image.width, window, overlap):
+                self.windows.append((x0, y0, x1, y1))
 
     def __len__(self):
-        return len(self.boxes)
+        return len(self.windows)
 
     def __getitem__(self, i):
-        x0, y0, x1, y1 = self.boxes[i]
-        size = [max(1, round(side * self.scale)) for side in (y1 - y0, x1 - x0)]
-        picture = v2.functional.resize(self.image.crop(self.boxes[i]), size)
-        return isaid.to_tensor(picture), {"size": (y1 - y0, x1 - x0), "window": self.boxes[i]}
+        x0, y0, x1, y1 = self.windows[i]
+        height = y1 - y0
+        width = x1 - x0
+        size = [max(1, round(height * self.scale)), max(1, round(width * self.scale))]
+        crop = v2.functional.resize(self.image.crop(self.windows[i]), size)
+        return isaid.to_tensor(crop), {"size": (height, width), "window": self.windows[i]}
 
 
-def detect_in_windows(model, image, window, overlap, image_size, score=0.3, batch_size=8, device="cpu",
-         top=100, workers=0):  # fmt: skip
-    """The objects of a PIL image: {"boxes" (n, 4), "labels" (n,), "scores" (n,)}, best first.
-    window, overlap: pixels of the image; image_size: pixels that a window is resized to; top: at
-    most, of each window."""
-    data, parts = Windows(image, window, overlap, image_size), []
-    batches = isaid.data_loader(data, workers, batch_size=batch_size)
-    batches = tqdm(batches, "windows", leave=False, disable=None)
-    for target, found in detect(model, batches, device, top, "the image"):
-        good = found["scores"] >= score
-        window_of = torch.tensor(target["window"]).expand(int(good.sum()), 4)
-        boxes = (found["boxes"][good] + window_of[:, [0, 1, 0, 1]]).double()
-        parts.append((boxes, found["labels"][good], found["scores"][good], window_of))
-    boxes, labels, scores, windows = (torch.cat(part).numpy() for part in zip(*parts))
-    boxes, best = merge_windows(boxes, labels, scores, windows, image.size, margin=window / 64)
-    return {"boxes": boxes, "labels": labels[best], "scores": scores[best]}
+def detect_in_windows(
+    model,
+    image,
+    window,
+    overlap,
+    image_size,
+    score=0.3,
+    batch_size=8,
+    device="cpu",
+    max_dets=100,
+    workers=0,
+):
+    """Detect the objects in a PIL image.
+
+    window, overlap: pixels per side in the image
+    image_size:      pixels per side that a window is resized to
+    score:           smallest score that is kept
+    max_dets:        largest number of detections per window
+    Returns {"boxes" (n, 4), "labels" (n,), "scores" (n,)} as numpy arrays, best first.
+    """
+    data = Windows(image, window, overlap, image_size)
+    loader = isaid.data_loader(data, workers, batch_size=batch_size)
+    loader = tqdm(loader, "windows", leave=False, disable=None)
+    boxes = []
+    labels = []
+    scores = []
+    windows = []  # of each detection
+    for target, detection in detect(model, loader, device, max_dets):
+        good = detection["scores"] >= score
+        x0, y0, _, _ = target["window"]
+        offset = torch.tensor([x0, y0, x0, y0])
+        boxes.append((detection["boxes"][good] + offset).double())
+        labels.append(detection["labels"][good])
+        scores.append(detection["scores"][good])
+        windows.append(torch.tensor(target["window"]).expand(len(boxes[-1]), 4))
+    boxes = torch.cat(boxes).numpy()
+    labels = torch.cat(labels).numpy()
+    scores = torch.cat(scores).numpy()
+    windows = torch.cat(windows).numpy()
+    merged, best = merge_windows(boxes, labels, scores, windows, image.size, margin=window / 64)
+    return {"boxes": merged, "labels": labels[best], "scores": scores[best]}
 
 
-# ---------------------------------------------------------------- one object, several windows
+# ---------------------------------------------------------------- merging
 def intersect(a, b):
-    """The common part of boxes (..., 4); one without area where there is none."""
-    low, high = np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])
+    """Return the intersection of boxes, (..., 4) each; it has no area if they do not overlap."""
+    low = np.maximum(a[..., :2], b[..., :2])
+    high = np.minimum(a[..., 2:], b[..., 2:])
     return np.concatenate([low, np.maximum(low, high)], -1)
 
 
@@ -83,143 +117,237 @@ def area(boxes):
 
 
 def same_objects(boxes, labels, windows):
-    """Pairs (m, 2) of detections of one object from two windows.
-    They are of one class, one of each window at most, and alike in what both windows show."""
+    """Return pairs of detections of one object in two windows: (m, 2) indices.
+
+    Both have the same class, and are alike in the part of the image that both windows show. A
+    detection has at most one partner in each other window.
+    """
     pairs = [np.zeros((0, 2), int)]
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        places, number = np.unique(windows[members], axis=0, return_inverse=True)
-        for b, place in enumerate(places):
-            common = intersect(place, places[:b])
-            for a in np.flatnonzero(area(common) > 0):
-                mine, theirs = (members[number.reshape(-1) == k] for k in (a, b))
-                first = intersect(boxes[mine], common[a])[:, None]
-                second = intersect(boxes[theirs], common[a])
-                shared = area(intersect(first, second))
-                iou = shared / np.maximum(area(first) + area(second) - shared, 1e-9)
-                i, j = linear_sum_assignment(iou, maximize=True)
-                pairs.append(np.stack([mine[i], theirs[j]], 1)[iou[i, j] > AGREE])
+        places, window_of = np.unique(windows[members], axis=0, return_inverse=True)
+        window_of = window_of.reshape(-1)  # numpy 2.0 gives it two dimensions
+        for b in range(len(places)):
+            overlaps = intersect(places[b], places[:b])
+            for a in np.flatnonzero(area(overlaps) > 0):
+                first = members[window_of == a]
+                second = members[window_of == b]
+                i, j = match_in_overlap(boxes[first], boxes[second], overlaps[a])
+                pairs.append(np.stack([first[i], second[j]], 1))
     return np.concatenate(pairs)
 
 
+def match_in_overlap(a, b, overlap):
+    """Match boxes of two windows one to one by their IoU in the overlap of the windows.
+
+    Returns the indices (m,) into a (n, 4) and into b of the matches with more than MERGE_IOU.
+    """
+    seen_a = intersect(a, overlap)[:, None]
+    seen_b = intersect(b, overlap)
+    shared = area(intersect(seen_a, seen_b))
+    union = area(seen_a) + area(seen_b) - shared
+    iou = shared / np.maximum(union, 1e-9)
+    i, j = linear_sum_assignment(iou, maximize=True)
+    agree = iou[i, j] > MERGE_IOU
+    return i[agree], j[agree]
+
+
 def merge_windows(boxes, labels, scores, windows, size, margin):
-    """Make one of what several windows have seen of an object: (boxes (k, 4), best (k,)).
-    boxes, windows (n, 4), labels, scores (n,), size (width, height) of the image; best: the index
-    of each object's best detection. Of its boxes the best one stands that does not end, within
-    `margin`, at a border of its window inside the image; if all do, the box that holds them all.
-    One cut off alone inside another object of its class is a part of that. (Where several objects
-    reach across all that two windows share, parts may be joined crosswise: overlap by more.)"""
-    inner = windows != np.array([0, 0, *size])  # (n, 4): left, top, right, bottom
-    cut = (inner & (np.abs(boxes - windows) <= margin)).any(1)
-    n, (first, second) = len(boxes), same_objects(boxes, labels, windows).T
-    graph = coo_matrix((np.ones(len(first)), (first, second)), (n, n))
-    group = connected_components(graph, directed=False)[1]
-    order = np.lexsort((-scores, cut, group))  # the best of each group first
-    best = order[np.diff(group[order], prepend=-1) > 0]
-    joined = boxes[best].copy()
-    for k in np.flatnonzero(cut[best]):
-        parts = boxes[group == group[best[k]]]
-        joined[k] = *parts[:, :2].min(0), *parts[:, 2:].max(0)
-    part, alone = np.zeros(len(best), bool), np.bincount(group) == 1
-    for k in np.flatnonzero(cut[best] & alone):  # of another object, seen by another window?
-        others = (labels[best] == labels[best[k]]) & (windows[best] != windows[best[k]]).any(1)
-        larger = area(joined) > area(joined[k])
-        inside = area(intersect(joined[k], joined)) > INSIDE * area(joined[k])
-        part[k] = (others & larger & inside).any()
+    """Merge the detections of all windows into one per object.
+
+    Each object keeps its highest-scoring box that is not truncated by its window. If all its boxes
+    are truncated, their enclosing box is used. A truncated box without a partner that lies mostly
+    inside a larger box of the same class is dropped as a fragment of it. (Where several objects
+    reach across all that two windows share, parts may be joined crosswise: overlap by more.)
+
+    boxes, windows: (n, 4); each detection's box and window
+    labels, scores: (n,)
+    size:           (width, height) of the image
+    margin:         pixels, see `touches_border`
+    Returns (boxes (k, 4), index of each object's best detection (k,)), best first.
+    """
+    n = len(boxes)
+    truncated = touches_border(boxes, windows, size, margin)
+    pairs = same_objects(boxes, labels, windows)
+    graph = coo_matrix((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), (n, n))
+    _, object_of = connected_components(graph, directed=False)  # of each detection
+
+    order = np.lexsort((-scores, truncated, object_of))  # the best of each object first
+    is_best = np.diff(object_of[order], prepend=-1) > 0
+    best = order[is_best]  # of objects 0, 1, 2 …
+    merged = boxes[best]
+    for k in np.flatnonzero(truncated[best]):
+        parts = boxes[object_of == k]
+        merged[k, :2] = parts[:, :2].min(0)
+        merged[k, 2:] = parts[:, 2:].max(0)
+
+    alone = np.bincount(object_of) == 1
+    fragment = is_fragment(merged, labels[best], windows[best], truncated[best] & alone)
     order = np.argsort(-scores[best], kind="stable")
-    kept = order[~part[order]]
-    return joined[kept], best[kept]
+    kept = order[~fragment[order]]
+    return merged[kept], best[kept]
 
 
-# ---------------------------------------------------------------- the command
-def write(out, images, categories, found):
-    """predictions.json and predictions.csv; found: COCO results in all the images."""
-    names = {category["id"]: category["name"] for category in categories}
-    rows = [["image", "class", "score", "x", "y", "width", "height"]]
-    for i, result in enumerate(found, 1):
-        file, box = images[result["image_id"]]["file_name"], result["bbox"]
-        result.update(id=i, iscrowd=0, area=round(box[2] * box[3], 2))
-        rows.append([file, names[result["category_id"]], result["score"], *box])
-    content = {"images": images, "categories": categories, "annotations": found}
-    write_text(out / "predictions.json", json.dumps(content))
-    with open(
-        out / "predictions.csv", "w", newline="", encoding="utf-8", errors="backslashreplace"
-    ) as file:
-        csv.writer(file).writerows(rows)
+def touches_border(boxes, windows, size, margin):
+    """Return which boxes may be truncated: (n,) bool.
+
+    They end within `margin` pixels of a border of their window that is inside the image.
+    """
+    inside_image = windows != np.array([0, 0, *size])  # (n, 4): left, top, right, bottom
+    near = np.abs(boxes - windows) <= margin
+    return (inside_image & near).any(1)
 
 
-def find_files(places):
-    """(the images at these places and in folders there, the folder that holds all). ValueError."""
-    files, folders = [], []
+def is_fragment(boxes, labels, windows, candidates):
+    """Return which candidates are parts of a larger object of their class: (k,) bool.
+
+    candidates: (k,) bool; the larger object is one that another window shows
+    """
+    result = np.zeros(len(boxes), bool)
+    for k in np.flatnonzero(candidates):
+        same_class = labels == labels[k]
+        other_window = (windows != windows[k]).any(1)
+        larger = area(boxes) > area(boxes[k])
+        contains = area(intersect(boxes[k], boxes)) > CONTAINED_FRACTION * area(boxes[k])
+        result[k] = (same_class & other_window & larger & contains).any()
+    return result
+
+
+# ---------------------------------------------------------------- files
+def find_input_images(places):
+    """Return (the images at these paths and in these folders, the folder that contains them all).
+
+    Raises ValueError if there are none.
+    """
+    files = []
+    folders = []
     for place in map(Path, places):
         if not place.exists():
             raise ValueError(f"{place}: no such image or folder of images")
-        files += coco.image_files(place) if place.is_dir() else [place]
-        folders.append(place if place.is_dir() else place.parent)
-    files = [file for file in dict.fromkeys(files) if not file.name.endswith(PICTURE)]
+        if place.is_dir():
+            files += coco.image_files(place)
+            folders.append(place)
+        else:
+            files.append(place)
+            folders.append(place.parent)
+    unique = dict.fromkeys(files)
+    files = [file for file in unique if not file.name.endswith(PICTURE_SUFFIX)]
     if not files:
-        raise ValueError(f"{places[0]}: is a picture that this command has made")
+        raise ValueError(f"{places[0]}: output of an earlier predict.py call, not an input image")
     return files, os.path.commonpath(folders)
 
 
+def write_predictions(out, images, categories, results):
+    """Write predictions.json and predictions.csv; results: COCO results in all images."""
+    names = {category["id"]: category["name"] for category in categories}
+    annotations = []
+    rows = [["image", "class", "score", "x", "y", "width", "height"]]
+    for i, result in enumerate(results, start=1):
+        x, y, w, h = result["bbox"]
+        annotations.append({**result, "id": i, "iscrowd": 0, "area": round(w * h, 2)})
+        file_name = images[result["image_id"]]["file_name"]
+        rows.append([file_name, names[result["category_id"]], result["score"], x, y, w, h])
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    write_text(out / "predictions.json", json.dumps(content))
+    path = out / "predictions.csv"
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        csv.writer(file).writerows(rows)
+
+
+# ---------------------------------------------------------------- the command
 def parse(argv):
-    parser, count, natural = Parser(description=__doc__), number(int), number(int, zero=True)
-    add, share = parser.add_argument, number(float, zero=True, most=1)
+    parser = cli.Parser(description=__doc__)
+    add = parser.add_argument
     add("run", help="run folder of train.py, or a checkpoint file")
-    add("images", type=os.path.abspath, nargs="+", help="images, folders of images and folders")
-    add("--out", type=Path, help="folder; default: predictions in the run folder")
-    add("--score", type=share, default=0.3, help="least score that is kept")
-    add("--window", type=count, help="pixels a side; default: as large as the training images")
-    add("--overlap", type=natural, help="of windows; default: a quarter of them")
-    add("--max_dets", type=count, default=100, help="detections a window")
-    add("--batch_size", type=count, default=8, help="windows at a time")
-    add("--workers", type=number(int, True, most=256), default=0, help="loader processes")
-    add("--device", type=cli.usable_device, default="auto", help="cpu, cuda, mps …")
+    add("images", type=os.path.abspath, nargs="+", help="images, and folders of images and folders")
+    add("--out", type=Path, help="folder to write; default: predictions in the run folder")
+    add("--score", type=cli.FRACTION, default=0.3, help="smallest score that is kept")
+    window_help = "pixels per side of a window; default: as large as the training images"
+    add("--window", type=cli.POSITIVE_INT, help=window_help)
+    overlap_help = "pixels that neighboring windows share; default: a quarter of a window"
+    add("--overlap", type=cli.NON_NEGATIVE_INT, help=overlap_help)
+    add("--max_dets", type=cli.POSITIVE_INT, default=100, help="detections per window")
+    add("--batch_size", type=cli.POSITIVE_INT, default=8, help="windows per batch")
+    add("--workers", type=cli.NUM_WORKERS, default=0, help="data loader processes")
+    add("--device", type=cli.parse_device, default="auto", help="cpu, cuda, mps …")
     return parser.parse_args(argv)
 
 
-@command
+@cli.cli_main
 def main(argv=None):
     args = parse(argv)
     distributed.init(args.device)
+<<<<<<< HEAD
     if distributed.rank():  # one process does it all
+=======
+    if distributed.rank() > 0:  # one process does it all
+>>>>>>> 1508ea5 (wip)
         return
-    model, _, run = load_run(args.run, args.device)
+    run = load_run(args.run, args.device)
     require_detector(run)
-    path, categories = run["path"], run["categories"]
-    window, size = args.window or run["window"], run["args"]["image_size"] or 800
+    window = run.window if args.window is None else args.window
     overlap = window // 4 if args.overlap is None else args.overlap
     if overlap >= window:
         raise ValueError(f"--overlap {overlap} must be smaller than the window of {window} pixels")
-    files, folder = find_files(args.images)
-    out = args.out or path.parent / "predictions"
+    image_size = 800 if run.args.image_size is None else run.args.image_size
+    files, folder = find_input_images(args.images)
+    out = run.path.parent / "predictions" if args.out is None else args.out
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("predictions.json", "predictions.csv"):
-        check_writable(out / name)
-    text = [f"{path} in windows of {window} pixels that overlap by {overlap}, resized to {size}"]
-    how = args.score, args.batch_size, args.device, args.max_dets, args.workers
-    images, results, bad = [], [], []
+    check_writable(out / "predictions.json")
+    check_writable(out / "predictions.csv")
+
+    text = [
+        f"{run.path} in windows of {window} pixels that overlap by {overlap}, "
+        f"resized to {image_size}"
+    ]
+    images = []
+    results = []
+    errors = []
     for file in files:
         name = file.relative_to(folder)
         try:
-            image, (w, h) = read_image(file)
+            image, (width, height) = read_image(file)
         except DataError as error:
-            bad.append(str(error))
+            errors.append(str(error))
             continue
-        found = detect_in_windows(model, image, window, overlap, size, *how)
-        results += coco_results(found, len(images), categories, digits=2)
-        images.append({"id": len(images), "file_name": name.as_posix(), "width": w, "height": h})
-        plots.draw_objects(out / f"{name}{PICTURE}", image, found, categories)
-        text.append(f"{name}: {w} x {h}, {len(found['labels'])} objects")
-        if max(w, h) > window and len(found["labels"]) * window**2 < w * h / 10:
-            larger = "if objects look larger here than in the images trained on"
-            text[-1] += f", fewer than in every tenth window; {larger}, try --window {2 * window}"
+        detection = detect_in_windows(
+            run.model,
+            image,
+            window,
+            overlap,
+            image_size,
+            score=args.score,
+            batch_size=args.batch_size,
+            device=args.device,
+            max_dets=args.max_dets,
+            workers=args.workers,
+        )
+        image_id = len(images)
+        results += coco_results(detection, image_id, run.categories, digits=2)
+        images.append(
+            {"id": image_id, "file_name": name.as_posix(), "width": width, "height": height}
+        )
+        plots.draw_objects(out / f"{name}{PICTURE_SUFFIX}", image, detection, run.categories)
+        n = len(detection["labels"])
+        text.append(f"{name}: {width} x {height}, {n} objects{window_advice(n, image, window)}")
     if images:
-        write(out, images, categories, results)
+        write_predictions(out, images, run.categories, results)
         text.append(f"written: predictions.json, predictions.csv, {len(images)} pictures in {out}")
     print("\n".join(text))  # last: what it is piped to may have closed
-    if bad:
-        raise ValueError(f"{len(bad)} of {len(files)} images cannot be used: {'; '.join(bad)}")
+    if errors:
+        text = "; ".join(errors)
+        raise ValueError(f"failed to process {len(errors)} of {len(files)} images: {text}")
+
+
+def window_advice(n, image, window):
+    """Return a remark if there are very few detections, n, for the number of windows, else ""."""
+    one_window = max(image.size) <= window
+    if one_window or n * window**2 >= image.width * image.height / 10:
+        return ""
+    return (
+        f"; fewer than one detection per ten windows: if objects are larger than in the training "
+        f"images, try --window {2 * window}"
+    )
 
 
 if __name__ == "__main__":
