@@ -19,7 +19,7 @@ from util.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT.parent / "shared/data/isaid_raw"
-CLASS_COLORS = isaid_prepare.pack_colors(list(isaid_prepare.CLASS_COLORS.values())).tolist()
+CLASS_COLORS = isaid_prepare.PACKED_COLORS.tolist()
 SMALL = "--patch 80 --overlap 20 --workers 1"
 RAW = Path("raw/train/images")  # in the folder of a test
 OUT = Path("out/train")

@@ -72,6 +72,7 @@ def validate_entry(entry, fields):
     """Return what is wrong with an image, annotation or category, as a list of messages.
 
     fields: {name of a field that it must have: type}
+    The messages show at most 60 characters of a value.
     """
     errors = []
     for field, kind in fields.items():
@@ -140,7 +141,7 @@ def count_ids(entries):
 
 # ---------------------------------------------------------------- warn about annotations
 def dataset_warnings(content):
-    """Return what is valid in a COCO file but hardly meant so, as a list of messages.
+    """Return what is valid in a COCO file but probably a mistake, as a list of messages.
 
     content: without validation errors; images with annotations have "width" and "height"
     """
@@ -170,7 +171,7 @@ def dataset_warnings(content):
 
 
 def boxes_look_like_corners(annotations, sizes):
-    """Return True if all boxes make sense as [x0, y0, x1, y1], but many do not as COCO's.
+    """Return True if all boxes fit their images as [x0, y0, x1, y1], but many do not as COCO's.
 
     sizes: {image id: (width, height)}
     """
@@ -236,8 +237,11 @@ def with_positive_sides(box):
 
 
 def clip_box(box, size):
-    """Return the part of an xywh box inside an image of `size` (width, height); a side is not
-    positive if there is none."""
+    """Return the part of an xywh box inside an image.
+
+    size: (width, height) of the image
+    If the box lies outside, a side of the result is zero or negative.
+    """
     x, y, w, h = box
     x0 = max(x, 0.0)
     y0 = max(y, 0.0)

@@ -1,4 +1,4 @@
-"""Read and write files so that no error goes unnamed and no file is left half written."""
+"""Read and write files: errors name the file, and no file is left half written."""
 
 import contextlib
 import json

@@ -11,7 +11,7 @@ Image.MAX_IMAGE_PIXELS = 2**30  # Pillow's limit of 89 million is too low for sa
 PngImagePlugin.MAX_TEXT_CHUNK = 2**28  # bytes; image editors store megabytes of metadata
 PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
-# Mean and standard deviation of ImageNet's colors, by which the backbones expect normalized images
+# The backbones expect images normalized by the mean and standard deviation of ImageNet's colors
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 

@@ -83,10 +83,10 @@ def tile_windows(stem, height, width, patch, overlap, devkit):
     patch, overlap: of the windows, as in tile_intervals
     devkit:         True: an image with one side of at most `patch` is a single patch
     """
-    fits = max(height, width) <= patch
+    is_single = max(height, width) <= patch
     if devkit:
-        fits = min(height, width) <= patch
-    if fits:
+        is_single = min(height, width) <= patch
+    if is_single:
         return [(f"{stem}.png", (0, height, 0, width))]
     windows = []
     for y0, y1 in tile_intervals(height, patch, overlap):
@@ -101,10 +101,11 @@ def pack_colors(colors):
     return np.asarray(colors) @ (1, 256, 65536)
 
 
-# The devkit gives an object the class with the lowest color number of those under it. A class map
-# therefore holds for each pixel the place of its color among the sorted ones, from 1: the smallest
-# value under an object is its class, and UNLABELED counts only where there is nothing else.
-SORTED_CLASSES = np.argsort(pack_colors(list(CLASS_COLORS.values())))
+# The devkit gives an object the class with the lowest packed color under it. A class map therefore
+# holds for each pixel the rank of its color among the sorted class colors, from 1: the smallest
+# value under an object is its class. UNLABELED is larger, so it decides only where it stands alone.
+PACKED_COLORS = pack_colors(list(CLASS_COLORS.values()))
+SORTED_CLASSES = np.argsort(PACKED_COLORS)
 UNLABELED = len(CLASS_COLORS) + 1  # black
 UNKNOWN = len(CLASS_COLORS) + 2  # any other color; an error
 CATEGORY_IDS = np.concatenate([[0], SORTED_CLASSES + 1, [0]])  # by value in a class map; 0: none
@@ -113,10 +114,9 @@ CATEGORY_IDS = np.concatenate([[0], SORTED_CLASSES + 1, [0]])  # by value in a c
 @functools.cache
 def color_to_class_table():
     """Return the value in a class map of every packed color: (2**24,) uint8."""
-    colors = pack_colors(list(CLASS_COLORS.values()))
     table = np.full(2**24, UNKNOWN, np.uint8)
     table[0] = UNLABELED
-    table[colors[SORTED_CLASSES]] = np.arange(1, len(CLASS_COLORS) + 1)
+    table[PACKED_COLORS[SORTED_CLASSES]] = np.arange(1, len(CLASS_COLORS) + 1)
     return table
 
 
