@@ -330,54 +330,6 @@ def ssl_metrics(model, task, data, args):
 def evaluate(model, task, data, args, out=None, max_dets=100):
     """Evaluate a model on a dataset, and draw figures in the folder `out`.
 
-<<<<<<< HEAD
-
-def ssl_text(metrics):
-    """How well the task is solved, and how well without looking."""
-    loss, accuracy, guess, chance = map(format_metric, (metrics[name] for name in SSL))
-    if metrics["ssl_acc"] is None:
-        return f"loss {loss} (mean patch {guess})"
-    return f"loss {loss}, accuracy {accuracy} (most frequent {guess}, chance {chance})"
-
-
-def summary_line(metrics):
-    names = "AP", "AP50", "AP75", "small", "medium", "large", "AR"
-    return "  ".join(f"{name} {format_metric(metrics[key])}" for name, key in zip(names, METRICS))
-
-
-def metrics_table(metrics):
-    """The metrics as text: one line of totals, then a line for each class."""
-    about = f"{metrics['images']} images, {metrics['evaluator']}; n/a: no ground truth"
-    lines = [summary_line(metrics), about, "\n  id  class                  boxes     AP   AP50"]
-    for row in metrics["per_class"]:
-        name = f"{row['id']:>4}  {row['name']:20} {row['boxes']:7,}"
-        lines.append(f"{name} {format_metric(row['ap']):>6} {format_metric(row['ap50']):>6}")
-    return "\n".join(lines)
-
-
-def epoch_text(line, epochs):
-    """An epoch in one line of text."""
-    text = f"epoch {line['epoch']:>3}/{epochs}  loss {line['train_loss']:.3f}"
-    if "ap" in line:
-        text += f" (held out {line['val_loss']:.3f})"
-        text += "".join(
-            f"  {key.upper()} {format_metric(line[key])}" for key in ("ap", "ap50", "ap75")
-        )
-    if "ssl_loss" in line:
-        text += "  held-out task: " + ssl_text(line)
-    if line.get("collapsed"):
-        text += "  (the same is found in every image, not yet or not any more the objects)"
-    speed = f"{line['images_per_second']:.1f} images/s, {line['data_wait']:.0%} waiting"
-    return f"{text}  {line['seconds']:.0f} s, {speed}"
-
-
-# ---------------------------------------------------------------- all of it
-def evaluate(model, task, data, args, out=None, top=100):
-    """(metrics of a model on a dataset, what it found), and pictures in the folder `out`.
-    args: setting, batch_size, workers, device. "score" is what the best checkpoint is chosen by."""
-    start, first = time.perf_counter(), distributed.rank() == 0
-    metrics, results = {}, None
-=======
     task:     a ssl_tasks.Task or None
     args:     setting, batch_size, workers, device
     max_dets: largest number of detections per image in the results
@@ -389,7 +341,6 @@ def evaluate(model, task, data, args, out=None, top=100):
     distributed.broadcast_buffers(model)
     metrics = {"score": 0.0}
     results = None
->>>>>>> 1508ea5 (wip)
     if args.setting != "pretrain":
         results, val_loss = detect_dataset(model, data, args, max_dets)
         if is_first and data.annotations:
@@ -498,15 +449,11 @@ def load_run(run, device):
     """Return the TrainedRun of a run folder or checkpoint file. Raises ValueError."""
     path = checkpoint_file(run)
     state = load_checkpoint(path)
-<<<<<<< HEAD
-    checkpoint.require_train_checkpoint(state, path)
-=======
     for error in checkpoint.faults(state):
         remedy = f"use train.py --init {shlex.quote(str(path))} to load only its weights"
         raise ValueError(f"{path}: {error}; {remedy}")
     args = argparse.Namespace(**state["args"])
     task = None
->>>>>>> 1508ea5 (wip)
     try:
         model = detr.build_detector(**state["detector"])
         if state["task"]:
@@ -600,18 +547,6 @@ def load_images(run, flags, split, export):
 def main(argv=None):
     args = parse(argv)
     distributed.init(args.device)
-<<<<<<< HEAD
-    model, task, state, data = distributed.run_on_all_ranks(open_run, args)
-    print(f"{state['path']} on {data.name}")
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-    for path in filter(None, (args.export, args.out and args.out / "metrics.json")):
-        distributed.run_on_rank0(check_writable, path)
-    metrics, results = evaluate(model, task, data, args, args.out, max(100, args.max_dets))
-    if distributed.rank():
-        return
-    text = [f"{state['task']['name']}: {ssl_text(metrics)}"] if task else []
-=======
     run = distributed.run_on_all_ranks(load_run, args.run, args.device)
     own_split = "train" if run.args.overfit else "val"
     split = own_split if args.split is None else args.split
@@ -643,7 +578,6 @@ def write_results(metrics, results, run, data, args, out):
     text = []
     if run.task:
         text.append(f"{run.args.ssl_task}: {ssl_text(metrics)}")
->>>>>>> 1508ea5 (wip)
     if args.export:
         write_text(args.export, json.dumps(results))
         text.append(f"{len(results):,} detections written to {args.export}")

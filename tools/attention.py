@@ -136,34 +136,6 @@ def batch_of_one(image, image_size):
     return images, padding
 
 
-<<<<<<< HEAD
-def draw(path, model, image, run, n=4):
-    """Save a picture of where the n best queries of a model look in a PIL image; of several
-    whose boxes overlap, the best; none below a score of 0.1 but the best.
-    run: its checkpoint, as eval.load_run returns it."""
-    device = next(model.parameters()).device
-    inputs = [x.to(device) for x in batch(image, run["args"]["image_size"])]
-    outputs, seen = attention_of(model, *inputs)
-    looks, means = [seen], mean_point(seen)[0].nan_to_num(0.5).cpu().numpy()  # (Q, 2)
-    if model.transformer.encoder.layers:
-        looks.append(attention_of(model, *inputs, "encoder")[1])
-    (found,) = model.postprocess(outputs, [image.size[::-1]])
-    best = nms(found["boxes"], found["scores"], 0.3)[:n]  # each of another object, best first
-    best = best[: max(1, int((found["scores"][best] >= 0.1).sum()))]
-    found = {name: values[best].cpu() for name, values in found.items()}
-    results, rows = coco_results(found, 0, run["categories"]), {}
-    h, w = seen.shapes[0]
-    for k, (query, result) in enumerate(zip(found["queries"].tolist(), results)):
-        x, y = outputs["boxes"][-1, 0, query, :2].tolist()
-        column, row = min(int(x * w), w - 1), min(int(y * h), h - 1)
-        middle = np.array([(column + 0.5) / w, (row + 0.5) / h])
-        places = (query, means[query]), (row * w + column, middle)
-        title = f"{run['categories'][found['labels'][k]]['name']} {result['score']:.2f}"
-        overlays = [(*overlay(model, seen, q), mark) for seen, (q, mark) in zip(looks, places)]
-        what = f": {' | '.join(COLUMNS[: 1 + len(looks)])}" if k == 0 else ""
-        rows[f"{k + 1}. {title}{what}"] = result, overlays
-    plots.draw_attention(path, image, rows, run["categories"])
-=======
 def draw_best_queries(path, run, image, n=4):
     """Draw what the n best queries of a run's model attend to in a PIL image; see the module.
 
@@ -199,7 +171,6 @@ def draw_best_queries(path, run, image, n=4):
             title += f": {' | '.join(columns)}"
         rows[title] = (result, overlays)
     plots.draw_attention(path, image, rows, run.categories)
->>>>>>> 1508ea5 (wip)
 
 
 def best_detections(detection, n):
@@ -261,22 +232,8 @@ def main(argv=None):
     if args.image:
         image = read_whole_image(args.image, run.window)
     else:
-<<<<<<< HEAD
-        check_writable(metrics)
-        data = isaid.load_split("train" if flags.overfit else "val", flags, train=False)
-        with_objects = (i for i, labels in enumerate(data.labels) if len(labels))
-        if (first := next(with_objects, None)) is None:
-            raise DataError(f"{data.name}: has no objects; name an image")
-        image = data.load_image(first)
-        share = pointing_game(model, data, flags.batch_size, args.device)
-        write_text(metrics, json.dumps({**before, "attention": share}, indent=1))
-        text = "of {objects:,} held-out objects {in_box:.1%} are looked at by the queries that are "
-        print(f"{text}matched with them (by chance: {{by_chance:.1%}})".format(**share))
-    draw(out, model, image, run, args.queries)
-=======
         image = play_pointing_game(run, args.device, folder / "metrics.json")
     draw_best_queries(out, run, image, args.queries)
->>>>>>> 1508ea5 (wip)
     print(f"written: {out}")
 
 

@@ -110,19 +110,11 @@ def main(argv=None):
     args = parse(argv)
     flags, logs = open_runs(args.runs)
     check_writable(args.out)
-<<<<<<< HEAD
-    plots.draw_panels(args.out, {
-        label: {run: plots.points_of(log, key) for run, log in logs.items()}
-        for key, label in FIGURES.items()
-    })  # fmt: skip
-    print("\n".join(table(flags, logs)))
-=======
     panels = {}
     for name, title in TITLES.items():
         panels[title] = {run: plots.points_of(log, name) for run, log in logs.items()}
     plots.draw_panels(args.out, panels)
     print(markdown(comparison_table(flags, logs)))
->>>>>>> 1508ea5 (wip)
     print(f"\nwritten: {args.out}")
 
 

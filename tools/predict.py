@@ -277,11 +277,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     distributed.init(args.device)
-<<<<<<< HEAD
-    if distributed.rank():  # one process does it all
-=======
     if distributed.rank() > 0:  # one process does it all
->>>>>>> 1508ea5 (wip)
         return
     run = load_run(args.run, args.device)
     require_detector(run)
