@@ -14,7 +14,6 @@ import dataclasses
 import importlib.util
 import io
 import json
-import shlex
 import time
 from pathlib import Path
 
@@ -338,7 +337,6 @@ def evaluate(model, task, data, args, out=None, max_dets=100):
     """
     start = time.perf_counter()
     is_first = distributed.rank() == 0
-    distributed.broadcast_buffers(model)
     metrics = {"score": 0.0}
     results = None
     if args.setting != "pretrain":
@@ -449,24 +447,22 @@ def load_run(run, device):
     """Return the TrainedRun of a run folder or checkpoint file. Raises ValueError."""
     path = checkpoint_file(run)
     state = load_checkpoint(path)
-    for error in checkpoint.faults(state):
-        remedy = f"use train.py --init {shlex.quote(str(path))} to load only its weights"
-        raise ValueError(f"{path}: {error}; {remedy}")
-    args = argparse.Namespace(**state["args"])
+    checkpoint.require_train_checkpoint(state, path)
     task = None
     try:
+        args = argparse.Namespace(**state["args"])
         model = detr.build_detector(**state["detector"])
         if state["task"]:
             task = ssl_tasks.build_task(**state["task"]).to(device)
         checkpoint.load(model, task, state)
+        attn_backend = "auto"  # the kernel that the run was trained with may not exist here
+        if args.attn_backend == "torch":
+            attn_backend = "torch"
     except (TypeError, AttributeError, RuntimeError, KeyError) as error:
         raise ValueError(
             f"{path}: weights do not match the stored config; "
             f"was it written by a different version? ({str(error).splitlines()[0]})"
         ) from None
-    attn_backend = "auto"  # the kernel that the run was trained with may not exist here
-    if getattr(args, "attn_backend", getattr(args, "attn", None)) == "torch":  # TODO(L)
-        attn_backend = "torch"
     deformable_attn.set_attention_backend(model, device, attn_backend)
     model.to(device, memory_format=torch.channels_last)  # convolutions are faster in this layout
     return TrainedRun(model, task, args, state["categories"], state["window"], path)
