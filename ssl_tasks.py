@@ -14,8 +14,9 @@ B images, C channels, H x W pixels or cells, h x w patches, P = h * w, K classes
 that the border of its image cuts off is never corrupted, predicted or counted.
 
 Bugs of the authors' code that are fixed here: its loss counts patches that did not move, its mask
-color is normalized twice, its tokens in pretraining are those of another crop, and its decoder
-runs in pretraining, where nothing is trained by it."""
+color is normalized twice, its tokens in pretraining are those of a different crop, and its decoder
+runs in pretraining although no loss needs it.
+"""
 
 import abc
 import math
@@ -38,14 +39,15 @@ class Corruption:
     inside: Tensor  # (B, P) bool: lies wholly inside its image; all other patches are left alone
     masked: Tensor  # (B, P) bool: its content is hidden
     permutation: Tensor  # (B, P) int64: the number of the patch whose content stands here now
-    quarter_turns: Tensor | None = None  # (B, P) int64: left quarter turns of what stands here
+    quarter_turns: Tensor | None = None  # (B, P) int64 in 0..3, counterclockwise; None: all 0
 
     def changed(self):
         """Return which patches are masked, moved or turned: (B, P) bool.
 
         A patch that the permutation sends to its own place has not changed.
         """
-        own_place = torch.arange(self.permutation.shape[1], device=self.permutation.device)
+        P = self.permutation.shape[1]
+        own_place = torch.arange(P, device=self.permutation.device)
         changed = self.masked | (self.permutation != own_place)
         if self.quarter_turns is not None:
             changed = changed | (self.quarter_turns > 0)
@@ -119,7 +121,7 @@ class Task(nn.Module, abc.ABC):
     A task of your own is a subclass of PixelTask or ClassTask that overrides what it does
     differently, mostly `mask` or `permute` and `target`, and has a name in TASKS.
 
-    num_outputs:  numbers that the head predicts per cell
+    num_outputs:  channels that the head predicts, of pixels or K classes
     dim:          channels of the detector's feature maps
     strides:      pixels per cell of each feature map, finest first
     patch:        pixels per side of a patch
@@ -132,8 +134,8 @@ class Task(nn.Module, abc.ABC):
     """
 
     corrupts = True  # False: the task reads the clean images, and every patch counts
-    rotates = False  # True: the task overrides `turn`
-    picture = None  # how util/plots.py shows it: "pixels", "classes", "tokens", "positions"
+    rotates = False  # True: patches are turned as `turn` says
+    picture = None  # how util/plots.py shows it: "pixels", "classes", "tokens" or "positions"
 
     def __init__(self, *, num_outputs, dim, strides, patch, ratio=0.5, on="features",
                  loss_patches="corrupted", image_size=None, hidden_layer=False):  # fmt: skip
@@ -144,7 +146,7 @@ class Task(nn.Module, abc.ABC):
         self.patch = patch
         self.ratio = ratio
         self.on = on
-        self.count_all = loss_patches == "all" or not self.corrupts
+        self.count_all_patches = loss_patches == "all" or not self.corrupts
         self.check_sizes(image_size)
         if self.corrupts and on == "features":  # what a masked cell of each level contains
             self.mask_token = nn.Parameter(torch.randn(len(strides), dim) * 0.02)
@@ -158,15 +160,14 @@ class Task(nn.Module, abc.ABC):
 
     def check_sizes(self, image_size):
         """Raise ValueError if the patches do not fit the feature maps or the images."""
-        finest, coarsest = self.strides[0], self.strides[-1]
-        aligned = self.patch % finest == 0
+        aligned = self.patch % self.strides[0] == 0
         for stride in self.strides:
             if self.patch % stride != 0 and stride % self.patch != 0:
                 aligned = False
         if not aligned:
             raise ValueError(
                 f"patch size {self.patch} is not aligned with the feature strides; "
-                f"use one of {self.strides} or a multiple of {coarsest}"
+                f"use one of {self.strides} or a multiple of {self.strides[-1]}"
             )
         if image_size is None:
             return
@@ -176,7 +177,7 @@ class Task(nn.Module, abc.ABC):
                 f"use larger images or smaller patches"
             )
         corrupted = round(self.ratio * (image_size // self.patch) ** 2)
-        if corrupted < 2 and not self.count_all:
+        if corrupted < 2 and not self.count_all_patches:
             raise ValueError(
                 f"only {corrupted} patches of {self.patch} pixels would be corrupted in a "
                 f"{image_size}-pixel image (need at least 2); "
@@ -185,27 +186,27 @@ class Task(nn.Module, abc.ABC):
 
     # ------------------------------------------------ the corruption
     def mask(self, rng, patches, grid):
-        """Return which patches are hidden.
+        """Return which patches are masked.
 
-        rng:     numpy's random generator of this image
+        rng:     random generator of this image (numpy)
         patches: (n,) the numbers of the patches inside this image
         grid:    (h, w)
         """
         return []
 
     def permute(self, rng, patches, grid):
-        """Return (places, sources): the patches that get another content, and whose they get.
+        """Return (places, sources): which patches get another content, and from which patches.
 
         The sources are the places in another order.
         """
         return [], []
 
     def turn(self, rng, patches, grid):
-        """Return (places, turns): the patches that are turned, and by how many left quarters."""
+        """Return (places, turns): which patches are turned, and each by how many quarter turns."""
         return [], []
 
     def sample_corruption(self, padding, seeds):
-        """Draw the corruption of a batch, of each image with its own seed.
+        """Sample the corruption of a batch; that of an image depends on its seed alone.
 
         padding: (B, H, W) bool, True = padding
         seeds:   B integers
@@ -222,8 +223,8 @@ class Task(nn.Module, abc.ABC):
             masked[i, self.mask(rng, patches, (h, w))] = True
             places, sources = self.permute(rng, patches, (h, w))
             permutation[i, places] = sources
-            places, turns = self.turn(rng, patches, (h, w))
-            quarter_turns[i, places] = turns
+            turned, turns = self.turn(rng, patches, (h, w))
+            quarter_turns[i, turned] = turns
 
         corruption = Corruption(
             grid=(h, w),
@@ -236,14 +237,16 @@ class Task(nn.Module, abc.ABC):
         return corruption
 
     def corrupt_images(self, images, corruption):
-        """Return the corrupted images; a masked patch has the mean color, 0 when normalized."""
-        return corrupt_map(images, corruption, self.patch, fill=images.new_zeros(3))
+        """Return the corrupted images; masked patches get the mean color."""
+        mean_color = images.new_zeros(3)  # images are normalized
+        return corrupt_map(images, corruption, self.patch, fill=mean_color)
 
     def corrupt_levels(self, levels, corruption):
-        """Return the feature levels with corrupted features.
+        """Return the levels with corrupted features; masked cells get the level's mask token.
 
-        A cell that is larger than a patch is masked if any patch under it changed: nothing is left
-        of it in the maps. (What the CNN carried into other cells remains; on="image" avoids it.)
+        A cell that is larger than a patch is masked if any patch under it changed, so that nothing
+        is left of that patch in the maps, except what the CNN has carried into neighboring cells
+        (on="image" avoids that).
         """
         corrupted = []
         for level, stride, token in zip(levels, self.strides, self.mask_token):
@@ -253,15 +256,16 @@ class Task(nn.Module, abc.ABC):
                 features = corrupt_map(level.features, corruption, cells, fill=token)
             else:
                 changed = corruption.changed().unflatten(1, corruption.grid)[:, None].float()
-                under = F.max_pool2d(changed, stride // self.patch, ceil_mode=True)
-                features = torch.where(under > 0, token[:, None, None], level.features)
+                touched = F.max_pool2d(changed, stride // self.patch, ceil_mode=True) > 0
+                features = torch.where(touched, token[:, None, None], level.features)
             corrupted.append(level.with_features(features))
         return corrupted
 
     def encode(self, model, images, padding, corruption, levels=None):
-        """Return the memory that the task predicts from: the encoder's output, finest level first.
+        """Run the detector's CNN and encoder on corrupted images or features.
 
-        levels: model.features(images, padding) if that is computed already
+        levels: model.features(images, padding), if they are computed already
+        Returns the memory that the task predicts from: a list of levels, finest first.
         """
         if self.corrupts and self.on == "image":
             corrupted_images = self.corrupt_images(images, corruption)
@@ -275,7 +279,7 @@ class Task(nn.Module, abc.ABC):
     # ------------------------------------------------ the prediction
     @abc.abstractmethod
     def predict(self, features, size):
-        """Return the prediction of the head: (B, 3, H, W) pixels or (B, K, h, w) class logits.
+        """Return what the head predicts: (B, 3, H, W) pixels or (B, K, h, w) class logits.
 
         features: (B, C, H / s, W / s) finest level of the memory
         size:     (H, W) of the images
@@ -287,21 +291,24 @@ class Task(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def patch_losses(self, prediction, target):
-        """Return (loss of each patch (B, P), whether it is correct (B, P) bool or None)."""
+        """Return (losses, correct), both (B, P); `correct` is bool, or None for pixels."""
 
     def predict_and_target(self, memory, images, corruption):
-        """Return (what is predicted from the memory, what is correct)."""
+        """Return the prediction from the memory and the target, as `predict` and `target` do."""
         prediction = self.predict(memory[0].features, images.shape[-2:])
         return prediction, self.target(images, corruption)
 
     def counted_patches(self, corruption):
         """Return which patches the loss counts: (B, P) bool."""
-        if self.count_all:
+        if self.count_all_patches:
             return corruption.inside
         return corruption.inside & corruption.changed()
 
     def loss(self, memory, images, corruption, num_patches=None):
-        """Return the mean loss of the counted patches; their sum is divided by num_patches."""
+        """Return the mean loss of the counted patches.
+
+        num_patches: divide the sum by this instead of their number (the mean of all processes)
+        """
         prediction, target = self.predict_and_target(memory, images, corruption)
         losses, _ = self.patch_losses(prediction, target)
         counted = self.counted_patches(corruption)
@@ -309,15 +316,16 @@ class Task(nn.Module, abc.ABC):
             num_patches = counted.sum()
         return (losses * counted).sum() / max(num_patches, 1)
 
-    # ------------------------------------------------ the baseline: the best constant prediction
+    # ------------------------------------------------ the baseline: a constant prediction
     @abc.abstractmethod
     def counted_targets(self, target, counted):
         """Return the targets of the n patches that are counted, for `baseline`: (n, ...)."""
 
     @abc.abstractmethod
     def baseline(self, targets):
-        """Return {"ssl_baseline": score of a constant prediction, "ssl_chance": score of chance}.
+        """Return {"ssl_baseline": score of the constant prediction, "ssl_chance": or None}.
 
+        The score is the loss of pixels, the accuracy of classes.
         targets: (n, ...) from `counted_targets`, n > 0
         """
 
@@ -342,9 +350,10 @@ class Task(nn.Module, abc.ABC):
             )
 
         target = self.target(images, corruption)
-        expected_shape = (B, 3, H, W)
         if isinstance(self, ClassTask):
             expected_shape = (B, h, w)
+        else:
+            expected_shape = (B, 3, H, W)
         if target.shape != expected_shape:
             raise ValueError(
                 f"{name}.target: expected shape {expected_shape}, got {tuple(target.shape)}"
@@ -363,7 +372,7 @@ class Task(nn.Module, abc.ABC):
 
 
 class PixelTask(Task):
-    """Predict pixels, each cell of the finest level its own s x s of them; L1 loss."""
+    """Predict pixels; each cell of the finest level predicts the s x s pixels under it. L1 loss."""
 
     picture = "pixels"
 
@@ -371,7 +380,7 @@ class PixelTask(Task):
         super().__init__(num_outputs=3 * strides[0] ** 2, strides=strides, **config)
 
     def predict(self, features, size):
-        """(B, C, H / s, W / s) -> (B, 3, H, W)"""
+        """Predict pixels: (B, C, H / s, W / s) -> (B, 3, H, W)."""
         H, W = size
         return F.pixel_shuffle(self.head(features), self.strides[0])[..., :H, :W]
 
@@ -384,14 +393,14 @@ class PixelTask(Task):
         return losses.flatten(1), None
 
     def counted_targets(self, target, counted):
-        """(B, 3, H, W), (B, P) -> (n, 3, patch, patch)"""
+        """Cut out the counted patches: (B, 3, H, W), (B, P) -> (n, 3, patch, patch)."""
         padded = pad_to_patches(target, self.patch)
-        rows = padded.unfold(2, self.patch, self.patch)  # (B, 3, h, W', patch)
+        rows = padded.unfold(2, self.patch, self.patch)  # (B, 3, h, w * patch, patch)
         patches = rows.unfold(3, self.patch, self.patch)  # (B, 3, h, w, patch, patch)
         return patches.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)[counted]
 
     def baseline(self, targets):
-        """The loss of predicting the mean patch everywhere; pixels have no level of chance."""
+        """Score the mean patch as the prediction of every patch; pixels have no chance level."""
         loss = (targets - targets.mean(0)).abs().mean().item()
         return {"ssl_baseline": loss, "ssl_chance": None}
 
@@ -402,7 +411,7 @@ class ClassTask(Task):
     picture = "classes"
 
     def predict(self, features, size):
-        """(B, C, H / s, W / s) -> (B, K, h, w)"""
+        """Predict logits: (B, C, H / s, W / s) -> (B, K, h, w)."""
         cells = self.patch // self.strides[0]
         return self.head(F.avg_pool2d(features, cells, ceil_mode=True))
 
@@ -412,11 +421,11 @@ class ClassTask(Task):
         return losses.flatten(1), correct.flatten(1)
 
     def counted_targets(self, target, counted):
-        """(B, h, w), (B, P) -> (n,)"""
+        """Return the classes of the counted patches: (B, h, w), (B, P) -> (n,)."""
         return target.flatten(1)[counted]
 
     def baseline(self, targets):
-        """The accuracy of predicting the most frequent class everywhere, and of chance."""
+        """Score the most frequent class as the prediction of every patch; chance is 1 in K."""
         accuracy = targets.bincount().max().item() / len(targets)
         return {"ssl_baseline": accuracy, "ssl_chance": 1 / self.num_outputs}
 
