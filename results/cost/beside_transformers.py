@@ -1,14 +1,18 @@
-"""Times our detectors beside transformers' in one process, by turns: a training step and inference
-of two 512 x 512 images with ten objects each, as published (ResNet-50, six layers each way), fp32,
-the same optimiser, dropout wherever the official code has it; ours in channels-last layout, as
-train.py has it. From the repository's root, with transformers installed:
-PYTHONPATH=. python results/cost/beside_transformers.py [--keep_memory]"""
+"""Compare the speed of our detectors with that of the package transformers.
+
+    python -m results.cost.beside_transformers [--keep_memory]
+
+Both are timed in one process in alternating calls: a training step and inference with two images of
+512 x 512 pixels with ten objects each. The models have their published architecture (ResNet-50, six
+encoder and decoder layers) and the dropout of the official code; both use fp32 and the same
+optimizer. Ours are in channels-last layout, as in train.py.
+"""
 
 import functools
 import re
 import statistics
-import sys
 import time
+from pathlib import Path
 
 import torch
 import transformers
@@ -16,84 +20,138 @@ import transformers
 import detr
 import train
 from util import distributed
+from util.cli import Parser, cli_main
 
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 REPEATS = 7
-torch.manual_seed(0)
-SIZE, LABELS, BOXES = 512, torch.arange(10), torch.rand(10, 4) / 5 + 0.3
+SIZE = 512
+CLASSES = 15
+LABELS = torch.arange(10)
 
 
-def ours(name):
-    """(model, its loss on images and padding)."""
-    args, _ = train.parse([f"@recipes/{name}.txt", "--amp", "no"])
-    model = detr.build_detector(**train.detector_config(args, 15))
+# ---------------------------------------------------------------- models
+def our_model(name, boxes):
+    """Build our "detr" or "deformable_detr".
+
+    Returns (model, a function of images and padding that computes the loss).
+    """
+    args, _ = train.parse([f"@{RECIPES / name}.txt", "--amp", "no"])
+    model = detr.build_detector(**train.detector_config(args, CLASSES))
     model.to(memory_format=torch.channels_last)
-    targets = [{"labels": LABELS, "boxes": BOXES, "file_name": "random"}] * 2
+    targets = [{"labels": LABELS, "boxes": boxes, "file_name": "random"}] * 2
     weights = model.criterion.weights
 
-    def loss(images, padding):
+    def compute_loss(images, padding):
         losses = train.compute_losses(model, None, images, padding, targets, args)
-        return sum(weights[term] * values.sum() for term, values in losses.items())
+        return sum(weights[name] * values.sum() for name, values in losses.items())
 
-    return model, loss
+    return model, compute_loss
 
 
-def theirs(name):
-    """The same of transformers."""
-    stages = ["stage4"] if name == "detr" else ["stage2", "stage3", "stage4"]
-    resnet = transformers.ResNetConfig(out_features=stages)
-    sizes = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
-    sizes.update(backbone_config=resnet, auxiliary_loss=True, num_labels=15)
-    sizes.update(dropout=0.1, attention_dropout=0.1, activation_dropout=0.1)
+def their_model(name, boxes):
+    """Build the same model of transformers; see `our_model`."""
     if name == "detr":
-        model = transformers.DetrForObjectDetection(transformers.DetrConfig(**sizes))
+        stages = ["stage4"]
     else:
-        config = transformers.DeformableDetrConfig(**sizes, num_queries=300)
+        stages = ["stage2", "stage3", "stage4"]
+    options = {
+        "use_timm_backbone": False,
+        "use_pretrained_backbone": False,
+        "backbone": None,
+        "backbone_config": transformers.ResNetConfig(out_features=stages),
+        "auxiliary_loss": True,
+        "num_labels": CLASSES,
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+        "activation_dropout": 0.1,
+    }
+    if name == "detr":
+        model = transformers.DetrForObjectDetection(transformers.DetrConfig(**options))
+    else:
+        config = transformers.DeformableDetrConfig(num_queries=300, **options)
         model = transformers.DeformableDetrForObjectDetection(config)
     for parameter_name, parameter in model.named_parameters():  # 5.24 freezes the whole CNN
-        parameter.requires_grad_(not re.search(r"embedder|stages\.0", parameter_name))
-    labels = [{"class_labels": LABELS, "boxes": BOXES}] * 2
-    return model, lambda images, padding: model(images, ~padding, labels=labels).loss
+        frozen = re.search(r"embedder|stages\.0", parameter_name)
+        parameter.requires_grad_(not frozen)
+    labels = [{"class_labels": LABELS, "boxes": boxes}] * 2
+
+    def compute_loss(images, padding):
+        return model(images, ~padding, labels=labels).loss
+
+    return model, compute_loss
 
 
-def step(model, loss, optimizer, *inputs):
+# ---------------------------------------------------------------- time
+def train_step(model, compute_loss, optimizer, images, padding):
+    """Take a training step."""
     model.train()
-    loss(*inputs).backward()
+    compute_loss(images, padding).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     optimizer.step()
     optimizer.zero_grad()
 
 
 @torch.no_grad()
-def infer(model, is_ours, images, padding):
+def infer(model, images, mask):
+    """Run a model; mask: True = padding for ours, True = image for transformers."""
     model.eval()
-    model(images, padding if is_ours else ~padding)
+    model(images, mask)
 
 
-def by_turns(functions):
-    """Median seconds of each, called by turns; the first turn does not count."""
+def alternating_medians(functions):
+    """Return the median seconds of each function; they are called in turn, once to warm up."""
     times = [[] for _ in functions]
     for _ in range(REPEATS + 1):
-        for function, found in zip(functions, times):
+        for function, function_times in zip(functions, times):
             start = time.perf_counter()
             function()
-            found.append(time.perf_counter() - start)
-    return [statistics.median(found[1:]) for found in times]
+            function_times.append(time.perf_counter() - start)
+    return [statistics.median(function_times[1:]) for function_times in times]
 
 
-if "--keep_memory" in sys.argv:
-    distributed.keep_freed_memory()
-inputs = torch.randn(2, 3, SIZE, SIZE), torch.zeros(2, SIZE, SIZE, dtype=torch.bool)
-print(f"torch {torch.__version__}, transformers {transformers.__version__}, ", end="")
-print(f"{torch.get_num_threads()} threads\n")
-print("| | ours, s | transformers, s | ratio |\n|---|---|---|---|")
-for name in ("detr", "deformable_detr"):
-    steps, inferences = [], []
-    for build in (ours, theirs):
-        model, loss = build(name)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-        steps.append(functools.partial(step, model, loss, optimizer, *inputs))
-        inferences.append(functools.partial(infer, model, build is ours, *inputs))
-    for what, functions in (("training step", steps), ("inference", inferences)):
-        a, b = by_turns(functions)
-        print(f"| {name}, {what} | {a:.2f} | {b:.2f} | {b / a:.2f} |", flush=True)
+def optimizer_of(model):
+    """Build the optimizer of the trained parameters."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-5, fused=True)
+
+
+def compare(name, images, padding, boxes):
+    """Time a detector and print its two rows of the table."""
+    ours, our_loss = our_model(name, boxes)
+    theirs, their_loss = their_model(name, boxes)
+    steps = [
+        functools.partial(train_step, ours, our_loss, optimizer_of(ours), images, padding),
+        functools.partial(train_step, theirs, their_loss, optimizer_of(theirs), images, padding),
+    ]
+    inferences = [
+        functools.partial(infer, ours, images, padding),
+        functools.partial(infer, theirs, images, ~padding),
+    ]
+    for title, functions in [("training step", steps), ("inference", inferences)]:
+        our_seconds, their_seconds = alternating_medians(functions)
+        ratio = their_seconds / our_seconds
+        print(f"| {name}, {title} | {our_seconds:.2f} | {their_seconds:.2f} | {ratio:.2f} |",
+              flush=True)  # fmt: skip
+
+
+@cli_main
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("--keep_memory", action="store_true",
+                        help="keep freed memory in the process, as train.py does")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.keep_memory:
+        distributed.keep_freed_memory()
+    torch.manual_seed(0)
+    boxes = torch.rand(10, 4) / 5 + 0.3
+    images = torch.randn(2, 3, SIZE, SIZE)
+    padding = torch.zeros(2, SIZE, SIZE, dtype=torch.bool)
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {threads} threads")
+    print("\n| | ours, s | transformers, s | ratio |\n|---|---|---|---|")
+    for name in ("detr", "deformable_detr"):
+        compare(name, images, padding, boxes)
+
+
+if __name__ == "__main__":
+    main()

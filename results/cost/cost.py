@@ -1,58 +1,79 @@
-"""How the cost of a training step grows with image, levels and queries, on this machine.
+"""Measure how the cost of a training step grows with image size, levels and queries.
 
     python -m results.cost.cost [--sizes 128 256 512] [--out runs/cost]
 
-Both detectors as published (ResNet-50, six layers each way), one image with ten objects at a time,
-random weights, every row in a process of its own. Seconds are medians of the whole step, and of its
-encoder alone, forward and backward; memory is the peak of the process. The exponent of a line: the
-cost grows as the number of pixels to that power, from the last size but one to the last; 1 is
-linear, 2 quadratic. What the memory does not suffice for is left out. Writes cost.md and cost.png.
+Both detectors have their published architecture (ResNet-50, six encoder and decoder layers) and
+random weights. A step has one image with ten objects; every configuration runs in a process of its
+own. The table shows medians of the time of the whole step and of its encoder alone, forward and
+backward, and the peak memory of the process. Configurations that run out of memory are skipped.
+
+The exponent of a line is measured between its last two columns: 1 means that the cost grows
+linearly with the number of pixels (levels, queries), 2 quadratically. Writes cost.md and cost.png.
 """
 
 import concurrent.futures.process
-import itertools
 import math
 import multiprocessing
 import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 
 import detr
 import train
-from util import distributed, plots
-from util.cli import Parser, command, number
+from util import distributed
+from util.cli import POSITIVE_INT, Parser, cli_main
 from util.files import check_writable, write_text
 
-DETECTORS = {"DETR": "@recipes/detr.txt", "DETR-DC5": "@recipes/detr.txt --dilation",
-             "Deformable DETR": "@recipes/deformable_detr.txt"}  # fmt: skip
-SETTINGS = {"": "", ", multi-task": "--setting multitask --ssl_task mim-continuous"}
-OTHERS = {"num_feature_levels": (1, 2, 3, 4), "num_queries": (100, 300, 900)}  # at 512 pixels
-FIGURES = {"step": "s", "encoder": "s", "memory": "MB"}
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+DETECTORS = {
+    "DETR": [f"@{RECIPES / 'detr.txt'}"],
+    "DETR-DC5": [f"@{RECIPES / 'detr.txt'}", "--dilation"],
+    "Deformable DETR": [f"@{RECIPES / 'deformable_detr.txt'}"],
+}
+SETTINGS = {"": [], ", multi-task": ["--setting", "multitask", "--ssl_task", "mim-continuous"]}
+SWEEPS = {"num_feature_levels": [1, 2, 3, 4], "num_queries": [100, 300, 900]}  # at 512 pixels
+UNITS = {"step": "s", "encoder": "s", "memory": "MB"}  # of what is measured
 
 
-def rows(sizes):
-    """What is measured: (a line of the table, what grows along it, its value, flags)."""
-    for (name, flags), (setting, more) in itertools.product(DETECTORS.items(), SETTINGS.items()):
-        for size in sizes:
-            yield name + setting, "image_size", size, f"{flags} {more} --image_size {size}"
-    for flag, values in OTHERS.items():
+class Config(NamedTuple):
+    """A measurement."""
+
+    line: str  # of the table
+    varied: str  # the flag that grows along the line
+    value: int  # of this flag
+    flags: list  # of train.py
+
+
+def configs(sizes):
+    """Yield everything that is measured; sizes: sides of the image in pixels."""
+    for name, detector_flags in DETECTORS.items():
+        for setting, setting_flags in SETTINGS.items():
+            for size in sizes:
+                flags = detector_flags + setting_flags + ["--image_size", str(size)]
+                yield Config(name + setting, "image_size", size, flags)
+    for flag, values in SWEEPS.items():
         for value in values:
-            flags = f"{DETECTORS['Deformable DETR']} --image_size 512 --{flag} {value}"
-            yield "Deformable DETR, 512 pixels", flag, value, flags
+            flags = DETECTORS["Deformable DETR"] + ["--image_size", "512", f"--{flag}", str(value)]
+            yield Config("Deformable DETR, 512 pixels", flag, value, flags)
 
 
+# ---------------------------------------------------------------- measure
 def measure(flags, repeats):
-    """{"step", "encoder": seconds, "memory": MB at the peak} of a row."""
-    args, _ = train.parse(flags.split())
+    """Measure a training step with these flags of train.py.
+
+    Returns {"step": seconds, "encoder": seconds, "memory": MB at the peak}.
+    """
+    args, _ = train.parse(flags)
     distributed.init(args.device)
     torch.manual_seed(0)
     model = detr.build_detector(**train.detector_config(args, 15)).to(args.device)
     model.to(memory_format=torch.channels_last)
-    task, _ = train.build_task(args, model.strides, None)
+    task, _ = train.build_task(args, model.strides)
     optimizer = train.build_optimizer(model, task, args)
     weights = {**model.criterion.weights, "loss_ssl": 1.0}
     images = torch.randn(1, 3, args.image_size, args.image_size, device=args.device)
@@ -62,22 +83,27 @@ def measure(flags, repeats):
 
     def step():
         losses = train.compute_losses(model, task, images, padding, targets, args)
-        sum(weights[name] * values.sum() for name, values in losses.items()).backward()
+        loss = sum(weights[name] * values.sum() for name, values in losses.items())
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    found = {"step": seconds(step, args.device, repeats), "memory": peak(args.device)}
-    levels = [level.with_features(level.features.detach().requires_grad_())
-              for level in model.features(images, padding)]  # fmt: skip
+    step_seconds = median_seconds(step, args.device, repeats)
+    memory = peak_memory(args.device)
+
+    levels = []
+    for level in model.features(images, padding):
+        levels.append(level.with_features(level.features.detach().requires_grad_()))
 
     def encode():
         sum(level.features.sum() for level in model.encode(levels)).backward()
 
-    return {**found, "encoder": seconds(encode, args.device, repeats)}
+    encoder_seconds = median_seconds(encode, args.device, repeats)
+    return {"step": step_seconds, "encoder": encoder_seconds, "memory": memory}
 
 
-def seconds(function, device, repeats):
-    """Median time of a call, after one that is not counted."""
+def median_seconds(function, device, repeats):
+    """Return the median time of a call, after one call to warm up."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -88,55 +114,72 @@ def seconds(function, device, repeats):
     return statistics.median(times[1:])
 
 
-def peak(device):
-    """Most memory that was in use so far, in MB: of the GPU or of this process; NaN on Windows."""
+def peak_memory(device):
+    """Return the peak memory of the GPU or of this process so far, in MB; NaN on Windows."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
     if sys.platform == "win32":
         return math.nan
-    import resource
+    import resource  # does not exist on Windows
 
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def table(found):
-    """Lines in Markdown of {(line, what grows): {its value: figures}}."""
-    text = []
-    for (name, grows), line in found.items():
-        text += ["", f"| {name}: {grows} | {' | '.join(map(str, line))} | exponent |"]
-        text.append("|---" * (len(line) + 2) + "|")
-        for figure, unit in FIGURES.items():
-            digits = ".0f" if figure == "memory" else ".3g"
-            cells = [f"{x[figure]:{digits}}" for x in line.values()]
-            cells.append(exponent(grows, line, figure))
-            text.append(f"| {figure}, {unit} | {' | '.join(cells)} |")
-    return "\n".join(text[1:])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":  # in bytes
+        return peak / 2**20
+    return peak / 2**10  # in KB
 
 
-def exponent(grows, line, figure):
-    """By which power of the number of pixels (levels, queries) a figure grew at last."""
-    if len(line) < 2:
+# ---------------------------------------------------------------- show
+def table(measured):
+    """Format the measurements in Markdown, {(line, varied): {value: what `measure` returns}}."""
+    rows = []
+    for (name, varied), by_value in measured.items():
+        values = " | ".join(str(value) for value in by_value)
+        rows.append(f"| {name}: {varied} | {values} | exponent |")
+        rows.append("|---" * (len(by_value) + 2) + "|")
+        for quantity, unit in UNITS.items():
+            digits = ".0f" if quantity == "memory" else ".3g"
+            cells = [f"{figures[quantity]:{digits}}" for figures in by_value.values()]
+            cells.append(exponent(varied, by_value, quantity))
+            rows.append(f"| {quantity}, {unit} | {' | '.join(cells)} |")
+        rows.append("")
+    return "\n".join(rows[:-1])
+
+
+def exponent(varied, by_value, quantity):
+    """Return the power of the number of pixels (levels, queries) by which a quantity grew last.
+
+    The result is a text, "" for fewer than two measurements.
+    """
+    if len(by_value) < 2:
         return ""
-    (a, x), (b, y) = [*line.items()][-2:]
-    growth = math.log(b / a) * (2 if grows == "image_size" else 1)
-    return f"{math.log(y[figure] / x[figure]) / growth:.2f}"
+    before, last = list(by_value)[-2:]
+    growth = math.log(last / before)
+    if varied == "image_size":  # the number of pixels grows as the square of the side
+        growth *= 2
+    ratio = by_value[last][quantity] / by_value[before][quantity]
+    return f"{math.log(ratio) / growth:.2f}"
 
 
-@plots.best_effort
-def draw(path, found):
-    """Each figure against the image's side, a line a detector and setting; logarithmic axes."""
+def draw(path, measured):
+    """Plot each quantity against the image's side, a curve per detector; logarithmic axes."""
+    curves = {}  # by line of the table
+    sizes = set()
+    for (name, varied), by_value in measured.items():
+        if varied == "image_size":
+            curves[name] = by_value
+            sizes.update(by_value)
+    sizes = sorted(sizes)
+    colors = {name: f"C{i}" for i, name in enumerate(DETECTORS)}
+
     figure = Figure(figsize=(12, 4), layout="constrained")
-    sizes = sorted({size for (_, grows), line in found.items() if grows == "image_size"
-                    for size in line})  # fmt: skip
-    for axes, (name, unit) in zip(figure.subplots(1, len(FIGURES)), FIGURES.items()):
-        for (label, grows), line in found.items():
-            if grows == "image_size":
-                style = "--" if "multi-task" in label else "-"
-                colour = f"C{[*DETECTORS].index(label.split(',')[0])}"
-                values = [x[name] for x in line.values()]
-                axes.plot([*line], values, style, marker=".", color=colour, label=label)
-        axes.set(xscale="log", yscale="log", xlabel="image side (pixels)", title=f"{name} ({unit})")
+    for axes, (quantity, unit) in zip(figure.subplots(1, len(UNITS)), UNITS.items()):
+        for name, by_value in curves.items():
+            detector = name.split(",")[0]
+            style = "--" if "multi-task" in name else "-"
+            values = [figures[quantity] for figures in by_value.values()]
+            axes.plot(list(by_value), values, style, marker=".", color=colors[detector], label=name)
+        axes.set(xscale="log", yscale="log", xlabel="image side (pixels)")
+        axes.set_title(f"{quantity} ({unit})")
         axes.set_xticks(sizes, sizes)
         axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
@@ -144,29 +187,33 @@ def draw(path, found):
     figure.savefig(path, dpi=110)
 
 
-@command
+@cli_main
 def main(argv=None):
     parser = Parser(description=__doc__)
-    add, count = parser.add_argument, number(int)
-    add("--sizes", type=count, nargs="+", default=[128, 256, 512, 768, 1024], help="of the image")
-    add("--repeats", type=count, default=3, help="steps, of which the median counts")
+    add = parser.add_argument
+    add("--sizes", type=POSITIVE_INT, nargs="+", default=[128, 256, 512, 768, 1024],
+        help="sides of the image in pixels")  # fmt: skip
+    add("--repeats", type=POSITIVE_INT, default=3, help="number of timed steps")
     add("--out", type=Path, default=Path("runs/cost"), help="folder for cost.md and cost.png")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     check_writable(args.out / "cost.md")
-    found, fresh = {}, multiprocessing.get_context("spawn")
-    for name, grows, value, flags in rows(args.sizes):
-        with concurrent.futures.ProcessPoolExecutor(1, fresh) as process:  # has a peak of its own
+
+    measured = {}
+    spawn = multiprocessing.get_context("spawn")
+    for config in configs(args.sizes):
+        with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:  # peak memory is per process
             try:
-                figures = process.submit(measure, flags, args.repeats).result()
+                figures = pool.submit(measure, config.flags, args.repeats).result()
             except concurrent.futures.process.BrokenProcessPool:
-                print(f"{name}, {grows} {value}: ended, probably for lack of memory")
+                print(f"{config.line}, {config.varied} {config.value}: "
+                      "skipped: process was killed, probably out of memory")  # fmt: skip
                 continue
-        found.setdefault((name, grows), {})[value] = figures
-        said = (f"{figure} {figures[figure]:.3g} {unit}" for figure, unit in FIGURES.items())
-        print(f"{name}, {grows} {value}:", *said)
-    write_text(args.out / "cost.md", table(found) + "\n")
-    draw(args.out / "cost.png", found)
+        measured.setdefault((config.line, config.varied), {})[config.value] = figures
+        texts = [f"{quantity} {figures[quantity]:.3g} {unit}" for quantity, unit in UNITS.items()]
+        print(f"{config.line}, {config.varied} {config.value}: {' '.join(texts)}")
+    write_text(args.out / "cost.md", table(measured) + "\n")
+    draw(args.out / "cost.png", measured)
 
 
 if __name__ == "__main__":
