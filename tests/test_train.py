@@ -350,7 +350,7 @@ def test_nan_stops_before_the_step_with_one_line(culprit, monkeypatch):
     elif culprit == "boxes":
         run.model.bbox_embed[1].register_forward_hook(lambda _, x, out: out * math.nan)
     else:
-        monkeypatch.setattr(torchvision.ops, "sigmoid_focal_loss", lambda x, *_: x * math.nan)
+        monkeypatch.setattr(detr, "sigmoid_focal_loss", lambda x, *_: x * math.nan)
     before = [p.detach().clone() for p in run.model.parameters()]
     monkeypatch.setattr(isaid, "epoch_loader", lambda *_: [batch])
     images = ", ".join(target["file_name"] for target in batch[2])
@@ -576,7 +576,8 @@ KINDS = {
     "deformable": "",
     "two-stage": "--two_stage",
     "no encoder": "--enc_layers 0",
-    "no encoder, pretrain": "--enc_layers 0 --setting pretrain --ssl_patch 16",
+    "no encoder, pretrain": "--enc_layers 0 --setting pretrain --ssl_task jigsaw-continuous "
+    "--ssl_patch 16",
     "pretrain": "--setting pretrain --ssl_task jigsaw-continuous --ssl_patch 16",
     "multitask": "--setting multitask --ssl_task jigsaw-discrete --ssl_patch 16 "
     "--ssl_on image --ssl_weight 3",
