@@ -1,237 +1,619 @@
-"""Synthetic aerial scenes: objects of fifteen classes on textured ground, by their seed alone.
-A point is a complex number x + iy: to turn and scale a shape is one multiplication, to move it is
-one addition. To add a class, add a row to SHAPES, above "tree"."""
+"""Synthetic aerial scenes: objects of iSAID's fifteen classes on textured ground.
 
-from collections import namedtuple
+A scene depends on its seed and number alone. Points are complex numbers x + iy, with y pointing
+down: one multiplication rotates and scales a shape, one addition moves it. To add a class, add an
+entry to CLASS_SHAPES.
+"""
+
+import dataclasses
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-CIRCLE = np.exp(2j * np.pi * np.arange(-24, 25) / 24)  # two turns by 15 degrees: arcs are slices
+
+# ---------------------------------------------------------------- outlines
+# In units of the object's length, which lies along the x axis.
+def rect(width, height):
+    """Return a rectangle about 0, closed, so that it can be an outline as well as filled."""
+    corner = width + 1j * height
+    return np.array([-corner, corner.conjugate(), corner, -corner.conjugate(), -corner]) / 2
 
 
-def rect(w, h):
-    """Rectangle about 0, closed so that it can be stroked as well as filled."""
-    return np.array((-w - 1j * h, w - 1j * h, w + 1j * h, -w + 1j * h, -w - 1j * h)) / 2
+def arc(radius, start=-180, stop=180):
+    """Return an arc about 0 between two angles, multiples of 15 degrees; by default a circle."""
+    steps = np.arange(start // 15, stop // 15 + 1)
+    return radius * np.exp(2j * np.pi * steps / 24)
 
 
-def arc(r, start=-180, stop=180):
-    """Arc about 0 between two angles, multiples of 15 degrees; the whole circle by default."""
-    return CIRCLE[start // 15 + 24 : stop // 15 + 25] * r
+def polar(radius, angle):
+    """Return a point by its distance from 0 and its angle, a multiple of 15 degrees."""
+    return arc(radius, angle, angle)[0]
 
 
-def mirror(*half):
-    """Polygon symmetric about the x axis, from its points with y >= 0, front to back."""
+def symmetric(half):
+    """Return a polygon symmetric about the x axis, from its points with y >= 0, front to back."""
     return np.append(half, np.conj(half[::-1]))
 
 
-def both(*polygons):
-    """The polygons, and the same again at the other end of the object."""
-    return (*polygons, *(-np.asarray(p) for p in polygons))
+def mirrored(polygons):
+    """Return the polygons, and their copies at the other end of the object."""
+    return polygons + [-np.asarray(polygon) for polygon in polygons]
 
 
-# fmt: off
-SHIP = mirror(.5, .36 + .1j, .18 + .17j, -.42 + .17j, -.5 + .13j)
-TRUCK = mirror(.5 + .1j, .47 + .14j, .3 + .14j, .28 + .07j, .22 + .07j, .22 + .16j, -.5 + .16j)
-CAR = mirror(.5 + .12j, .44 + .22j, .2 + .25j, -.38 + .25j, -.48 + .2j, -.5 + .1j)
-PLANE = mirror(.5, .47 + .03j, .4 + .05j, .14 + .05j, -.1 + .46j, -.19 + .46j, -.07 + .05j,
-               -.32 + .04j, -.44 + .18j, -.5 + .18j, -.45 + .02j)
-BLADES = [.15 + .36 * CIRCLE[24 + k] * (1 + s) for k in (3, 9) for s in (-.06j, .06j)]  # rotor
-HELICOPTER = mirror(.42, .38 + .06j, .28 + .08j, *BLADES[:2], .15 + .09j, *BLADES[2:], .02 + .08j,
-                    -.08 + .04j, -.4 + .03j, -.41 + .1j, -.5 + .1j, -.48 + .02j)
-PIER = mirror(*np.add.outer((.42, .19, -.04, -.27, -.5), (.08 + .08j, .08 + .31j, .31j, .08j)).flat)
-POOL = CIRCLE[:24] * (.38 + .12 * (CIRCLE[:24] ** 2).real - .09 * CIRCLE[:24].imag)  # a kidney
-TRACK, OVAL = (np.concatenate(both(arc(r, -90, 90) + .22)) for r in (.28, .185))
-CROSSING = np.outer((1, 1j, -1, -1j), np.append((.5 - .09j, .5 + .09j), arc(.37, 15, 75))).ravel()
-BASES = np.array([-.28, -.04 + .24j, .2, -.04 - .24j])
-FOUL = CIRCLE[[21, 24, 27]] * (.68, 0, .68) - .34
+def ends_of_blade(angle):
+    """Return the two corners at the end of a helicopter's rotor blade."""
+    end = polar(0.36, angle)
+    return [0.15 + end * (1 - 0.06j), 0.15 + end * (1 + 0.06j)]
+
+
+def pier():
+    """Return a jetty along the x axis with five piers on either side."""
+    half = []
+    for x in (0.42, 0.19, -0.04, -0.27, -0.5):
+        half += [x + (0.08 + 0.08j), x + (0.08 + 0.31j), x + 0.31j, x + 0.08j]
+    return symmetric(half)
+
+
+def kidney():
+    """Return the outline of a pool."""
+    circle = arc(1, -360, -15)
+    return circle * (0.38 + 0.12 * (circle**2).real - 0.09 * circle.imag)
+
+
+def stadium(radius):
+    """Return two half circles joined by straight lines."""
+    return np.concatenate(mirrored([arc(radius, -90, 90) + 0.22]))
+
+
+def crossing():
+    """Return a circle with four roads that leave it."""
+    quarter = np.append([0.5 - 0.09j, 0.5 + 0.09j], arc(0.37, 15, 75))
+    return np.concatenate([quarter, 1j * quarter, -quarter, -1j * quarter])
+
+
+SHIP = symmetric([0.5, 0.36 + 0.1j, 0.18 + 0.17j, -0.42 + 0.17j, -0.5 + 0.13j])
+TRUCK = symmetric(
+    [0.5 + 0.1j, 0.47 + 0.14j, 0.3 + 0.14j, 0.28 + 0.07j, 0.22 + 0.07j]
+    + [0.22 + 0.16j, -0.5 + 0.16j]
+)
+CAR = symmetric([0.5 + 0.12j, 0.44 + 0.22j, 0.2 + 0.25j, -0.38 + 0.25j, -0.48 + 0.2j, -0.5 + 0.1j])
+PLANE = symmetric(
+    [0.5, 0.47 + 0.03j, 0.4 + 0.05j, 0.14 + 0.05j, -0.1 + 0.46j, -0.19 + 0.46j]
+    + [-0.07 + 0.05j, -0.32 + 0.04j, -0.44 + 0.18j, -0.5 + 0.18j, -0.45 + 0.02j]
+)
+HELICOPTER = symmetric(
+    [0.42, 0.38 + 0.06j, 0.28 + 0.08j]
+    + ends_of_blade(45)
+    + [0.15 + 0.09j]
+    + ends_of_blade(135)
+    + [0.02 + 0.08j, -0.08 + 0.04j, -0.4 + 0.03j, -0.41 + 0.1j, -0.5 + 0.1j, -0.48 + 0.02j]
+)
+POOL = kidney()
+TRACK = stadium(0.28)
+BASES = np.array([-0.28, -0.04 + 0.24j, 0.2, -0.04 - 0.24j])
+FOUL_LINES = np.array([polar(0.68, -45), 0, polar(0.68, 45)]) - 0.34
+
+# ---------------------------------------------------------------- colors
 WHITE = (238, 238, 232)
-FIXED = {"W": WHITE, "K": (44, 48, 54), "B": (58, 98, 116), "S": (0, 0, 0, 48)}  # S: shadow
+FIXED_COLORS = {
+    "white": WHITE,
+    "dark": (44, 48, 54),
+    "water": (58, 98, 116),
+    "shadow": (0, 0, 0, 48),
+}
 PAINT = (WHITE, (170, 176, 182), (70, 76, 86), (168, 48, 42), (48, 84, 142), (206, 172, 66))
 PALE = (WHITE, (216, 214, 204), (186, 192, 194), (206, 184, 158))
 CLAY = ((176, 128, 84), (190, 146, 104), (166, 104, 72), (172, 84, 64))
 COURT = ((58, 98, 150), (64, 122, 88), (172, 92, 66), (104, 116, 128))
 STONE = ((136, 136, 134), (166, 162, 154), (116, 116, 120))
-LAWN = (88, 140, 68), (102, 150, 82), (76, 124, 62)
+LAWN = ((88, 140, 68), (102, 150, 82), (76, 124, 62))
 AQUA = ((70, 190, 214), (92, 206, 222), (58, 164, 206))
 
-# Shortest and longest length and height (for the shadow) in pixels; colours to choose "a" and "b"
-# from; then the parts, bottom first: (colour, line width or 0 for filled, polygons ...), in units
-# of the length, which lies along the x axis. "+" and "-" after a colour make it lighter or darker.
-# The first polygon is the outline, gives box and area, and holds all others.
-Shape = namedtuple("Shape", "low high height a b parts")
-SHAPES = {name: Shape(*row, parts) for name, *row, parts in (
-    ("ship", 20, 44, 2, PAINT, CLAY + PALE, (("a", 0, SHIP), ("b", 0, SHIP * .84),
-     ("W", 0, rect(.1, .24) - .35), ("K", 0, rect(.03, .1) - .38),
-     ("b-", .03, *(rect(.13, .17) + x for x in (.2, .02, -.16))))),
-    ("storage_tank", 12, 30, 3, PALE, PALE, (("a-", 0, arc(.5)), ("a", 0, arc(.45)),
-     ("a-", 0, np.append(arc(.42, -180, -90), 0)), ("a-", .02, arc(.28)), ("K", 0, arc(.05)))),
-    ("baseball_diamond", 24, 42, 0, CLAY, LAWN, (("a", 0, np.append(arc(.72, -45, 45), 0) - .36),
-     ("b", 0, BASES), ("a", 0, arc(.06) - .04), ("W", .025, FOUL),
-     ("W", 0, *(arc(.04) + b for b in BASES)))),
-    ("tennis_court", 22, 36, 0, COURT, COURT, (("b", 0, rect(1, .54)), ("a+", 0, rect(.76, .36)),
-     ("W", .02, rect(.76, .36), rect(.76, .24), rect(.4, .24), (-.2, .2)),
-     ("K", .035, (-.2j, .2j)))),
-    ("basketball_court", 20, 34, 0, CLAY + COURT, COURT, (("a-", 0, rect(1, .6)),
-     ("a", 0, rect(.92, .52)), ("b", 0, *both(rect(.18, .18) + .37)),
-     ("W", .02, rect(.92, .52), (-.26j, .26j), arc(.1)),
-     ("W", .02, *both(rect(.18, .18) + .37, arc(.22, 90, 270) + .42, arc(.09, 90, 270) + .28)))),
-    ("Ground_Track_Field", 36, 48, 0, CLAY[2:], LAWN, (("a", 0, TRACK),
-     ("a+", .012, TRACK * .93, TRACK * .85), ("b", 0, OVAL),
-     ("W", .012, rect(.46, .26), (-.13j, .13j), arc(.06)))),
-    ("Bridge", 32, 48, 3, STONE, STONE, (("a-", 0, rect(1, .22)), ("a", 0, rect(1, .17)),
-     ("a+", .02, *both((-.49 + .09j, .49 + .09j))),
-     ("W", .025, *((x, x + .06) for x in np.arange(-.47, .45, .125))))),
-    ("Large_Vehicle", 20, 34, 2, PAINT, PAINT, (("K", 0, TRUCK), ("a", 0, rect(.7, .3) - .14),
-     ("a-", .02, rect(.24, .3) - .14), ("b", 0, rect(.17, .27) + .38),
-     ("K", 0, rect(.05, .22) + .455))),
-    ("Small_Vehicle", 12, 16, 1.5, PAINT, PAINT, (("a", 0, CAR), ("K", 0, rect(.56, .4) - .06),
-     ("a+", 0, rect(.28, .38) - .08))),
-    ("Helicopter", 22, 34, 4, PAINT, PAINT, (("a", 0, HELICOPTER), ("K", 0, rect(.1, .11) + .32),
-     ("K", .065, *(np.outer(CIRCLE[[27, 33]], (-.34, .34)) + .15)), ("a+", 0, arc(.045) + .15))),
-    ("Swimming_pool", 14, 30, 0, AQUA, PALE, (("b", 0, POOL), ("a-", 0, POOL * .84),
-     ("a", 0, POOL * .74), ("a+", .03, *((x - .16j, x + .06 - .04j) for x in (-.2, 0, .18))))),
-    ("Roundabout", 26, 44, 0, PAINT[1:3], LAWN, (("a", 0, CROSSING),
-     ("W", .02, *both((.4, .48), (.4j, .48j))), ("W", .012, arc(.29)), ("W", 0, arc(.2)),
-     ("b", 0, arc(.17)), ("b-", 0, arc(.08) + .03 + .03j))),
-    ("Soccer_ball_field", 30, 41, 0, LAWN, LAWN, (("a", 0, rect(1, .66)),
-     ("a+", 0, *both(rect(.115, .58) + .345, rect(.115, .58) + .115)),
-     ("W", .016, *both(rect(.14, .32) + .39)),
-     ("W", .016, rect(.92, .58), (-.29j, .29j), arc(.1), *both(rect(.05, .15) + .435)))),
-    ("plane", 22, 46, 3, PALE, PAINT[3:], (("a-", 0, PLANE),
-     ("K", 0, *(rect(.13, .05) + .07 + y for y in (-.2j, .2j))), ("a+", .09, (-.42, .43)),
-     ("b", .045, (-.48, -.3)), ("K", 0, rect(.03, .05) + .445))),
-    ("Harbor", 30, 42, 2, STONE, CLAY, (("a", 0, PIER), ("a+", .08, (-.48, .48)),
-     ("a-", .02, *both(*((x - .1j, x - .29j) for x in (.46, .23, 0, -.23, -.46)))))),
-    ("tree", 6, 12, 2, LAWN, LAWN, (("a-", 0, arc(.5)), ("a", 0, arc(.25) - .1 - .1j))),
-    ("roof", 12, 20, 2.5, CLAY + STONE, PALE, (("a-", 0, rect(1, .7)),
-     ("a", 0, rect(1, .35) - .175j))),
-    ("pond", 0, 0, 0, CLAY, LAWN, (("a", 0, POOL * 1.6j), ("b-", 0, POOL * 1.56j),
-     ("B", 0, POOL * 1.48j))))}
-CLASSES = tuple(SHAPES)[:-3]  # the last three have no label
 
-# dark, light, patch colour; waves: spacing in pixels, strength, bend; things per 128 x 128 pixels
+# ---------------------------------------------------------------- shapes
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Polygons of one color, filled or drawn as lines."""
+
+    color: str  # "main", "accent" or one of FIXED_COLORS; then "+" for lighter, "-" for darker
+    width: float  # of the lines; 0: filled
+    polygons: list
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What the objects of a class look like."""
+
+    length: tuple  # the shortest and the longest, in pixels
+    height: float  # for the shadow, in pixels
+    main: tuple  # colors to choose from
+    accent: tuple
+    parts: list  # from bottom to top
+
+    @property
+    def outline(self):
+        """The first polygon of the first part: it contains all others, and gives box and area."""
+        return self.parts[0].polygons[0]
+
+
+def fill(color, polygons):
+    return Part(color, 0, polygons)
+
+
+def line(color, width, polygons):
+    return Part(color, width, polygons)
+
+
+CLASS_SHAPES = {
+    "ship": Shape(
+        length=(20, 44),
+        height=2,
+        main=PAINT,
+        accent=CLAY + PALE,
+        parts=[
+            fill("main", [SHIP]),
+            fill("accent", [0.84 * SHIP]),
+            fill("white", [rect(0.1, 0.24) - 0.35]),
+            fill("dark", [rect(0.03, 0.1) - 0.38]),
+            line("accent-", 0.03, [rect(0.13, 0.17) + x for x in (0.2, 0.02, -0.16)]),
+        ],
+    ),
+    "storage_tank": Shape(
+        length=(12, 30),
+        height=3,
+        main=PALE,
+        accent=PALE,
+        parts=[
+            fill("main-", [arc(0.5)]),
+            fill("main", [arc(0.45)]),
+            fill("main-", [np.append(arc(0.42, -180, -90), 0)]),
+            line("main-", 0.02, [arc(0.28)]),
+            fill("dark", [arc(0.05)]),
+        ],
+    ),
+    "baseball_diamond": Shape(
+        length=(24, 42),
+        height=0,
+        main=CLAY,
+        accent=LAWN,
+        parts=[
+            fill("main", [np.append(arc(0.72, -45, 45), 0) - 0.36]),
+            fill("accent", [BASES]),
+            fill("main", [arc(0.06) - 0.04]),
+            line("white", 0.025, [FOUL_LINES]),
+            fill("white", [arc(0.04) + base for base in BASES]),
+        ],
+    ),
+    "tennis_court": Shape(
+        length=(22, 36),
+        height=0,
+        main=COURT,
+        accent=COURT,
+        parts=[
+            fill("accent", [rect(1, 0.54)]),
+            fill("main+", [rect(0.76, 0.36)]),
+            line("white", 0.02, [rect(0.76, 0.36), rect(0.76, 0.24), rect(0.4, 0.24)]),
+            line("white", 0.02, [(-0.2, 0.2)]),
+            line("dark", 0.035, [(-0.2j, 0.2j)]),
+        ],
+    ),
+    "basketball_court": Shape(
+        length=(20, 34),
+        height=0,
+        main=CLAY + COURT,
+        accent=COURT,
+        parts=[
+            fill("main-", [rect(1, 0.6)]),
+            fill("main", [rect(0.92, 0.52)]),
+            fill("accent", mirrored([rect(0.18, 0.18) + 0.37])),
+            line("white", 0.02, [rect(0.92, 0.52), (-0.26j, 0.26j), arc(0.1)]),
+            line("white", 0.02, mirrored([rect(0.18, 0.18) + 0.37, arc(0.22, 90, 270) + 0.42])),
+            line("white", 0.02, mirrored([arc(0.09, 90, 270) + 0.28])),
+        ],
+    ),
+    "Ground_Track_Field": Shape(
+        length=(36, 48),
+        height=0,
+        main=CLAY[2:],
+        accent=LAWN,
+        parts=[
+            fill("main", [TRACK]),
+            line("main+", 0.012, [0.93 * TRACK, 0.85 * TRACK]),
+            fill("accent", [stadium(0.185)]),
+            line("white", 0.012, [rect(0.46, 0.26), (-0.13j, 0.13j), arc(0.06)]),
+        ],
+    ),
+    "Bridge": Shape(
+        length=(32, 48),
+        height=3,
+        main=STONE,
+        accent=STONE,
+        parts=[
+            fill("main-", [rect(1, 0.22)]),
+            fill("main", [rect(1, 0.17)]),
+            line("main+", 0.02, mirrored([(-0.49 + 0.09j, 0.49 + 0.09j)])),
+            line("white", 0.025, [(x, x + 0.06) for x in np.arange(-0.47, 0.45, 0.125)]),
+        ],
+    ),
+    "Large_Vehicle": Shape(
+        length=(20, 34),
+        height=2,
+        main=PAINT,
+        accent=PAINT,
+        parts=[
+            fill("dark", [TRUCK]),
+            fill("main", [rect(0.7, 0.3) - 0.14]),
+            line("main-", 0.02, [rect(0.24, 0.3) - 0.14]),
+            fill("accent", [rect(0.17, 0.27) + 0.38]),
+            fill("dark", [rect(0.05, 0.22) + 0.455]),
+        ],
+    ),
+    "Small_Vehicle": Shape(
+        length=(12, 16),
+        height=1.5,
+        main=PAINT,
+        accent=PAINT,
+        parts=[
+            fill("main", [CAR]),
+            fill("dark", [rect(0.56, 0.4) - 0.06]),
+            fill("main+", [rect(0.28, 0.38) - 0.08]),
+        ],
+    ),
+    "Helicopter": Shape(
+        length=(22, 34),
+        height=4,
+        main=PAINT,
+        accent=PAINT,
+        parts=[
+            fill("main", [HELICOPTER]),
+            fill("dark", [rect(0.1, 0.11) + 0.32]),
+            line(
+                "dark", 0.065, [(0.15 - polar(0.34, a), 0.15 + polar(0.34, a)) for a in (45, 135)]
+            ),
+            fill("main+", [arc(0.045) + 0.15]),
+        ],
+    ),
+    "Swimming_pool": Shape(
+        length=(14, 30),
+        height=0,
+        main=AQUA,
+        accent=PALE,
+        parts=[
+            fill("accent", [POOL]),
+            fill("main-", [0.84 * POOL]),
+            fill("main", [0.74 * POOL]),
+            line("main+", 0.03, [(x - 0.16j, x + 0.06 - 0.04j) for x in (-0.2, 0, 0.18)]),
+        ],
+    ),
+    "Roundabout": Shape(
+        length=(26, 44),
+        height=0,
+        main=PAINT[1:3],
+        accent=LAWN,
+        parts=[
+            fill("main", [crossing()]),
+            line("white", 0.02, mirrored([(0.4, 0.48), (0.4j, 0.48j)])),
+            line("white", 0.012, [arc(0.29)]),
+            fill("white", [arc(0.2)]),
+            fill("accent", [arc(0.17)]),
+            fill("accent-", [arc(0.08) + 0.03 + 0.03j]),
+        ],
+    ),
+    "Soccer_ball_field": Shape(
+        length=(30, 41),
+        height=0,
+        main=LAWN,
+        accent=LAWN,
+        parts=[
+            fill("main", [rect(1, 0.66)]),
+            fill("main+", mirrored([rect(0.115, 0.58) + 0.345, rect(0.115, 0.58) + 0.115])),
+            line("white", 0.016, mirrored([rect(0.14, 0.32) + 0.39])),
+            line("white", 0.016, [rect(0.92, 0.58), (-0.29j, 0.29j), arc(0.1)]),
+            line("white", 0.016, mirrored([rect(0.05, 0.15) + 0.435])),
+        ],
+    ),
+    "plane": Shape(
+        length=(22, 46),
+        height=3,
+        main=PALE,
+        accent=PAINT[3:],
+        parts=[
+            fill("main-", [PLANE]),
+            fill("dark", [rect(0.13, 0.05) + 0.07 - 0.2j, rect(0.13, 0.05) + 0.07 + 0.2j]),
+            line("main+", 0.09, [(-0.42, 0.43)]),
+            line("accent", 0.045, [(-0.48, -0.3)]),
+            fill("dark", [rect(0.03, 0.05) + 0.445]),
+        ],
+    ),
+    "Harbor": Shape(
+        length=(30, 42),
+        height=2,
+        main=STONE,
+        accent=CLAY,
+        parts=[
+            fill("main", [pier()]),
+            line("main+", 0.08, [(-0.48, 0.48)]),
+            line(
+                "main-",
+                0.02,
+                mirrored([(x - 0.1j, x - 0.29j) for x in (0.46, 0.23, 0, -0.23, -0.46)]),
+            ),
+        ],
+    ),
+}
+SCENERY_SHAPES = {  # without a label
+    "tree": Shape(
+        length=(6, 12),
+        height=2,
+        main=LAWN,
+        accent=LAWN,
+        parts=[fill("main-", [arc(0.5)]), fill("main", [arc(0.25) - 0.1 - 0.1j])],
+    ),
+    "roof": Shape(
+        length=(12, 20),
+        height=2.5,
+        main=CLAY + STONE,
+        accent=PALE,
+        parts=[fill("main-", [rect(1, 0.7)]), fill("main", [rect(1, 0.35) - 0.175j])],
+    ),
+    "pond": Shape(  # under a bridge, and as long
+        length=(0, 0),
+        height=0,
+        main=CLAY,
+        accent=LAWN,
+        parts=[
+            fill("main", [1.6j * POOL]),
+            fill("accent-", [1.56j * POOL]),
+            fill("water", [1.48j * POOL]),
+        ],
+    ),
+}
+SHAPES = CLASS_SHAPES | SCENERY_SHAPES
+CLASSES = tuple(CLASS_SHAPES)
+CATEGORIES = [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)]
+
+
+# ---------------------------------------------------------------- grounds
+@dataclasses.dataclass(frozen=True)
+class Ground:
+    """What the ground of a scene looks like."""
+
+    dark: tuple  # its colors lie between dark and light
+    light: tuple
+    patches: tuple  # color of its larger patches
+    wave_length: float  # of parallel stripes, in pixels
+    wave_strength: float  # added to and subtracted from the color
+    wave_bend: float
+    scenery: list  # names of SCENERY_SHAPES, for each 128 x 128 pixels
+
+
 GROUNDS = {
-    "water": ((34, 66, 88), (66, 108, 124), (84, 134, 138), 6, 4, 3, []),
-    "grass": ((74, 100, 54), (122, 146, 84), (150, 146, 98), 9, 4, .3, ["tree"] * 12),
-    "soil": ((128, 104, 76), (178, 154, 118), (120, 122, 78), 7, 5, .6, ["tree"] * 4),
-    "paved": ((118, 118, 116), (152, 150, 146), (98, 98, 100), 24, 3, 0, []),
-    "town": ((104, 108, 84), (142, 138, 116), (92, 112, 68), 3, 1, 0, ["roof"] * 8 + ["tree"] * 10)}
-# fmt: on
-# With 0.17 of the scenes at sea, and bridges at sea and on land, all classes are about as common.
-AT_SEA = ["ship", "Harbor"] * 2 + ["Bridge"]
-ON_LAND = [name for name in CLASSES if name not in ("ship", "Harbor")]
-# turn: length in pixels times the direction of the x axis; box: xyxy in pixels, not clipped
-Thing = namedtuple("Thing", "name turn centre box")
+    "water": Ground((34, 66, 88), (66, 108, 124), (84, 134, 138), 6, 4, 3, []),
+    "grass": Ground((74, 100, 54), (122, 146, 84), (150, 146, 98), 9, 4, 0.3, ["tree"] * 12),
+    "soil": Ground((128, 104, 76), (178, 154, 118), (120, 122, 78), 7, 5, 0.6, ["tree"] * 4),
+    "paved": Ground((118, 118, 116), (152, 150, 146), (98, 98, 100), 24, 3, 0, []),
+    "town": Ground(
+        (104, 108, 84), (142, 138, 116), (92, 112, 68), 3, 1, 0, ["roof"] * 8 + ["tree"] * 10
+    ),
+}
+# With these shares of scenes at sea and of bridges, all classes are about as common.
+SHARE_AT_SEA = 0.17
+CLASSES_AT_SEA = ["ship", "Harbor", "ship", "Harbor", "Bridge"]
+CLASSES_ON_LAND = [name for name in CLASSES if name not in ("ship", "Harbor")]
+GROUNDS_ON_LAND = ["grass", "soil", "paved", "town"]
+STREET = (112, 112, 114)
 
 
-def place(rng, name, things, size, last=None):
-    """One more Thing where there is room, next to `last` if that is given; None without room."""
-    low, high, *_, parts = SHAPES[name]
-    if last:
-        turn = last.turn
+# ---------------------------------------------------------------- placing objects
+@dataclasses.dataclass(frozen=True)
+class SceneObject:
+    """An object, or a piece of scenery, of a scene."""
+
+    name: str
+    axis: complex  # from its back to its front: the length in pixels times the direction
+    center: complex
+    box: tuple  # (x0, y0, x1, y1) in pixels; not clipped to the image
+
+    @property
+    def outline(self):
+        """The outline in pixels about 0."""
+        return SHAPES[self.name].outline * self.axis
+
+
+def place_objects(rng, size):
+    """Return the name of a scene's ground and its labeled objects: none, or 1 to 7 for each 128 x
+    128 pixels."""
+    if rng.random() < SHARE_AT_SEA:
+        ground = "water"
+        classes = CLASSES_AT_SEA
     else:
-        turn = complex((low + (high - low) * rng.random()) * np.exp(2j * np.pi * rng.random()))
-    outline = parts[0][2] * turn
-    w, h = extent = np.array((np.ptp(outline.real), np.ptp(outline.imag)))
-    # the border of the image cuts off at most a fifth of width and height: 0.64 of the box stays
-    spots = [*(rng.random((10, 2)) * (size - 0.6 * extent) - 0.2 * extent)]
-    if last:  # one step to the left or right, as wide as keeps the boxes apart
-        side = 1j * turn / abs(turn) + 1e-9 + 1e-9j
-        side *= 3 + min(w / abs(side.real), h / abs(side.imag))
-        spots[:0] = [(last.box[0] + s * side.real, last.box[1] + s * side.imag) for s in (1, -1)]
-    for x, y in spots:
-        inside = -0.2 * w <= x <= size - 0.8 * w and -0.2 * h <= y <= size - 0.8 * h
-        gaps = (max(x - x1, x0 - x - w, y - y1, y0 - y - h) for *_, (x0, y0, x1, y1) in things)
-        if inside and all(gap > 2 for gap in gaps):
-            centre = complex(x - outline.real.min(), y - outline.imag.min())
-            return Thing(name, turn, centre, (x, y, x + w, y + h))
+        ground = choose(rng, GROUNDS_ON_LAND)
+        classes = CLASSES_ON_LAND
+    num_objects = 0
+    if rng.random() >= 0.1:
+        num_objects = rng.integers(1, 2 + int(6 * (size / 128) ** 2))
+    objects = []
+    for _ in range(num_objects):
+        neighbor = None  # some objects stand side by side with another of their class
+        if objects and rng.random() < 0.35:
+            neighbor = objects[-1]
+            name = neighbor.name
+        else:
+            name = choose(rng, classes)
+        placed = try_place(rng, name, objects, size, neighbor)
+        if placed:
+            objects.append(placed)
+    return ground, objects
 
 
-def layout(rng, size):
-    """Kind of ground, and the labelled Things on it: none, or 1 to 7 per 128 x 128 pixels."""
-    kind = "water" if rng.random() < 0.17 else list(GROUNDS)[1 + int(4 * rng.random())]
-    classes, things = AT_SEA if kind == "water" else ON_LAND, []
-    for _ in range(0 if rng.random() < 0.1 else rng.integers(1, 2 + int(6 * (size / 128) ** 2))):
-        last = things[-1] if things and rng.random() < 0.35 else None  # alike things, side by side
-        name = last.name if last else classes[int(rng.random() * len(classes))]
-        things += filter(None, [place(rng, name, things, size, last)])
-    return kind, things
+def choose(rng, values):
+    """Return a random one of the values."""
+    return values[int(rng.random() * len(values))]
 
 
-def scene_objects(seed, n, size):
-    """labels (k,) int64, boxes (k, 4) float32 xyxy in pixels, areas (k,); draws nothing."""
-    _, things = layout(np.random.default_rng([seed, n]), size)
-    whole = np.array([t.box for t in things], np.float32).reshape(-1, 4)
-    boxes = whole.clip(0, size)
-    outlines = [SHAPES[t.name].parts[0][2] * t.turn for t in things]
-    areas = np.array([abs(np.vdot(p, np.roll(p, -1)).imag) / 2 for p in outlines])  # shoelace
-    seen = (boxes[:, 2:] - boxes[:, :2]).prod(1) / (whole[:, 2:] - whole[:, :2]).prod(1)
-    return np.array([CLASSES.index(t.name) for t in things], np.int64), boxes, areas * seen
+def try_place(rng, name, objects, size, neighbor=None):
+    """Return one more object at a place where it touches no other; None if none is found.
+
+    neighbor: an object of the same class to put it next to, if there is room
+    """
+    if neighbor:
+        axis = neighbor.axis
+    else:
+        shortest, longest = SHAPES[name].length
+        length = shortest + (longest - shortest) * rng.random()
+        axis = complex(length * np.exp(2j * np.pi * rng.random()))
+    outline = SHAPES[name].outline * axis
+    extent = np.array([np.ptp(outline.real), np.ptp(outline.imag)])
+    width, height = extent
+    # The border of the image cuts off at most a fifth of width and height: 0.64 of the box stays.
+    corners = list(rng.random((10, 2)) * (size - 0.6 * extent) - 0.2 * extent)
+    if neighbor:
+        corners = corners_beside(neighbor, width, height) + corners
+    for x, y in corners:
+        inside_x = -0.2 * width <= x <= size - 0.8 * width
+        inside_y = -0.2 * height <= y <= size - 0.8 * height
+        is_free = all(gap(x, y, width, height, other.box) > 2 for other in objects)
+        if inside_x and inside_y and is_free:
+            center = complex(x - outline.real.min(), y - outline.imag.min())
+            return SceneObject(name, axis, center, (x, y, x + width, y + height))
+    return None
 
 
-def noise(rng, size, cells):
-    """(size, size) float32 smooth random field: one octave per cell size, each half as strong."""
-    field = 0
-    for k, cell in enumerate(cells):
-        octave = Image.fromarray(rng.random((size // cell + 2,) * 2, np.float32) - 0.5)
-        field += np.asarray(octave.resize((size, size), Image.Resampling.BICUBIC)) / 2**k
-    return field
+def corners_beside(neighbor, width, height):
+    """Return the top left corners of boxes to the left and right of an object, close to it."""
+    direction = 1j * neighbor.axis / abs(neighbor.axis)
+    direction += 1e-9 + 1e-9j  # not along an axis of the image, where the division would fail
+    step = direction * (3 + min(width / abs(direction.real), height / abs(direction.imag)))
+    x, y, _, _ = neighbor.box
+    return [(x + step.real, y + step.imag), (x - step.real, y - step.imag)]
 
 
-def bare_ground(rng, kind, size):
-    """PIL image of the ground alone."""
-    *colours, spacing, strength, bend, _ = GROUNDS[kind]
-    dark, light, patch = np.float32(colours)
+def gap(x, y, width, height, box):
+    """Return the distance in pixels between two boxes, along x or y; negative if they overlap."""
+    x0, y0, x1, y1 = box
+    return max(x - x1, x0 - x - width, y - y1, y0 - y - height)
+
+
+def scene_annotations(seed, n, size):
+    """Return the objects of scene n as in a COCO file, without drawing the scene."""
+    _, objects = place_objects(np.random.default_rng([seed, n]), size)
+    annotations = []
+    for scene_object in objects:
+        whole_box = np.array(scene_object.box, np.float32)
+        box = whole_box.clip(0, size)
+        width, height = box[2:] - box[:2]
+        whole_width, whole_height = whole_box[2:] - whole_box[:2]
+        visible = (width * height) / (whole_width * whole_height)
+        annotation = {
+            "category_id": CLASSES.index(scene_object.name) + 1,
+            "area": float(polygon_area(scene_object.outline) * visible),
+            "bbox": [float(box[0]), float(box[1]), float(width), float(height)],
+        }
+        annotations.append(annotation)
+    return annotations
+
+
+def polygon_area(points):
+    """Return the area of a polygon by the shoelace formula."""
+    return abs(np.vdot(points, np.roll(points, -1)).imag) / 2
+
+
+# ---------------------------------------------------------------- drawing
+def draw_scene(seed, n, size, scale=2):
+    """Draw scene n as a PIL image, RGB, of size x size pixels.
+
+    scale: it is drawn this many times as large and then reduced, for smooth edges
+    """
+    rng = np.random.default_rng([seed, n])
+    ground, objects = place_objects(rng, size)
+    scenery = []
+    for name in GROUNDS[ground].scenery * max(1, size * size // 128**2):
+        placed = try_place(rng, name, objects, size)
+        if placed:
+            scenery.append(placed)
+    ponds = []
+    for scene_object in objects:
+        if scene_object.name == "Bridge" and ground != "water":
+            ponds.append(dataclasses.replace(scene_object, name="pond"))
+
+    image = render_background(rng, ground, size)
+    image = image.resize((size * scale, size * scale), Image.Resampling.NEAREST)
+    pen = ImageDraw.Draw(image, "RGBA")
+    sun = np.exp(2j * np.pi * rng.random())
+    for scene_object in ponds + scenery + objects:
+        draw_object(rng, pen, scene_object, sun, scale)
+
+    brightness = 0.85 + 0.3 * rng.random()
+    pixels = brightness * np.asarray(image.reduce(scale), np.float32)
+    pixels += 5 * rng.standard_normal((size, size, 1), np.float32)  # the camera's noise
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def draw_object(rng, pen, scene_object, sun, scale):
+    """Draw an object and its shadow.
+
+    sun:   direction of the shadow, a complex number
+    scale: canvas pixels per image pixel
+    """
+    shape = SHAPES[scene_object.name]
+    tint = 0.88 + 0.2 * rng.random()
+    colors = dict(FIXED_COLORS)
+    colors["main"] = choose(rng, shape.main)
+    colors["accent"] = choose(rng, shape.accent)
+    shadow = []
+    for length in (0.5, 1, 1.3):  # several faint copies have a soft edge
+        shadow.append(shape.outline + length * shape.height * sun / scene_object.axis)
+    for part in [fill("shadow", shadow)] + shape.parts:
+        gain = tint
+        if part.color.endswith("+"):
+            gain *= 1.16
+        elif part.color.endswith("-"):
+            gain *= 0.76
+        color = tuple(min(255, int(c * gain)) for c in colors[part.color.rstrip("+-")])
+        for polygon in part.polygons:
+            pixels = (np.multiply(polygon, scene_object.axis) + scene_object.center) * scale
+            points = np.column_stack([pixels.real, pixels.imag]).ravel().tolist()
+            if part.width:
+                width = max(1, round(part.width * abs(scene_object.axis) * scale))
+                pen.line(points, color, width)
+            else:
+                pen.polygon(points, color)
+
+
+def render_background(rng, name, size):
+    """Draw the ground of a scene as a PIL image of size x size pixels."""
+    ground = GROUNDS[name]
+    dark, light, patches = np.float32([ground.dark, ground.light, ground.patches])
     fine = noise(rng, size, (32, 16, 8, 4, 2))[..., None]
     broad = noise(rng, size, (64, 32, 16))[..., None]
     image = dark + (light - dark) * (0.5 + 0.8 * fine)
-    image += (patch - image) * np.clip(4 * broad - 0.6, 0, 0.8)
-    slope, steps = np.float32(2 * np.pi * rng.random()), np.arange(size, dtype=np.float32)
-    ramp = np.cos(slope) * steps[:, None] + np.sin(slope) * steps
-    if kind == "town":
-        image[ramp % 64 < 10] = 112, 112, 114  # streets
-    image += strength * np.sin(2 * np.pi * (ramp[..., None] / spacing + bend * broad))
+    image += (patches - image) * np.clip(4 * broad - 0.6, 0, 0.8)
+    angle = np.float32(2 * np.pi * rng.random())
+    steps = np.arange(size, dtype=np.float32)
+    ramp = np.cos(angle) * steps[:, None] + np.sin(angle) * steps
+    if name == "town":
+        image[ramp % 64 < 10] = STREET
+    phase = ramp[..., None] / ground.wave_length + ground.wave_bend * broad
+    image += ground.wave_strength * np.sin(2 * np.pi * phase)
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
-def draw_thing(rng, pen, thing, sun, fine):
-    """Draw a Thing and its shadow, which falls along `sun`; fine: canvas pixels per image pixel."""
-    shape, tint = SHAPES[thing.name], 0.88 + 0.2 * rng.random()
-    a, b = (choice[int(rng.random() * len(choice))] for choice in (shape.a, shape.b))
-    colours = {**FIXED, "a": a, "b": b}
-    shifts = [k * shape.height * sun / thing.turn for k in (0.5, 1, 1.3)]
-    shadow = "S", 0, *(shape.parts[0][2] + s for s in shifts)  # faint copies: a soft edge
-    for name, width, *polygons in (shadow, *shape.parts):
-        gain = tint * {"+": 1.16, "-": 0.76}.get(name[-1], 1)
-        colour = tuple(min(255, int(c * gain)) for c in colours[name[0]])
-        for points in polygons:
-            points = ((np.multiply(points, thing.turn) + thing.centre) * fine).view(float).tolist()
-            if width:
-                pen.line(points, colour, max(1, round(width * abs(thing.turn) * fine)))
-            else:
-                pen.polygon(points, colour)
+def noise(rng, size, cells):
+    """Return a smooth random field (size, size), float32.
 
-
-def draw_scene(seed, n, size, fine=2):
-    """PIL RGB image of size x size pixels, drawn `fine` times as large and then reduced."""
-    rng = np.random.default_rng([seed, n])
-    kind, things = layout(rng, size)
-    loose = GROUNDS[kind][-1] * max(1, size * size // 128**2)
-    loose = [place(rng, name, things, size) for name in loose]
-    ponds = [t._replace(name="pond") for t in things if t.name == "Bridge" and kind != "water"]
-    image = bare_ground(rng, kind, size).resize((size * fine,) * 2, Image.Resampling.NEAREST)
-    pen, sun = ImageDraw.Draw(image, "RGBA"), np.exp(2j * np.pi * rng.random())
-    for thing in ponds + [t for t in loose if t] + things:
-        draw_thing(rng, pen, thing, sun, fine)
-    light = (0.85 + 0.3 * rng.random()) * np.asarray(image.reduce(fine), np.float32)
-    light += 5 * rng.standard_normal((size, size, 1), np.float32)  # grain of the camera
-    return Image.fromarray(light.clip(0, 255).astype(np.uint8))
+    cells: the cell size of each octave in pixels; each octave is half as strong as the one before
+    """
+    field = np.zeros((size, size), np.float32)
+    for k, cell in enumerate(cells):
+        side = size // cell + 2
+        octave = Image.fromarray(rng.random((side, side), np.float32) - 0.5)
+        octave = octave.resize((size, size), Image.Resampling.BICUBIC)
+        field += np.asarray(octave) / 2**k
+    return field
 
 
 # ---------------------------------------------------------------- scenes as a dataset
-CATEGORIES = [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)]
 MAX_SCENES = 1_000_000  # of a split
 FIRST_SCENE = {"train": 0, "val": MAX_SCENES}
 CACHE_BYTES = 2**28  # of scenes that are drawn only once
@@ -243,16 +625,8 @@ def coco_content(seed, first, n, size):
     annotations = []
     for i in range(n):
         images.append({"id": i, "file_name": f"scene_{i:06d}.png", "width": size, "height": size})
-        labels, boxes, areas = scene_objects(seed, first + i, size)
-        for label, box, area in zip(labels, boxes, areas):
-            x0, y0, x1, y1 = box
-            annotation = {
-                "image_id": i,
-                "category_id": int(label) + 1,
-                "area": float(area),
-                "bbox": [float(x0), float(y0), float(x1 - x0), float(y1 - y0)],
-            }
-            annotations.append(annotation)
+        for annotation in scene_annotations(seed, first + i, size):
+            annotations.append({"image_id": i, **annotation})
     return {"images": images, "annotations": annotations, "categories": CATEGORIES}
 
 
