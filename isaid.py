@@ -1,16 +1,16 @@
 """The dataset: images with boxes, their augmentation, and batches of them.
 
-    python isaid.py prepare RAW OUT                write the tiles of iSAID's raw release
+    python isaid.py prepare RAW OUT                cut iSAID's raw release into patches
     python isaid.py check DATA                     report what a dataset contains, and its errors
     python isaid.py scenes OUT --train 20 --val 5  write synthetic scenes as a dataset
 
-DATA is a folder in the layout of iSAID's tiles, of COCO or of Roboflow (see coco.find_split).
+DATA is a folder in the layout of iSAID's patches, of COCO or of Roboflow (see coco.find_split).
 iSAID: Waqas Zamir et al., "iSAID: A Large-scale Dataset for Instance Segmentation in Aerial
 Images" (arXiv 1905.12886).
 """
 
 import json
-import os
+import multiprocessing
 import shutil
 import sys
 from pathlib import Path
@@ -35,33 +35,37 @@ NUM_SCENES = {"train": 1000, "val": 200}
 class DetectionDataset(torch.utils.data.Dataset):
     """Images with boxes.
 
-    Item i is a pair: the image, a normalized float tensor (3, H, W), and its target, a dict of
+    An item is a pair (image, target). The image is a normalized float tensor (3, H, W); the target
+    is a dict with
         image_id   int
         file_name  str
         size       (height, width) of the image before it is resized
-        labels     (T,) int64, from 0 on in the order of the category ids
-        boxes      (T, 4) cxcywh in 0..1
-        seed       int, for the self-supervised task to draw its corruption from
+        labels     (T,) int64, 0 to K - 1 in the order of the category ids
+        boxes      (T, 4) float, cxcywh in 0..1
+        seed       int, from which the self-supervised task samples its corruption
 
-    Augmentation depends on (seed, epoch, index) alone, not on worker processes or the order of
-    loading. Set `epoch` before each pass. Item i + k * len(self) is image i again, augmented
-    differently.
+    Item i + k * len(self) is image i again, augmented differently. Augmentation depends on (seed,
+    epoch, index) alone, not on worker processes or on the order of loading.
 
-    Attributes beside those of a COCO file (images, annotations, categories):
-        boxes            of each image, (T, 4) xywh in pixels
-        labels           of each image, (T,)
+    Attributes to set:
+        epoch            before each pass
+        min_size         None: load images in full; N: load large JPEGs faster, at a reduced size
+                         of at least N pixels per side
+    Attributes to read:
+        images, annotations, categories   as in a COCO file, after coco.clean_boxes
+        boxes            [(T, 4) xywh in pixels] of the images
+        labels           [(T,)] of the images
         cleaning_counts  {what coco.clean_boxes did: number of boxes}
         warnings         lines of text about the annotations
-        min_size         a large JPEG may be decoded smaller, down to this many pixels per side
     """
 
     def __init__(self, name, content, paths, transform, seed=0):
         """Sort the annotations by image.
 
-        name:      the dataset's name in messages
-        content:   images, annotations and categories as in a COCO file
+        name:      the dataset's name, for messages
+        content:   a dict with images, annotations and categories, as in a COCO file
         paths:     the file of each image
-        transform: see make_transforms
+        transform: as make_transforms returns it
         """
         self.name = name
         self.images = content["images"]
@@ -82,9 +86,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         boxes = [[] for _ in self.images]
         labels = [[] for _ in self.images]
         for annotation in self.annotations:
-            if not annotation[
-                "iscrowd"
-            ]:  # crowd regions are for the evaluation, which ignores them
+            if not annotation["iscrowd"]:  # crowd regions matter to the evaluation only
                 i = index_of[annotation["image_id"]]
                 boxes[i].append(annotation["bbox"])
                 labels[i].append(label_of[annotation["category_id"]])
@@ -94,7 +96,7 @@ class DetectionDataset(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images)
 
-    def __iter__(self):  # without it a loop over the dataset would not end: every index is valid
+    def __iter__(self):  # without this, a loop would not end: there is an item for every index
         for i in range(len(self)):
             yield self[i]
 
@@ -102,9 +104,10 @@ class DetectionDataset(torch.utils.data.Dataset):
         i = index % len(self)
         record = self.images[i]
         image = self.load_image(i, self.min_size)
-        width = record.get("width", image.width)  # not recorded in a folder without annotations
+        width = record.get("width", image.width)  # a folder without annotations records no sizes
         height = record.get("height", image.height)
 
+        # The image may be smaller than its annotations say, see min_size.
         recorded_size = torch.tensor([width, height, width, height])
         decoded_size = torch.tensor([image.width, image.height, image.width, image.height])
         boxes = tv_tensors.BoundingBoxes(
@@ -130,10 +133,10 @@ class DetectionDataset(torch.utils.data.Dataset):
         return sample["image"].as_subclass(torch.Tensor), target
 
     def load_image(self, i, min_size=None):
-        """Return image i as it is displayed, a PIL image in RGB.
+        """Return image i as a PIL image, RGB, in the orientation in which it is displayed.
 
-        min_size: a large JPEG may be decoded smaller, down to this many pixels per side
-        Raises DataError if the file is unusable, or not of the size that the annotations say.
+        min_size: as the attribute
+        Raises DataError if the file is unusable or its size differs from the annotations.
         """
         record = self.images[i]
         image, file_size = read_image(self.paths[i], min_size)
@@ -142,12 +145,12 @@ class DetectionDataset(torch.utils.data.Dataset):
 
 
 def item_seed(seed, epoch, index):
-    """Return the seed of an item's augmentation."""
+    """Return a number that is different for every item of every epoch."""
     return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1)[0])
 
 
 class SyntheticDataset(DetectionDataset):
-    """Synthetic scenes, which are drawn when they are asked for."""
+    """Synthetic scenes, drawn when they are loaded."""
 
     def __init__(self, name, content, renderer, transform, seed=0):
         super().__init__(name, content, None, transform, seed)
@@ -169,8 +172,8 @@ def synthetic_dataset(split, n, size, transform, seed=0):
 def load_coco(images_dir, json_path, transform, limit=None, seed=0, require_annotations=True):
     """Return the dataset of a folder of images and a COCO file.
 
-    limit:               only the first images of the file
-    require_annotations: False if the file may have no annotations and no categories
+    limit:               use only this many images, the first ones
+    require_annotations: False for test images, whose file may lack annotations and categories
     Raises DataError.
     """
     content = coco.load_json(json_path, require_annotations)
@@ -272,33 +275,34 @@ def collate(batch):
 
 
 def data_loader(data, workers, **options):
-    """Return a DataLoader of a dataset's batches, with `workers` processes, or none."""
+    """Return a DataLoader of a dataset with `workers` processes (0: none); options are its own."""
     return torch.utils.data.DataLoader(
         data,
         num_workers=workers,
         collate_fn=collate,
         worker_init_fn=distributed.ignore_signals,
-        generator=torch.Generator(),  # else loading would draw from the model's random numbers
+        generator=torch.Generator(),  # by default it would use the model's random numbers
         **options,
     )
 
 
 def batch_size(data, args):
-    """Return the images per batch and process: --batch_size, or all that there are if fewer."""
+    """Return the number of images per batch: --batch_size, or all images if there are fewer."""
     return min(args.batch_size, len(data))
 
 
 def epoch_batch_indices(data, args, epoch):
     """Return the shuffled batches of an epoch for this process, as lists of indices.
 
-    They depend on (seed, epoch) alone. Images that do not fill an optimizer step are left out.
+    They depend on (seed, epoch) alone. The last images, too few for an optimizer step, are left
+    out.
     """
     size = batch_size(data, args)
     num_processes = distributed.world_size()
     step_size = size * args.grad_accum_steps * num_processes
     num_items = len(data)
     if args.overfit:
-        num_items = 50 * step_size  # the same few images again and again
+        num_items = 50 * step_size  # each of the few images many times
     generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
     order = torch.randperm(num_items, generator=generator).tolist()
     num_used = num_items // step_size * step_size
@@ -307,7 +311,7 @@ def epoch_batch_indices(data, args, epoch):
 
 
 def epoch_loader(data, args, epoch, done=0):
-    """Return a loader of the batches of an epoch after the first `done`."""
+    """Return a loader of an epoch's batches; the first `done` ones are left out."""
     data.epoch = epoch
     batches = epoch_batch_indices(data, args, epoch)[done:]
     on_gpu = args.device.startswith("cuda")
@@ -400,7 +404,7 @@ def random_int(low, high):
 
 # ---------------------------------------------------------------- commands
 def write_scenes(out, counts, size, seed):
-    """Write synthetic scenes as a dataset in the layout of iSAID's tiles.
+    """Write synthetic scenes as a dataset in the layout of iSAID's patches.
 
     counts: {"train": number of scenes, "val": number of scenes}
     """
@@ -425,17 +429,22 @@ def build_parser():
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    add = commands.add_parser("prepare", help="cut iSAID's raw release into tiles").add_argument
+    add = commands.add_parser("prepare", help="cut iSAID's raw release into patches").add_argument
     add("raw", help="folder with {train,val,test}/images, the masks next to the images")
     add("out", help="folder to write; an interrupted call is continued")
     add("--splits", nargs="+", choices=("train", "val", "test"), help="default: those in RAW")
-    add("--patch", type=POSITIVE_INT, default=800, help="pixels per side of a tile")
-    add("--overlap", type=NON_NEGATIVE_INT, default=200, help="pixels that neighbors share")
-    cores = min(8, os.cpu_count() or 1)
-    workers_help = "processes; each needs up to 2 GB for large images"
-    add("--workers", type=int_range(1, 256), default=cores, help=workers_help)
+    add("--patch", type=POSITIVE_INT, default=800, help="pixels per side of a patch")
+    add(
+        "--overlap",
+        type=NON_NEGATIVE_INT,
+        default=200,
+        help="pixels that neighboring patches share",
+    )
+    workers = min(8, multiprocessing.cpu_count())
+    workers_help = "processes; each needs up to 2 GB of memory for large images"
+    add("--workers", type=int_range(1, 256), default=workers, help=workers_help)
     add("--limit", type=POSITIVE_INT, help="only the first images of each split")
-    devkit_help = "exactly the tiles of iSAID's devkit, see util/isaid_prepare.py"
+    devkit_help = "exactly the patches of iSAID's devkit, see util/isaid_prepare.py"
     add("--devkit", action="store_true", help=devkit_help)
 
     add = commands.add_parser("check", help="report contents and errors of a dataset").add_argument
