@@ -1,7 +1,6 @@
-"""Scenes, datasets good and broken in three layouts, boxes that follow their objects."""
+"""Synthetic scenes, datasets in three layouts, broken files, augmentation and batches."""
 
 import argparse
-import itertools
 import json
 import re
 import runpy
@@ -16,83 +15,113 @@ from torchvision.ops import box_convert, masks_to_boxes
 
 import isaid
 import train
-from util import coco, synthetic
+from util import coco, distributed, isaid_prepare, synthetic
 from util.dataset_check import class_counts, num_subpixel_boxes, summary
 from util.files import DataError, read_json
 from util.images import unnormalize
 
 SIZE = 64
-PLAIN = isaid.make_transforms(False, SIZE)
+EVAL_TRANSFORM = isaid.make_transforms(False, SIZE)
 
 
-def same(a, b):
-    """Whether two datasets have the same items."""
-    for i in range(len(b)):
-        (image, target), (other, expected) = a[i], b[i]
-        torch.testing.assert_close(target.pop("boxes"), expected.pop("boxes"))
-        assert torch.equal(image, other) and str(target) == str(expected)  # names, labels, sizes
-    return len(a) == len(b) and a.categories == b.categories
+def assert_same(data, expected_data):
+    """Two datasets have the same items and classes."""
+    assert len(data) == len(expected_data)
+    assert data.categories == expected_data.categories
+    for (image, target), (expected_image, expected_target) in zip(data, expected_data):
+        assert torch.equal(image, expected_image)
+        torch.testing.assert_close(target.pop("boxes"), expected_target.pop("boxes"))
+        assert str(target) == str(expected_target)  # names, sizes, labels, seeds
 
 
+# ---------------------------------------------------------------- synthetic scenes
 def test_scenes_depend_on_seed_and_number_alone():
-    def drawn(split, n, seed=1):
+    def scenes(split, n, seed=1):
         data = isaid.synthetic_dataset(split, n, SIZE, None, seed)
         return [data.load_image(i).tobytes() for i in reversed(range(n))]
 
-    assert drawn("train", 3) == drawn("train", 9)[-3:]
-    assert len({*drawn("train", 9), *drawn("val", 3), *drawn("train", 3, seed=2)}) == 15
+    assert scenes("train", 3) == scenes("train", 9)[-3:]
+    all_scenes = scenes("train", 9) + scenes("val", 3) + scenes("train", 3, seed=2)
+    assert len(set(all_scenes)) == 15
+
+
+def test_scenes_have_isaids_classes():
+    assert synthetic.CATEGORIES == isaid_prepare.CATEGORIES
 
 
 def test_scenes_hold_all_classes_and_some_are_empty():
     data = isaid.synthetic_dataset("train", 600, 128, None)
-    counts, boxes = np.array(class_counts(data)), torch.cat(data.boxes)
-    assert [c["name"] for c in data.categories] == list(synthetic.CLASSES) and len(counts) == 15
-    assert counts.min() > 0.5 * counts.mean() and counts.max() < 2 * counts.mean()
-    assert 0.05 < np.mean([len(labels) == 0 for labels in data.labels]) < 0.2
-    assert boxes.min() >= 0 and boxes[:, 2:].min() > 5
+    counts = np.array(class_counts(data))
+    assert len(counts) == 15
+    assert [category["name"] for category in data.categories] == list(synthetic.CLASSES)
+    assert counts.min() > 0.5 * counts.mean()
+    assert counts.max() < 2 * counts.mean()
+    is_empty = [len(labels) == 0 for labels in data.labels]
+    assert 0.05 < np.mean(is_empty) < 0.2
+    boxes = torch.cat(data.boxes)
+    assert boxes.min() >= 0
+    assert boxes[:, 2:].min() > 5
     assert (boxes[:, :2] + boxes[:, 2:]).max() <= 128
 
 
 def test_scene_boxes_are_tight(monkeypatch):
     """The box is where the picture changes when the object is not drawn."""
-    draw = synthetic.draw_thing
+    draw_object = synthetic.draw_object
 
-    def picture(n, hidden):
-        numbers = itertools.count()
+    def picture_without(n, hidden):
+        """Draw scene n without shadows and without the object number `hidden`."""
+        num_drawn = 0
 
-        def draw_or_not(rng, pen, thing, sun, fine):  # without shadows
-            if thing.name in synthetic.CLASSES and next(numbers) == hidden:
-                thing = thing._replace(centre=-1e6)  # far away, with the same random numbers
-            draw(rng, pen, thing, 0 * sun, fine)
+        def draw_or_not(rng, pen, scene_object, sun, scale):
+            nonlocal num_drawn
+            if scene_object.name in synthetic.CLASSES:
+                if num_drawn == hidden:  # draw it far away, with the same random numbers
+                    scene_object = synthetic.SceneObject(
+                        scene_object.name, scene_object.axis, -1e6, scene_object.box
+                    )
+                num_drawn += 1
+            draw_object(rng, pen, scene_object, 0 * sun, scale)
 
-        monkeypatch.setattr(synthetic, "draw_thing", draw_or_not)
+        monkeypatch.setattr(synthetic, "draw_object", draw_or_not)
         return np.asarray(synthetic.draw_scene(0, n, 128), float)
 
     for n in range(12):
-        labels, boxes, _ = synthetic.scene_objects(0, n, 128)
-        for i, box in enumerate(boxes):
-            changed = np.abs(picture(n, i) - picture(n, None)).max(-1) > 12
-            found = masks_to_boxes(torch.from_numpy(changed)[None])[0].numpy() + [0, 0, 1, 1]
-            assert np.abs(found - box).max() <= 2.0, (n, synthetic.CLASSES[labels[i]], found, box)
+        whole = picture_without(n, None)
+        for i, annotation in enumerate(synthetic.scene_annotations(0, n, 128)):
+            changed = np.abs(picture_without(n, i) - whole).max(-1) > 12
+            visible_box = masks_to_boxes(torch.from_numpy(changed)[None])[0] + torch.tensor(
+                [0, 0, 1, 1]
+            )
+            box = box_convert(torch.tensor(annotation["bbox"]), "xywh", "xyxy")
+            assert (visible_box - box).abs().max() <= 2.0, (n, annotation, visible_box)
 
 
-def test_scenes_are_kept_by_bytes(monkeypatch):
-    """Of six scenes the first four are drawn once only, and all look as if all were kept."""
-    drawn, draw = [], synthetic.draw_scene
-    monkeypatch.setattr(
-        synthetic, "draw_scene", lambda *which: drawn.append(which[1]) or draw(*which)
-    )
-    every = isaid.synthetic_dataset("train", 6, SIZE, PLAIN)
+def test_scenes_are_cached_up_to_a_limit(monkeypatch):
+    """Of six scenes the first four are drawn only once; all look as if all were cached."""
+    drawn = []
+    draw_scene = synthetic.draw_scene
+
+    def recorded_draw(seed, n, size):
+        drawn.append(n)
+        return draw_scene(seed, n, size)
+
+    monkeypatch.setattr(synthetic, "draw_scene", recorded_draw)
+    all_cached = isaid.synthetic_dataset("train", 6, SIZE, EVAL_TRANSFORM)
     monkeypatch.setattr(synthetic, "CACHE_BYTES", 4 * 3 * SIZE * SIZE + 100)
-    few = isaid.synthetic_dataset("train", 6, SIZE, PLAIN)
-    assert same(few, every) and same(few, every) and len(few.renderer.pixels) == 4
+    four_cached = isaid.synthetic_dataset("train", 6, SIZE, EVAL_TRANSFORM)
+    assert len(four_cached.renderer.pixels) == 4
+    assert_same(four_cached, all_cached)
+    assert_same(four_cached, all_cached)
     assert sorted(drawn) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 5, 5, 5]
-    other = isaid.synthetic_dataset("train", 4, SIZE, PLAIN, seed=1)
-    loaded = torch.cat([images for images, _, _ in isaid.data_loader(other, 1, batch_size=2)])
-    del drawn[:]  # what another process has drawn is there
-    assert torch.equal(loaded, torch.stack([other[i][0] for i in range(4)])) and not drawn
+
+    other = isaid.synthetic_dataset("train", 4, SIZE, EVAL_TRANSFORM, seed=1)
+    batches = [images for images, _, _ in isaid.data_loader(other, 1, batch_size=2)]
+    drawn.clear()
+    assert torch.equal(torch.cat(batches), torch.stack([image for image, _ in other]))
+    assert drawn == []  # the worker process has drawn them
 
 
+# ---------------------------------------------------------------- datasets on disk
 @pytest.fixture
 def folder(tmp_path):
     """A small dataset on disk."""
@@ -101,21 +130,28 @@ def folder(tmp_path):
 
 
 def edit(folder, change):
-    """Change the annotations to train on."""
-    path = coco.split_files(folder, "train")[1]
+    """Change the training annotations by a function of the file's content."""
+    _, path = coco.split_files(folder, "train")
     content = read_json(path)
     change(content)
     path.write_text(json.dumps(content))
 
 
-def load(folder, split="train", setting="detect", **flags):
-    flags.update(data=folder, augment="none", setting=setting, image_size=SIZE, seed=0)
-    flags.setdefault("overfit", None)
-    return isaid.load_split(split, argparse.Namespace(**flags), train=False)
+def load(folder, split="train", setting="detect", limit_train=None):
+    args = argparse.Namespace(
+        data=folder,
+        setting=setting,
+        limit_train=limit_train,
+        image_size=SIZE,
+        augment="none",
+        overfit=None,
+        seed=0,
+    )
+    return isaid.load_split(split, args, train=False)
 
 
 def check(folder, capsys):
-    """The exit status of the command and what it prints."""
+    """Run the command `check`; return its exit status and what it prints."""
     with pytest.raises(SystemExit) as stop:
         isaid.main(["check", str(folder)])
     return stop.value.code, capsys.readouterr().out
@@ -131,80 +167,121 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(folder, tmp_path, layout, capsys):
-    """The same dataset in memory and on disk, in every layout; also without its annotations."""
-    root, names = tmp_path / "other", {"val": "valid"} if "_annotations" in layout else {}
+    """A dataset is the same in memory and on disk, in every layout; also without annotations."""
+    root = tmp_path / "other"
     for split, source in (("train", "train"), ("val", "val"), ("test", "val")):
-        text = layout.replace("SPLIT", names.get(split, split))
-        text = text.replace("instances_", "image_info_") if split == "test" else text
-        images, file = (root / part for part in text.split())
-        theirs = coco.split_files(folder, source)
-        shutil.copytree(theirs[0], images)
-        file.parent.mkdir(exist_ok=True)
-        shutil.copy(theirs[1], file)
-        (file.parent / f"captions_{split}2017.json").write_text("{}")  # not of objects
-        assert coco.find_split(root, split) == (images, file)
+        name = split
+        if split == "val" and "_annotations" in layout:
+            name = "valid"
+        text = layout.replace("SPLIT", name)
+        if split == "test":
+            text = text.replace("instances_", "image_info_")
+        images_name, json_name = text.split()
+        images_dir = root / images_name
+        json_path = root / json_name
+        source_images, source_json = coco.split_files(folder, source)
+        shutil.copytree(source_images, images_dir)
+        json_path.parent.mkdir(exist_ok=True)
+        shutil.copy(source_json, json_path)
+        (json_path.parent / f"captions_{split}2017.json").write_text("{}")  # not of objects
+        assert coco.find_split(root, split) == (images_dir, json_path)
+
     for split, n in (("train", 6), ("val", 3)):
-        memory, bare = isaid.synthetic_dataset(split, n, SIZE, PLAIN), load(root, split, "pretrain")
-        assert same(load(root, split), memory) and len(bare) == n and not bare.annotations
-        assert all(torch.equal(bare[i][0], memory[i][0]) for i in range(n))
-    assert len(load(root, limit_train=2)) == 2 and same(load(root, "test"), load(root, "val"))
+        in_memory = isaid.synthetic_dataset(split, n, SIZE, EVAL_TRANSFORM)
+        assert_same(load(root, split), in_memory)
+        bare = load(root, split, "pretrain")
+        assert len(bare) == n
+        assert bare.annotations == []
+        for (image, _), (expected_image, _) in zip(bare, in_memory):
+            assert torch.equal(image, expected_image)
+    assert_same(load(root, "test"), load(root, "val"))
+    assert len(load(root, limit_train=2)) == 2
     status, out = check(root, capsys)
-    assert status == 0 and "images   6," in out
+    assert status == 0
+    assert "images   6," in out
 
 
 def test_any_folder_of_images(tmp_path):
-    """Every twentieth is held out; neither iSAID's masks nor other files are images."""
-    root, kinds = tmp_path / "any", ("png", "JPEG")
-    names = [f"{part}/images/{i:02}.{kinds[i % 2]}" for part in "ab" for i in range(21)]
-    masks = [f"a/images/00_instance_{kind}_RGB.png" for kind in ("id", "color")]
-    for path in (root / name for name in (*names, *masks, "../one/0.PNG")):
+    """Every twentieth image is held out; iSAID's masks and other files are not images."""
+    root = tmp_path / "any"
+    names = []
+    for part in ("a", "b"):
+        for i in range(0, 20, 2):
+            names += [f"{part}/images/{i:02}.png", f"{part}/images/{i + 1:02}.JPEG"]
+        names.append(f"{part}/images/20.png")
+    masks = ["a/images/00_instance_id_RGB.png", "a/images/00_instance_color_RGB.png"]
+    for name in names + masks + ["../one/0.PNG"]:
+        path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (70, 60)).save(path)
     (root / "a/notes.txt").write_text("not an image")
-    eval_loader, others = (coco.find_images(root, x)[1] for x in ("val", "train"))
-    assert eval_loader == [root / names[i] for i in (0, 20, 40)]
-    assert len(load(root, "train", "pretrain")) == 39 and not {*eval_loader} & {*others}
+
+    _, train_paths = coco.find_images(root, "train")
+    _, val_paths = coco.find_images(root, "val")
+    assert val_paths == [root / names[i] for i in (0, 20, 40)]
+    assert set(train_paths) == {root / name for name in names} - set(val_paths)
+    assert len(load(root, "train", "pretrain")) == 39
     with pytest.raises(DataError, match="contains only one image"):
         coco.find_images(tmp_path / "one", "val")
-    for part, name in (("a", "train"), ("b", "val")):  # as ImageNet and iSAID's patches have them
-        (root / part).rename(root / name)
-    assert [len(coco.find_images(root, x)[1]) for x in ("train", "val")] == [21, 21]
+
+    (root / "a").rename(root / "train")  # as ImageNet and iSAID's patches have them
+    (root / "b").rename(root / "val")
+    for split in ("train", "val"):
+        _, paths = coco.find_images(root, split)
+        assert len(paths) == 21
 
 
-def test_what_is_not_recognised_gets_the_three_layouts(folder, capsys):
+def test_an_unknown_layout_is_answered_with_the_three_layouts(folder, capsys):
     (folder / "val/images").rename(folder / "val/pictures")
-    said = rf"(?m)^error: {folder}: no annotated 'val' split .*iSAID.*/instances_val\*\.json .*"
-    said += r"\(COCO\).*valid/_annotations.coco.json \(Roboflow\)$"
     status, out = check(folder, capsys)
-    assert status == 1 and re.search(said, out) and "images   6," in out  # of the other split
+    assert status == 1
+    message = rf"(?m)^error: {folder}: no annotated 'val' split .*iSAID.*/instances_val\*\.json .*"
+    message += r"\(COCO\).*valid/_annotations.coco.json \(Roboflow\)$"
+    assert re.search(message, out)
+    assert "images   6," in out  # of the other split
 
 
 def test_boxes_are_clipped_and_labels_follow_ids(folder):
-    """Ids with gaps and in any order become 0..K-1, in the order of the ids."""
-    boxes = [[-10, 10, 20, 20], [50, 50, 30, 30], [10, 10, 20, 20], [1, 1, 60, 60]]
-    boxes += [[10, 10, 0, 5], [80, 80, 5, 5], [0, 0, float("inf"), 3], [0, 0, float("nan"), 3]]
-    found = [{"image_id": 0, "category_id": 5, "bbox": box} for box in boxes]
-    found[3]["iscrowd"], found[0]["category_id"], found[2]["category_id"] = 1, 70, 70
-    categories = [{"id": 70, "name": "late"}, {"id": 5, "name": "early"}]
-    edit(folder, lambda content: content.update(annotations=found, categories=categories))
-    edit(folder, lambda content: content["images"][0].pop("width"))  # it is the image's
-    data = load(folder)
-    cleaned = {"clipped to their image": 2, "without area, removed": 4}
-    assert data.cleaning_counts == cleaned and data.images[0]["width"] == SIZE
-    assert data.boxes[0].tolist() == [[0, 10, 10, 20], [50, 50, 14, 14], [10, 10, 20, 20]]
-    assert [c["name"] for c in data.categories] == ["early", "late"] and class_counts(data) == [
-        1,
-        2,
+    """Category ids with gaps, in any order, become labels 0 to K - 1 in the order of the ids."""
+    cases = [  # category, box, iscrowd
+        (70, [-10, 10, 20, 20], 0),
+        (5, [50, 50, 30, 30], 0),
+        (70, [10, 10, 20, 20], 0),
+        (5, [1, 1, 60, 60], 1),
+        (5, [10, 10, 0, 5], 0),
+        (5, [80, 80, 5, 5], 0),
+        (5, [0, 0, float("inf"), 3], 0),
+        (5, [0, 0, float("nan"), 3], 0),
     ]
-    assert data[0][1]["labels"].tolist() == [1, 0, 1] and data[1][1]["boxes"].shape == (0, 4)
-    assert [a["area"] for a in data.annotations[:3]] == [200, 196, 400]  # of what is left of them
-    assert [a["iscrowd"] for a in data.annotations] == [0, 0, 0, 1]  # the evaluation ignores it
+    annotations = []
+    for category, box, iscrowd in cases:
+        annotations.append(
+            {"image_id": 0, "category_id": category, "bbox": box, "iscrowd": iscrowd}
+        )
+
+    def change(content):
+        content["annotations"] = annotations
+        content["categories"] = [{"id": 70, "name": "late"}, {"id": 5, "name": "early"}]
+        del content["images"][0]["width"]  # then it is read from the image
+
+    edit(folder, change)
+    data = load(folder)
+    assert data.images[0]["width"] == SIZE
+    assert [category["name"] for category in data.categories] == ["early", "late"]
+    assert data.boxes[0].tolist() == [[0, 10, 10, 20], [50, 50, 14, 14], [10, 10, 20, 20]]
+    assert data[0][1]["labels"].tolist() == [1, 0, 1]
+    assert data[1][1]["boxes"].shape == (0, 4)
+    assert [a["area"] for a in data.annotations[:3]] == [200, 196, 400]  # of the clipped boxes
+    assert [a["iscrowd"] for a in data.annotations] == [0, 0, 0, 1]
+    assert data.cleaning_counts == {"clipped to their image": 2, "without area, removed": 4}
+    assert class_counts(data) == [1, 2]
     assert [num_subpixel_boxes(data, size) for size in (64, 6, 4, 2)] == [0, 1, 2, 3]
-    said = summary(data, num_queries=2, image_size=4)
-    for text in ("6 images, 3 boxes", "2 boxes clipped to their image",
-                 "4 boxes without area, removed", "2 boxes under a pixel after resizing",
-                 "1 images (16.7%) contain more objects than there are queries (2)"):  # fmt: skip
-        assert text in said
+    text = summary(data, num_queries=2, image_size=4)
+    assert "6 images, 3 boxes" in text
+    assert "2 boxes clipped to their image" in text
+    assert "4 boxes without area, removed" in text
+    assert "2 boxes under a pixel after resizing" in text
+    assert "1 images (16.7%) contain more objects than there are queries (2)" in text
 
 
 BROKEN = {
@@ -234,54 +311,86 @@ def test_broken_files_are_named(folder, message):
 
 
 def test_unusable_images_are_named(folder, capsys):
-    """The first one by what reads it, all at once by the check."""
+    """Loading names the first one, the command `check` all of them."""
     paths = [folder / f"train/images/scene_00000{i}.png" for i in range(5)]
     paths[0].write_bytes(b"text")
     paths[1].write_bytes(paths[1].read_bytes()[:900])
     Image.fromarray(np.full((SIZE, SIZE), 4000, np.uint16)).save(paths[2])
     Image.new("RGB", (30, 20)).save(paths[3])
     paths[4].unlink()
-    said = [
-        ": not a readable image",
-        ": not a readable image",
-        ": has more than 8 bits per channel",
+    messages = [
+        "not a readable image",
+        "not a readable image",
+        "has more than 8 bits per channel",
+        "annotations say 64 x 64 pixels, but the image is 30 x 20",
+        "file not found",
     ]
-    said += [": annotations say 64 x 64 pixels, but the image is 30 x 20", ": file not found"]
     status, out = check(folder, capsys)
-    assert status == 1 and "errors   5\n" in out and "64 x 64 (1)" in out
-    assert all(f"{path}{text}" in out for path, text in zip(paths, said))
+    assert status == 1
+    assert "errors   5\n" in out
+    assert "64 x 64 (1)" in out  # of the image that is left
+    for path, message in zip(paths, messages):
+        assert f"{path}: {message}" in out
+
     with pytest.raises(DataError, match="1 of 6 images not found"):
         load(folder)
     Image.new("RGB", (SIZE, SIZE)).save(paths[4])
-    for i, text in enumerate(said[:4]):
-        with pytest.raises(DataError, match=f"{paths[i].name}{text}"):
-            load(folder)[i]
+    data = load(folder)
+    for i in range(4):
+        with pytest.raises(DataError, match=f"{paths[i].name}: {messages[i]}"):
+            data[i]
 
 
-def test_check_lists_every_fault(folder, capsys):
-    """All that a training would stop on is listed at once; the rest is counted."""
-    dense = {"image_id": 3, "category_id": 2, "bbox": [1, 1, 4, 4], "id": 1000}
-    more = [{**dense, "id": 1000 + i} for i in range(101)] + [{**dense, "bbox": [5, 5, -3, 4]}]
-    edit(folder, lambda content: content["annotations"].extend([*more, dense]))
+def test_check_reports_contents(folder, capsys):
+    """The report counts crowded images, corrected boxes and ids that occur again."""
+    dense = {"image_id": 3, "category_id": 2, "bbox": [1, 1, 4, 4]}
+    annotations = [{**dense, "id": 1000 + i} for i in range(101)]
+    annotations.append({**dense, "id": 1000, "bbox": [5, 5, -3, 4]})
+    annotations.append({**dense, "id": 1000})
+    edit(folder, lambda content: content["annotations"].extend(annotations))
     status, out = check(folder, capsys)
-    assert status == 0 and "images   6," in out and "100 queries  1 (16.7%)" in out
-    assert re.search(
-        r"boxes with negative sides, corrected +1\n(.*\n)+.*duplicate annotation ids +2\n", out
-    )
+    assert status == 0
+    assert "images   6," in out
+    assert "100 queries  1 (16.7%)" in out
+    assert re.search(r"boxes with negative sides, corrected +1\n", out)
+    assert re.search(r"duplicate annotation ids +2\n", out)
+
+
+def test_different_classes_of_the_splits_are_an_error(folder, capsys):
     edit(folder, lambda content: content["categories"][0].update(name="boat"))
     status, out = check(folder, capsys)
-    assert status == 1 and "the splits have different classes: 1 boat" in out
+    assert status == 1
+    assert "the splits have different classes: 1 boat" in out
     with pytest.raises(SystemExit, match="class mismatch: .* has 1 boat.* 1 ship"):
         train.main(["--data", str(folder)])
-    chosen = "category_id|image_id|duplicate|width|name must be a string"
-    chosen = [text for text in BROKEN if re.match(chosen, text)]
-    edit(folder, lambda content: [BROKEN[text](content) for text in chosen])
-    coco.split_files(folder, "val")[1].write_text('{"images": [')
+
+
+def test_check_lists_every_error(folder, capsys):
+    """Everything that a training would stop on is reported at once."""
+    messages = [
+        "category_id 99 does not exist",
+        "image_id 77 does not exist",
+        "duplicate id 1 in 'images'",
+        "width must be a non-negative number, got '64'",
+        "name must be a string, got None",
+    ]
+
+    def change(content):
+        for message in messages:
+            BROKEN[message](content)
+
+    edit(folder, change)
+    _, val_json = coco.split_files(folder, "val")
+    val_json.write_text('{"images": [')
     status, out = check(folder, capsys)
-    assert status == 1 and "errors   5\n" in out and all(text in out for text in chosen)
+    assert status == 1
+    assert "errors   5\n" in out
+    for message in messages:
+        assert message in out
     assert "_val.json: not valid JSON" in out
 
 
+# ---------------------------------------------------------------- augmentation
 def one_box(size, box):
     """The content of a COCO file of one image with one box."""
     width, height = size
@@ -305,41 +414,142 @@ def white_box(path, size, box, transform):
 @pytest.mark.parametrize("image_size", [64, 96, None])
 @pytest.mark.parametrize("augment", isaid.AUGMENT)
 def test_boxes_follow_their_object(tmp_path, size, image_size, augment):
-    """The box is where the white is; of the eight ways to lie those are met that are meant."""
-    image_size, places = image_size or (80 if augment == "crop" else None), set()
+    """The box is where the white is, and every flip and rotation that is meant occurs."""
+    if augment == "crop" and not image_size:
+        image_size = 80
     transform = isaid.make_transforms(True, image_size, augment)
     data = white_box(tmp_path / "a.png", size, [8, 30, 40, 20], transform)
-    for data.epoch in range(40 if image_size else 6):
-        picture, target = data[0]
-        bright = unnormalize(picture).amin(0) > 0.66
-        H, W = bright.shape
-        assert H == W == image_size if image_size else max(H, W) <= 1333 and min(H, W) <= 800
+    num_epochs = 40 if image_size else 6
+    positions = set()
+    for epoch in range(num_epochs):
+        data.epoch = epoch
+        image, target = data[0]
+        is_white = unnormalize(image).amin(0) > 0.66
+        H, W = is_white.shape
+        if image_size:
+            assert (H, W) == (image_size, image_size)
+        else:
+            assert max(H, W) <= 1333
+            assert min(H, W) <= 800
         if len(target["boxes"]) == 0:  # cropped away
-            assert bright.float().mean() < 0.01
+            assert is_white.float().mean() < 0.01
             continue
-        found = masks_to_boxes(bright[None])[0] + torch.tensor([0, 0, 1, 1])
+        white = masks_to_boxes(is_white[None])[0] + torch.tensor([0, 0, 1, 1])
         box = box_convert(target["boxes"][0], "cxcywh", "xyxy") * torch.tensor([W, H, W, H])
-        assert (found - box).abs().max() <= max(W / size[0], H / size[1], 1) + 1.5
-        places.add(tuple(target["boxes"][0].mul(100).round().tolist()))
-    ways = {"none": 1, "flip": 2, "aerial": 8}.get(augment)
-    assert len(places) == ways if ways and image_size else len(places) > (augment == "crop")
+        assert (white - box).abs().max() <= max(W / size[0], H / size[1], 1) + 1.5
+        positions.add(tuple(target["boxes"][0].mul(100).round().tolist()))
+
+    num_ways = {"none": 1, "flip": 2, "aerial": 8}
+    if augment == "crop":
+        assert len(positions) > 1
+    elif image_size:
+        assert len(positions) == num_ways[augment]
+    else:
+        assert len(positions) > 0
 
 
+def test_augmentation_depends_on_seed_epoch_and_index_alone():
+    data = isaid.synthetic_dataset("train", 3, SIZE, isaid.make_transforms(True, SIZE, "aerial"))
+
+    def item(seed, epoch, index):
+        data.seed = seed
+        data.epoch = epoch
+        state = torch.get_rng_state()
+        image, target = data[index]
+        assert torch.equal(torch.get_rng_state(), state)  # the model's random numbers are untouched
+        assert target["image_id"] == index % 3
+        return image.numpy().tobytes(), target["seed"]
+
+    assert item(0, 1, 2) == item(0, 1, 2)
+    for variants in (
+        [item(k, 0, 2) for k in range(8)],
+        [item(0, k, 2) for k in range(8)],
+        [item(0, 0, 2 + 3 * k) for k in range(8)],  # image 2 again and again
+    ):
+        assert len({image for image, _ in variants}) > 2
+        assert len({seed for _, seed in variants}) == 8
+
+    data.transform = isaid.make_transforms(False, SIZE, "aerial")  # for evaluation: none
+    first_image, _ = item(0, 0, 2)
+    other_image, _ = item(0, 5, 2)
+    assert first_image == other_image
+
+
+@pytest.mark.parametrize("suffix, decoded_size", [("jpg", 256), ("png", 1024)])
+def test_large_jpegs_are_decoded_small(tmp_path, suffix, decoded_size):
+    """A JPEG of four times the size gives nearly the same item from a quarter of the pixels."""
+    path = tmp_path / f"a.{suffix}"
+    synthetic.draw_scene(0, 3, 256).resize((1024, 1024)).save(path, quality=95)
+    content = one_box((1024, 1024), [256, 512, 128, 64])
+    data = isaid.DetectionDataset("", content, [path], isaid.make_transforms(False, 256))
+    whole, _ = data[0]
+    data.min_size = 256
+    small, target = data[0]
+    assert (small - whole).abs().mean() < 0.05
+    assert target["size"] == (1024, 1024)
+    assert target["boxes"].tolist() == [[0.3125, 0.53125, 0.125, 0.0625]]
+    assert data.load_image(0, min_size=256).size == (decoded_size, decoded_size)
+    assert data.load_image(0).size == (1024, 1024)
+
+
+# ---------------------------------------------------------------- batches
+def test_collate_pads_right_and_below():
+    images, padding, targets = isaid.collate([(torch.ones(3, 1, 2), 0), (torch.ones(3, 2, 1), 1)])
+    assert padding.tolist() == [[[False, False], [True, True]], [[False, True], [False, True]]]
+    assert torch.equal(images[:, 2], 1 - padding.float())
+    assert targets == [0, 1]
+
+
+def test_batches_of_an_epoch(monkeypatch):
+    """Two processes share whole steps of the shuffled images, which differ between epochs."""
+    data = isaid.synthetic_dataset("train", 30, SIZE, None)
+    args = argparse.Namespace(batch_size=3, grad_accum_steps=2, overfit=None, seed=0)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+
+    def batches_of(rank, epoch):
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        return isaid.epoch_batch_indices(data, args, epoch)
+
+    batches = batches_of(0, 1) + batches_of(1, 1)
+    assert [len(batch) for batch in batches] == [3] * 8  # two steps of 12 images; 6 are left out
+    assert len({i for batch in batches for i in batch}) == 24
+    assert batches_of(0, 1) == batches[:4]
+    assert batches_of(0, 2) != batches[:4]
+
+
+def test_few_images(folder):
+    """A batch has at most as many images as there are; to overfit, the same ones come again."""
+    args = train.parse(["--data", str(folder), "--image_size", "64", "--overfit", "2"])[0]
+    before = vars(args).copy()
+    train_set, val_set = isaid.load_train_and_val(args)
+    assert vars(args) == before
+    assert_same(train_set, val_set)
+    assert len(train_set) == isaid.batch_size(train_set, args) == 2
+    batches = isaid.epoch_batch_indices(train_set, args, epoch=0)
+    assert len(batches) == 50
+    assert sorted({i % 2 for i in batches[0] + batches[1]}) == [0, 1]
+
+
+# ---------------------------------------------------------------- results/tiles
 def test_quarters_of_odd_sides(tmp_path):
-    """Boxes are where the white is, in the quarter of their centre, down to the last row."""
-    data, picture = tmp_path / "data/val", Image.new("RGB", (71, 51))
-    boxes = [2, 3, 20, 10], [30, 30, 41, 21]
-    (data / "images").mkdir(parents=True)
-    for x, y, w, h in boxes:
+    """Boxes are where the white is, in the quarter of their center, down to the last row."""
+    split_dir = tmp_path / "data/val"
+    (split_dir / "images").mkdir(parents=True)
+    picture = Image.new("RGB", (71, 51))
+    annotations = []
+    for i, (x, y, w, h) in enumerate([(2, 3, 20, 10), (30, 30, 41, 21)]):
         picture.paste("white", (x, y, x + w, y + h))
-    picture.save(data / "images/a.png")
-    content = {"images": [{"id": 7, "file_name": "a.png", "width": 71, "height": 51}]}
-    content["annotations"] = [{"id": i, "image_id": 7, "category_id": 1, "bbox": box}
-                              for i, box in enumerate(boxes)]  # fmt: skip
-    content["categories"] = [{"id": 1, "name": "box"}]
-    (data / "instancesonly_filtered_val.json").write_text(json.dumps(content))
+        annotations.append({"id": i, "image_id": 7, "category_id": 1, "bbox": [x, y, w, h]})
+    picture.save(split_dir / "images/a.png")
+    content = {
+        "images": [{"id": 7, "file_name": "a.png", "width": 71, "height": 51}],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "box"}],
+    }
+    (split_dir / "instancesonly_filtered_val.json").write_text(json.dumps(content))
+
     script = runpy.run_path(Path(isaid.__file__).parent / "results/tiles/quarters.py")
-    script["quarters"]("val", data.parent, tmp_path / "out")
+    script["quarters"]("val", tmp_path / "data", tmp_path / "out")
     content = read_json(tmp_path / "out/val/instancesonly_filtered_val.json")
     sizes = [(image["width"], image["height"]) for image in content["images"]]
     assert sizes == [(35, 25), (36, 26)]
@@ -348,45 +558,3 @@ def test_quarters_of_odd_sides(tmp_path):
         quarter = Image.open(tmp_path / "out/val/images" / image["file_name"]).convert("L")
         left, top, right, bottom = quarter.point(lambda v: 255 * (v > 127)).getbbox()
         assert annotation["bbox"] == [left, top, right - left, bottom - top]
-
-
-def test_augmentation_depends_on_seed_epoch_and_index_alone():
-    data = isaid.synthetic_dataset("train", 3, SIZE, isaid.make_transforms(True, SIZE, "aerial"))
-
-    def item(seed, epoch, i):
-        data.seed, data.epoch, state = seed, epoch, torch.get_rng_state()
-        image, target = data[i]
-        assert torch.equal(torch.get_rng_state(), state)  # the model's randomness is left alone
-        assert target["image_id"] == i % 3
-        return image.numpy().tobytes(), target["seed"]
-
-    assert item(0, 1, 2) == item(0, 1, 2)
-    for step in ((1, 0, 0), (0, 1, 0), (0, 0, 3)):  # seeds, epochs, the same image once more
-        images, seeds = zip(*(item(*(k * np.array(step) + (0, 0, 2))) for k in range(8)))
-        assert len(set(images)) > 2 and len(set(seeds)) == 8
-    data.transform = isaid.make_transforms(
-        False, SIZE, "aerial"
-    )  # what is held out is not augmented
-    assert item(0, 0, 2)[0] == item(0, 5, 2)[0]
-
-
-def test_collate_pads_right_and_below():
-    images, padding, targets = isaid.collate([(torch.ones(3, 1, 2), 0), (torch.ones(3, 2, 1), 1)])
-    assert padding.tolist() == [[[False, False], [True, True]], [[False, True], [False, True]]]
-    assert torch.equal(images[:, 2], 1 - padding.float()) and targets == [0, 1]
-
-
-@pytest.mark.parametrize("suffix, read", [("jpg", 256), ("png", 1024)])
-def test_large_jpegs_are_decoded_small(tmp_path, suffix, read):
-    """A JPEG of four times the size gives nearly the same item from a quarter of the pixels."""
-    path = tmp_path / f"a.{suffix}"
-    synthetic.draw_scene(0, 3, 256).resize((1024, 1024)).save(path, quality=95)
-    content = one_box((1024, 1024), [256, 512, 128, 64])
-    data = isaid.DetectionDataset("", content, [path], isaid.make_transforms(False, 256))
-    whole, data.min_size = data[0][0], 256
-    small, target = data[0]
-    assert data.load_image(0, 256).size == (read, read)
-    assert data.load_image(0).size == (1024, 1024)
-    assert target["size"] == (1024, 1024)
-    assert target["boxes"].tolist() == [[0.3125, 0.53125, 0.125, 0.0625]]
-    assert (small - whole).abs().mean() < 0.05
