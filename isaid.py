@@ -74,7 +74,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         self.seed = seed
         self.epoch = 0
         self.min_size = None
-        self.warnings = list(coco.dataset_warnings(content))
+        self.warnings = coco.dataset_warnings(content)
         categories = [{"id": c["id"], "name": c["name"]} for c in content["categories"]]
         self.categories = sorted(categories, key=lambda category: category["id"])
         self.annotations, self.cleaning_counts = coco.clean_boxes(

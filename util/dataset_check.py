@@ -42,7 +42,11 @@ def num_subpixel_boxes(data, image_size):
 
 
 def summary(data, num_queries, image_size):
-    """Return lines of text about a dataset: its size, and everything unusual about its boxes."""
+    """Return a text about a dataset: its size, and everything unusual about its boxes.
+
+    num_queries: of the detector, which cannot find more objects per image
+    image_size:  N if images are resized to N x N pixels, else None
+    """
     num_objects = [len(labels) for labels in data.labels]
     lines = [f"{data.name}: {len(data):,} images, {sum(num_objects):,} boxes"]
     for what, count in data.cleaning_counts.items():
@@ -59,7 +63,7 @@ def summary(data, num_queries, image_size):
     return f"\n{'':12}".join(lines)
 
 
-# ---------------------------------------------------------------- the command
+# ---------------------------------------------------------------- the command `check`
 def check_dataset(root):
     """Print a report of both splits; return the exit status, 1 if a training would stop on them."""
     classes = {}
@@ -68,7 +72,8 @@ def check_dataset(root):
             images_dir, json_path = coco.find_split(root, split)
             report, classes[split] = check(images_dir, json_path, train=split == "train")
         except DataError as error:
-            report, classes[split] = f"error: {error}", None
+            report = f"error: {error}"
+            classes[split] = None
         print(f"{report}\n")
     if classes["train"] is None or classes["val"] is None:
         return 1
@@ -81,79 +86,88 @@ def check_dataset(root):
 def check(images_dir, json_path, train=False):
     """Check the COCO file of a split, and read all of its images.
 
-    train: the split must have boxes to train on
-    Returns (the report as text, the classes as text or None if the split is unusable).
+    train: True if the split must have boxes to train on
+    Returns (the report as text, the classes as text or None if there are errors). Raises DataError
+    if the file is not JSON.
     """
     content = read_json(json_path)
-    errors = list(coco.validation_errors(content))
-    images, lines = [], []
+    errors = coco.validation_errors(content)
+    images = []
     if not errors:
-        images, errors = readable_images(images_dir, content["images"])
-        if not images and not errors:
+        images, errors = read_images(images_dir, content["images"])
+        if not content["images"]:
             errors.append("contains no images")
-    if images:
+    details = []
+    if images:  # the statistics are of the readable ones
         categories = sorted(content["categories"], key=lambda category: category["id"])
         content = {**content, "images": images, "categories": categories}
         annotations, cleaning_counts = coco.clean_boxes(images, content["annotations"])
         if train and not errors and all(a["iscrowd"] for a in annotations):
             errors.append("contains no boxes to train on")
-        lines = statistics(content, annotations, cleaning_counts)
-        lines += [f"  warning: {warning}" for warning in coco.dataset_warnings(content)]
-    head = [str(json_path), f"  errors   {len(errors):,}"]
-    head += [f"    {error}" for error in errors[:MAX_PRINTED_ERRORS]]
+        details = statistics(content, annotations, cleaning_counts)
+        for warning in coco.dataset_warnings(content):
+            details.append(f"  warning: {warning}")
+
+    lines = [str(json_path), f"  errors   {len(errors):,}"]
+    for error in errors[:MAX_PRINTED_ERRORS]:
+        lines.append(f"    {error}")
     if len(errors) > MAX_PRINTED_ERRORS:
-        head.append(f"    … and {len(errors) - MAX_PRINTED_ERRORS:,} more")
-    report = "\n".join(head + lines)
+        lines.append(f"    … and {len(errors) - MAX_PRINTED_ERRORS:,} more")
+    report = "\n".join(lines + details)
     if errors:
         return report, None
     return report, coco.class_names(content["categories"])
 
 
-def readable_images(images_dir, images):
-    """Read every image; return (the records of the usable ones, errors of the others)."""
-    usable, errors = [], []
-    for image in images:
-        path = coco.find_image(images_dir, image["file_name"])
+def read_images(images_dir, records):
+    """Read every image of a COCO file.
+
+    Returns (the records of the readable images with their sizes, messages about the others).
+    """
+    readable = []
+    errors = []
+    for record in records:
+        path = coco.find_image(images_dir, record["file_name"])
         try:
-            _, size = read_image(path)
-            check_size(image, path, size)
+            _, (width, height) = read_image(path)
+            check_size(record, path, (width, height))
+            readable.append({**record, "width": width, "height": height})
         except DataError as error:
             errors.append(str(error))
-            continue
-        usable.append({**image, "width": size[0], "height": size[1]})
-    return usable, errors
+    return readable, errors
 
 
 def statistics(content, annotations, cleaning_counts):
-    """Return lines about the images, boxes and classes of a split.
+    """Return lines of text about the images, boxes and classes of a split.
 
-    content:         as in a COCO file
+    content:         images with sizes, annotations and categories, as in a COCO file
     annotations:     its annotations after coco.clean_boxes
-    cleaning_counts: what coco.clean_boxes did, {what: number of boxes}
+    cleaning_counts: {what coco.clean_boxes did: number of boxes}
     """
     images = content["images"]
     objects = [a for a in annotations if not a["iscrowd"]]
     sizes = collections.Counter((image["width"], image["height"]) for image in images)
     common = ", ".join(f"{w} x {h} ({n:,})" for (w, h), n in sizes.most_common(5))
     objects_of = collections.Counter(a["image_id"] for a in objects)
-    num_objects = np.array([objects_of[image["id"]] for image in images])
-    median, high, most = np.percentile(num_objects, [50, 95, 100])
+    per_image = np.array([objects_of[image["id"]] for image in images])
+    median, high, most = np.percentile(per_image, [50, 95, 100])
     lines = [
-        f"  images   {len(images):,}, {np.sum(num_objects == 0):,} of them without objects",
+        f"  images   {len(images):,}, {np.sum(per_image == 0):,} of them without objects",
         f"  sizes    {len(sizes):,}, most often {common}",
-        f"  objects  {len(objects):,}; per image: "
-        f"median {median:.0f}, 95th percentile {high:.0f}, maximum {most:.0f}",
+        f"  objects  {len(objects):,}; per image: median {median:.0f}, "
+        f"95th percentile {high:.0f}, maximum {most:.0f}",
     ]
     lines += class_table(content["categories"], objects)
+
     ids = [str(a["id"]) for a in content["annotations"] if a.get("id") is not None]
-    counts = {f"boxes {what}": n for what, n in cleaning_counts.items()}
+    counts = {f"boxes {what}": count for what, count in cleaning_counts.items()}
     counts["crowd regions, not trained on"] = len(annotations) - len(objects)
     counts["images under 2 pixels"] = sum(n for size, n in sizes.items() if min(size) < 2)
     counts["duplicate annotation ids"] = len(ids) - len(set(ids))
-    for what, n in counts.items():
-        lines.append(f"  {what:32}  {n:,}")
+    for what, count in counts.items():
+        lines.append(f"  {what:32}  {count:,}")
     for model, num_queries in NUM_QUERIES.items():
-        crowded = num_objects > num_queries
+        crowded = per_image > num_queries
         share = f"{crowded.sum():,} ({crowded.mean():.1%})"
         lines.append(f"  images with more objects than {model}'s {num_queries} queries  {share}")
     return lines
