@@ -1,28 +1,27 @@
-"""The rows of a table: run what is missing, print it with what it says of the table's comparisons.
+"""Run the rows of an experiment with several seeds, and print its table and comparisons.
 
-    python reproduce.py                                   the tables there are
-    python reproduce.py scenes --seeds 0 1                run and print one
-    python reproduce.py paper --dry_run                   its commands, and what they still need
+    python reproduce.py                           list the experiments
+    python reproduce.py scenes --seeds 0 1        run one and print its table
+    python reproduce.py paper --dry_run           print its commands, and which files they lack
 
-A table is a text file in recipes/ with a row a line, `name: flags of train.py`. {name} in the flags
-is the run folder of another row, {data} the folder of --data; <x> stands for each word of a line
-`x = words`; `compare family: row - other row` names a comparison, `goal: row / other row, AP50`
-what a row must reach and the row by whose time its own is measured, `authors NAME: EPOCH:AP ...` a
-curve of theirs, shown beside. What is published is in results/, your own runs and results in
-runs/TABLE or --out: what is there is not run again, a row that was interrupted goes on. Delete a
-result to repeat it.
+An experiment is a folder in results/ with a file experiment.py, which names the rows (each is a
+set of flags of train.py) and the comparisons; util/experiments.py describes its format. Published
+results are next to it. Your own runs and results are written to runs/EXPERIMENT or --out.
+
+A row is run only if it has no result yet, and an interrupted run is resumed. Delete a result to
+repeat it.
 """
 
 import collections
 import concurrent.futures
 import contextlib
-import difflib
+import dataclasses
 import io
 import itertools
 import json
+import math
 import os
 import queue
-import re
 import shlex
 import statistics
 import subprocess
@@ -36,556 +35,832 @@ import torch
 from matplotlib.figure import Figure
 
 import train
-from results.leaks import backbones  # noqa: F401  (adds the backbones of the table leaks)
 from util import checkpoint, cli, plots
-from util.cli import Parser, command, number, one_line
-from util.cli import split_recipe_line as words
+from util.cli import Parser, cli_main, int_range
+from util.experiments import dependencies, load_experiment
 from util.files import check_writable, read_json, write_text
 
 ROOT = Path(__file__).resolve().parent
-RUNS, RESULTS, RECIPES = ROOT / "runs", ROOT / "results", ROOT / "recipes"
-NUMBER = r"\d+(?:\.\d+)?"
-ELSEWHERE = checkpoint.MAY_CHANGE_ON_RESUME | {"seed"}  # flags that make no other row
+RUNS = ROOT / "runs"
+RESULTS = ROOT / "results"
+# Flags that do not tell one row from another.
+NOT_COMPARED = checkpoint.MAY_CHANGE_ON_RESUME | {"seed"}
+FLAGS_WITH_FILES = ("--init", "--tokenizer_weights", "--data")
+RESULT_KEYS = {"command", "flags", "log", "revision", "versions"}
+GOAL_AP = 10  # %; tables name the first epoch that reaches it
 
 
-# ---------------------------------------------------------------- rows and comparisons
-def lines_of(path):
-    """The lines of a table, for each word of its lists: (where, name, text behind the colon).
-    Raises ValueError that names the line."""
+# ---------------------------------------------------------------- rows
+def find_experiment(name):
+    """Return the Experiment of a folder, or of a name in results/. Raises ValueError."""
+    for folder in (RESULTS / name, Path(name).resolve()):
+        if (folder / "experiment.py").is_file():
+            experiment = load_experiment(folder / "experiment.py")
+            check_experiment(experiment)
+            return experiment
+    raise ValueError(f"unknown experiment {name!r}; run without arguments to list them")
+
+
+def check_experiment(experiment):
+    """Raise a ValueError that names the first row with something wrong."""
+    detecting = set()  # rows that have an AP
+    defined = set()
+    for name, flags in experiment.rows.items():
+        for start in dependencies(flags):
+            if start not in defined:
+                message = f"{{{start}}} refers to a row that is not defined above"
+                raise ValueError(f"{experiment.path}, row {name!r}: {message}")
+        args = parse_row(experiment, name)
+        if args.setting != "pretrain":
+            detecting.add(name)
+        defined.add(name)
+    pairs = [(row, baseline) for _, row, baseline in experiment.comparisons]
+    pairs += [(row, baseline) for row, baseline, _ in experiment.goals]
+    for pair in pairs:
+        for name in pair:
+            if name not in detecting:
+                message = f"{name!r} is compared, but is not a row with detection"
+                raise ValueError(f"{experiment.path}: {message}")
+
+
+def parse_row(experiment, name):
+    """Return what train.py understands by the flags of a row. Raises ValueError."""
+    flags = []
+    for word in shlex.split(experiment.rows[name]):
+        if word.startswith("@"):
+            word = f"@{ROOT / word[1:]}"
+        flags.append(word)
+    stderr = io.StringIO()
     try:
-        lines, lists = Path(path).read_text(encoding="utf-8-sig").splitlines(), {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as a table ({one_line(error)})") from None
-    for n, line in enumerate(lines, 1):
-        where = f"{path}, line {n}"
-        try:
-            if not words(line):
-                continue
-            if named := re.fullmatch(r"(\w+) = (.*)", line):
-                if named[1] in lists:
-                    raise ValueError(f"{named[1]} is a list above; take another name")
-                lists[named[1]] = words(named[2])
-                continue
-        except ValueError as error:  # a quote that is not closed
-            raise ValueError(f"{where}: {error}") from None
-        used = [name for name in lists if f"<{name}>" in line]
-        if unknown := {*re.findall(r"<(\w+)>", line)} - {*used}:
-            raise ValueError(f"{where}: no line above it is `{unknown.pop()} = words`")
-        for values in itertools.product(*(lists[name] for name in used)):
-            text = line
-            for name, value in zip(used, values):
-                text = text.replace(f"<{name}>", value)
-            name, colon, text = text.partition(":")
-            yield where, name.strip(), shlex.join(words(text)) if colon else None  # no comment
-
-
-def read_table(path):
-    """The rows of a table: {name: list of flags}. Raises ValueError naming the line."""
-    rows = {}
-    for where, name, text in lines_of(path):
-        if name.startswith(("compare ", "authors ")) or name == "goal":
-            continue
-        if name.startswith(("--", "@")):
-            raise ValueError(f"{where}: has flags, as a recipe has: python train.py @{path}")
-        if text is None or not re.fullmatch(r"[\w-]+", name) or name in rows:
-            expected = "expected is a new name, a colon and flags of train.py"
-            line = name if text is None else f"{name}: {text}"
-            raise ValueError(f"{where}: {expected}, not {line!r}")
-        for start in starts_of(words(text)):
-            if start not in rows:
-                raise ValueError(f"{where}: {{{start}}} is not a row above it")
-        parse(where, words(text))
-        rows[name] = words(text)
-    if not rows:
-        raise ValueError(f"{path}: has no rows")
-    return rows
-
-
-def detects(rows, *names):
-    """Whether all of these are rows that have an AP: not of a pretraining."""
-    return all(name in rows and parse(name, rows[name]).setting != "pretrain" for name in names)
-
-
-def read_comparisons(path, rows):
-    """The comparisons of a table: [(family, row, what it is compared with)]. ValueError."""
-    found = []
-    for where, name, text in lines_of(path):
-        if name.startswith("compare "):
-            pair = (text or "").split(" - ")
-            if len({*pair}) != 2 or not detects(rows, *pair):
-                expected = "two rows that detect, ROW - ROW"
-                raise ValueError(f"{where}: expected are {expected}, not {text!r}")
-            found.append((name.removeprefix("compare "), *pair))
-    return found
-
-
-def read_goals(path, rows):
-    """The goals of a table: [(row, the row its time is measured by, AP50 in %)]. ValueError."""
-    found = []
-    for where, name, text in lines_of(path):
-        if name == "goal":
-            goal = re.fullmatch(rf"([\w-]+) / ([\w-]+), ({NUMBER})", text or "")
-            if not goal or not detects(rows, goal[1], goal[2]):
-                raise ValueError(f"{where}: expected is ROW / OTHER ROW, AP50, not {text!r}")
-            found.append((goal[1], goal[2], float(goal[3])))
-    return found
-
-
-def read_authors(path):
-    """The authors' curves in a table, as results of one run: {"authors NAME": {0: its result}}."""
-    found = {}
-    for where, name, text in lines_of(path):
-        if name.startswith("authors "):
-            if not re.fullmatch(rf"\d+:{NUMBER}( \d+:{NUMBER})*", text or ""):
-                raise ValueError(f"{where}: expected are EPOCH:AP ..., in %, not {text!r}")
-            points = (point.split(":") for point in text.split())
-            log = [{"epoch": int(epoch), "ap": float(ap) / 100} for epoch, ap in points]
-            found[name] = {0: {"log": log}}
-    return found
-
-
-def starts_of(flags):
-    """The rows whose runs these flags start from."""
-    return [name for name in re.findall(r"{(.*?)}", " ".join(flags)) if name != "data"]
-
-
-def parse(where, flags):
-    """What train.py understands by the flags of a row. Raises ValueError that names its line."""
-    flags = [f"@{ROOT / flag[1:]}" if flag.startswith("@") else flag for flag in flags]
-    try:
-        with contextlib.redirect_stderr(io.StringIO()) as said:
+        with contextlib.redirect_stderr(stderr):
             args, _ = train.parse(flags)
-            given = {word.partition("=")[0] for word in Parser().expanded(flags)}
     except SystemExit:
-        raise ValueError(f"{where}: {said.getvalue().strip().removeprefix('error: ')}") from None
-    for flag in sorted({"--seed", "--out"} & given):
-        raise ValueError(f"{where}: {flag} is not the row's; reproduce.py has --seeds and --out")
+        message = stderr.getvalue().strip().removeprefix("error: ")
+        raise ValueError(f"{experiment.path}, row {name!r}: {message}") from None
+    if args.seed != 0 or args.out is not None:
+        message = "--seed and --out are not allowed; use --seeds and --out of reproduce.py"
+        raise ValueError(f"{experiment.path}, row {name!r}: {message}")
     return args
 
 
-def resolve(rows, name):
-    """All flags that a row uses, with those of recipes and defaults, and of what it starts from."""
-    args = parse(name, rows[name])
-    apart = ELSEWHERE | set(train.ignored_flags(args))
-    flags = {k: v for k, v in vars(args).items() if k not in apart}
-    return {**flags, "starts": [resolve(rows, start) for start in starts_of(rows[name])]}
+def resolve(experiment, name):
+    """Return all flags that have an effect in a row, and under "starts" those of its starts."""
+    args = parse_row(experiment, name)
+    excluded = NOT_COMPARED | set(train.ignored_flags(args))
+    flags = {flag: value for flag, value in vars(args).items() if flag not in excluded}
+    starts = dependencies(experiment.rows[name])
+    flags["starts"] = [resolve(experiment, start) for start in starts]
+    return flags
 
 
 def difference(before, now):
-    """The flags that two resolved rows have both, with other values; "" if there are none."""
-    changed = [k for k in before.keys() & now.keys() - {"starts"} if before[k] != now[k]]
-    text = ", ".join(f"--{k} {before[k]}, now {now[k]}" for k in sorted(changed))
+    """Return a text that names the flags in which two resolved rows differ; "" if there are none.
+
+    A flag that only one of them has counts as its default on the other side.
+    """
+    defaults = vars(train.parse([])[0])
+    changes = []
+    for flag in sorted((before.keys() | now.keys()) - {"starts"}):
+        if flag not in defaults:
+            changes.append(f"--{flag}, which train.py does not have")
+            continue
+        old_value = before.get(flag, defaults[flag])
+        new_value = now.get(flag, defaults[flag])
+        if old_value != new_value:
+            changes.append(f"--{flag} {old_value}, now {new_value}")
+    if changes:
+        return ", ".join(changes)
     if len(before["starts"]) != len(now["starts"]):
-        text = text or "another start"
-    starts = (difference(a, b) for a, b in zip(before["starts"], now["starts"]))
-    return text or next((f"in what it starts from {text}" for text in starts if text), "")
+        return "a different start"
+    for start_before, start_now in zip(before["starts"], now["starts"]):
+        text = difference(start_before, start_now)
+        if text:
+            return f"in its start, {text}"
+    return ""
 
 
-def origin(result):
-    """The revision, the device and the folder of --data, the last two or None, of a result."""
-    flags = dict(itertools.pairwise(shlex.split(result["command"])))
-    known = {"revision": result["revision"], "device": result["versions"].get("device")}
-    return {**known, "data": flags.get("--data")}
+# ---------------------------------------------------------------- results
+def read_results(folders, experiment):
+    """Return the results as {row: {seed: result}}; the first folder that has one counts.
+
+    Raises ValueError for a result of other flags than the row has now.
+    """
+    results = {}
+    for name in experiment.rows:
+        flags = resolve(experiment, name)
+        runs = {}
+        for folder in folders:
+            for path in sorted(folder.glob(f"{name}-*.json")):
+                seed = path.stem.removeprefix(f"{name}-")
+                if not seed.isdecimal():  # a row whose name begins with this row's name
+                    continue
+                result = read_result(path, flags)
+                runs.setdefault(int(seed), result)
+        if runs:
+            results[name] = runs
+    return results
 
 
-def read_results(folders, rows):
-    """{row: {seed: its result}} in these folders, the first one's before the others'. ValueError
-    for a result of other flags."""
-    results = collections.defaultdict(dict)
-    for name in rows:
-        wanted = resolve(rows, name)
-        for path in (path for folder in folders for path in sorted(folder.glob(f"{name}-*.json"))):
-            seed = path.stem.removeprefix(f"{name}-")
-            if not seed.isdecimal():  # of another row, whose name goes on
-                continue
-            try:
-                result = read_json(path)
-                changed = difference(result["flags"], wanted)
-                result["log"][-1]["epoch"], origin(result)
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-                raise ValueError(f"{path}: is no result of reproduce.py; delete it") from None
-            if changed:
-                raise ValueError(f"{path} was made with {changed}; delete it to run it anew")
-            results[name].setdefault(int(seed), result)
-    return dict(results)
+def read_result(path, flags):
+    """Return the content of a result file. Raises ValueError if it is not of a row with `flags`."""
+    result = read_json(path)
+    if not is_result(result):
+        raise ValueError(f"{path}: not a result file of reproduce.py; delete or move it")
+    changed = difference(result["flags"], flags)
+    if changed:
+        raise ValueError(
+            f"{path} was produced with different flags ({changed}); delete it to rerun"
+        )
+    return result
+
+
+def is_result(content):
+    """Return True if this is what Runner.run writes."""
+    if not isinstance(content, dict) or not RESULT_KEYS <= content.keys():
+        return False
+    return bool(content["log"]) and "epoch" in content["log"][-1]
+
+
+def read_log(run):
+    """Return the log of a run folder, a dict per epoch so far. Raises ValueError."""
+    path = run / "log.jsonl"
+    if not path.exists():
+        return []
+    log = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            log.append(json.loads(line))
+        except ValueError:
+            log.append(None)
+        if not isinstance(log[-1], dict) or "epoch" not in log[-1]:
+            message = "not a train.py log, or corrupted; resuming the run rewrites it"
+            raise ValueError(f"{path}: {message}")
+    return log
+
+
+def provenance(result):
+    """Return the revision, the device and the data of a result, each None if it has none."""
+    words = shlex.split(result["command"])
+    data = None
+    if "--data" in words:
+        data = words[words.index("--data") + 1]
+    return {
+        "revision": result["revision"],
+        "device": result["versions"].get("device"),
+        "data": data,
+    }
+
+
+def report_provenance(results, experiment, data):
+    """Print how many results have another revision, device or data folder than this call."""
+    device = checkpoint.device_name(cli.parse_device("auto"))
+    here = {"revision": checkpoint.revision(), "device": device, "data": data}
+    for key, value in here.items():
+        counts = collections.Counter()
+        for name, runs in results.items():
+            if key == "data" and "{data}" not in experiment.rows[name]:
+                continue  # the row names its own data
+            for result in runs.values():
+                counts[provenance(result)[key]] += 1
+        for other, count in counts.items():
+            if other and value and other != value:
+                text = f"{count} results were produced with a different {key}: {other}"
+                print(f"{text} (here: {value})")
 
 
 # ---------------------------------------------------------------- running
 class Runner:
-    """Runs rows of a table; `slots` are the numbers of free places, each with a GPU of its own."""
+    """Runs rows of an experiment, args.jobs of them at a time."""
 
-    def __init__(self, path, rows, args):
-        self.path, self.rows, self.args = path, rows, args
-        self.out = Path(args.out or RUNS / path.stem)
-        self.folders = [self.out] if args.out else [self.out, RESULTS / path.stem]  # with results
-        self.slots = queue.Queue()
+    def __init__(self, experiment, args):
+        self.experiment = experiment
+        self.rows = experiment.rows
+        self.args = args
+        if args.out:
+            self.out = Path(args.out)
+            self.result_folders = [self.out]
+        else:
+            self.out = RUNS / experiment.path.parent.name
+            self.result_folders = [self.out, experiment.path.parent]
+        self.shares_gpus = args.jobs > 1 and torch.cuda.is_available()
+        self.free_slots = queue.Queue()  # a run takes one; its number chooses the GPU
         for slot in range(args.jobs):
-            self.slots.put(slot)
+            self.free_slots.put(slot)
 
-    def result(self, name, seed):
-        """The file of a result, if there is one."""
-        files = (folder / f"{name}-{seed}.json" for folder in self.folders)
-        return next((file for file in files if file.exists()), None)
+    def run_folder(self, name, seed):
+        return self.out / f"{name}-{seed}"
 
-    def needed(self, name, seed, wanted):
-        """Whether a row, or one of `wanted` that starts from it, has no result yet."""
-        after = [other for other in wanted if name in starts_of(self.rows[other])]
-        there = self.result(name, seed)
-        return not there or any(self.needed(other, seed, wanted) for other in after)
+    def result_file(self, name, seed):
+        """Return the file with the result of a row, or None if there is none yet."""
+        for folder in self.result_folders:
+            path = folder / f"{name}-{seed}.json"
+            if path.exists():
+                return path
+        return None
+
+    def is_needed(self, name, seed, wanted):
+        """Return True if a row, or one of `wanted` that starts from it, has no result yet."""
+        if self.result_file(name, seed) is None:
+            return True
+        for other in wanted:
+            if name in dependencies(self.rows[other]) and self.is_needed(other, seed, wanted):
+                return True
+        return False
+
+    def is_done(self, name, seed, wanted):
+        """Return True if a row need not run: it is not needed, or its run folder is complete."""
+        path = self.result_file(name, seed)
+        if path is not None and read_log(self.run_folder(name, seed)) == read_json(path)["log"]:
+            return True
+        return not self.is_needed(name, seed, wanted)
 
     def depth(self, name):
-        """How many rows have to be run one after the other before this one."""
-        return max((self.depth(start) + 1 for start in starts_of(self.rows[name])), default=0)
+        """Return how many rows have to run one after another before this one."""
+        depths = [self.depth(start) + 1 for start in dependencies(self.rows[name])]
+        return max(depths, default=0)
 
     def command(self, name, seed):
-        """The command of a row, to be called in the folder of this file."""
-        inside = self.out.is_relative_to(self.args.code)
-        out = self.out.relative_to(self.args.code) if inside else self.out
-        places = {start: f"{out}/{start}-{seed}" for start in self.rows}
-        places["data"] = self.args.data or "DIR"
-        flags = [re.sub(r"{(.*?)}", lambda m: places[m[1]], flag) for flag in self.rows[name]]
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-        launch = [*launch, str(self.args.nproc)] if self.args.nproc > 1 else []
-        row = ["--seed", str(seed), "--out", f"{out}/{name}-{seed}", "--resume"]
-        if self.args.jobs > 1 and torch.cuda.is_available():  # the runs share the processor's cores
-            row += ["--workers", str(min(8, max(1, (os.cpu_count() or 1) // self.args.jobs)))]
-        script = ["-m", "results.leaks.train"] if self.path.stem == "leaks" else ["train.py"]
-        return ["python", *launch, *script, *flags, *row]
+        """Return the command of a row as a list of words, to be called in the folder --code."""
+        out = self.out
+        if out.is_relative_to(self.args.code):
+            out = out.relative_to(self.args.code)
+        folders = {start: f"{out}/{start}-{seed}" for start in self.rows}
+        folders["data"] = "DIR" if self.args.data is None else self.args.data
+
+        command = ["python"]
+        if self.args.nproc > 1:
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc_per_node", str(self.args.nproc)]
+        command += self.experiment.program
+        for word in shlex.split(self.rows[name]):
+            command.append(word.format(**folders))
+        command += ["--seed", str(seed), "--out", f"{out}/{name}-{seed}", "--resume"]
+        if self.shares_gpus:  # the runs share the CPU's cores
+            workers = max(1, (os.cpu_count() or 1) // self.args.jobs)
+            command += ["--workers", str(min(8, workers))]
+        return command
+
+    def environment(self, slot):
+        """Return the environment variables of a run: its GPU and its number of threads."""
+        environment = dict(os.environ)
+        if self.shares_gpus:
+            gpus = environment.get("CUDA_VISIBLE_DEVICES")
+            if not gpus:
+                gpus = ",".join(map(str, range(torch.cuda.device_count())))
+            gpus = gpus.split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+        threads = torch.get_num_threads() // (self.args.jobs * self.args.nproc)
+        environment["OMP_NUM_THREADS"] = str(max(1, threads))
+        return environment
 
     def run(self, name, seed):
-        """Run a row, or go on with it. Raises ValueError if train.py fails."""
-        folder, command = self.out / f"{name}-{seed}", self.command(name, seed)
-        slot, environment = self.slots.get(), dict(os.environ)
-        if self.args.jobs > 1 and torch.cuda.is_available():
-            all_of_them = ",".join(map(str, range(torch.cuda.device_count())))
-            ours = (os.environ.get("CUDA_VISIBLE_DEVICES") or all_of_them).split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = ours[slot % len(ours)]
-        threads = max(1, torch.get_num_threads() // (self.args.jobs * self.args.nproc))
-        environment["OMP_NUM_THREADS"] = str(threads)
-        how = {"cwd": self.args.code, "env": environment, "capture_output": True, "text": True}
-        start, anew = time.monotonic(), not folder.exists()
+        """Start or resume a row, and write its result. Raises ValueError if train.py fails."""
+        folder = self.run_folder(name, seed)
+        command = self.command(name, seed)
+        is_resumed = folder.exists()
+        slot = self.free_slots.get()
+        start = time.monotonic()
         try:
-            done = subprocess.run([sys.executable, *command[1:]], **how)
+            process = subprocess.run(
+                [sys.executable, *command[1:]],
+                cwd=self.args.code,
+                env=self.environment(slot),
+                capture_output=True,
+                text=True,
+            )
         finally:
-            self.slots.put(slot)
-        if done.returncode:
-            said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()
-            errors = [line for line in said if line.startswith("error: ")]  # torchrun says more
-            raise ValueError(f"{shlex.join(command)}: {(errors or said)[-1]}")
-        config, log = read_json(folder / "config.json"), read_log(folder)
-        content = {"command": shlex.join(command), "flags": resolve(self.rows, name)}
-        content.update(revision=config["revision"], versions=config["versions"], log=log)
-        if anew:  # in one go; evaluations apart
-            evaluations = sum(line.get("eval_seconds", 0) for line in log)
-            content["seconds"] = round(time.monotonic() - start - evaluations, 1)
-        write_text(self.out / f"{name}-{seed}.json", json.dumps(content, indent=1) + "\n")
+            self.free_slots.put(slot)
+        seconds = time.monotonic() - start
+        if process.returncode:
+            raise ValueError(f"{shlex.join(command)}: {last_error(process)}")
 
-    def finished(self, name, seed, wanted):
-        """Whether a row need not be run: nothing needs it, or its run is there as its result is."""
-        there = self.result(name, seed)
-        log = there and read_json(there)["log"]
-        run_there = log and read_log(self.out / f"{name}-{seed}") == log
-        return run_there or not self.needed(name, seed, wanted)
+        config = read_json(folder / "config.json")
+        result = {
+            "command": shlex.join(command),
+            "flags": resolve(self.experiment, name),
+            "revision": config["revision"],
+            "versions": config["versions"],
+            "log": read_log(folder),
+        }
+        if not is_resumed:  # else the time of the whole run is unknown
+            evaluation = sum(line.get("eval_seconds", 0) for line in result["log"])
+            result["seconds"] = round(seconds - evaluation, 1)
+        write_text(self.out / f"{name}-{seed}.json", json.dumps(result, indent=1) + "\n")
 
     def run_all(self, names, seeds):
-        """Run what is missing of these rows, those that others start from first."""
-        jobs = [(name, seed) for seed, name in itertools.product(seeds, names)
-                if not self.finished(name, seed, names)]  # fmt: skip
-        if missing := self.missing(dict.fromkeys(name for name, _ in jobs)):
+        """Run what is not done of these rows; those that others start from come first."""
+        jobs = []
+        for seed, name in itertools.product(seeds, names):
+            if not self.is_done(name, seed, names):
+                jobs.append((name, seed))
+        missing = self.missing_files(dict.fromkeys(name for name, _ in jobs))
+        if missing:
             raise ValueError("; ".join(missing))
-        start, n = time.monotonic(), 0
         jobs.sort(key=lambda job: self.depth(job[0]))
+
+        start = time.monotonic()
+        num_done = 0
         with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
             try:
-                for _, wave in itertools.groupby(jobs, key=lambda job: self.depth(job[0])):
-                    for future in [pool.submit(self.run, *job) for job in wave]:
+                for _, same_depth in itertools.groupby(jobs, key=lambda job: self.depth(job[0])):
+                    futures = [pool.submit(self.run, name, seed) for name, seed in same_depth]
+                    for future in futures:
                         future.result()
-                        n += 1
-                        minutes = (time.monotonic() - start) / 60
-                        left = minutes / n * (len(jobs) - n)
-                        print(f"{n} of {len(jobs)} runs, {minutes:.0f} min; about {left:.0f} to go",
-                              file=sys.stderr, flush=True)  # fmt: skip
-            except BaseException:  # what has not begun does not begin
+                        num_done += 1
+                        report_progress(num_done, len(jobs), time.monotonic() - start)
+            except BaseException:  # also Ctrl-C: start no further run
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def missing(self, names):
-        """Lines that name what is not there of the files and folders that these rows need."""
-        found = []
+    def missing_files(self, names):
+        """Return lines that name the files and folders these rows need and that do not exist."""
+        lines = []
         for name in names:
-            for flag, path in itertools.pairwise(self.rows[name]):
-                file = flag in ("--init", "--tokenizer_weights", "--data")
-                file = file and not re.search("{|://", path)
-                if file and not Path(self.args.code, path).exists():
-                    found.append(f"{name}: {flag} {path} is not there")
-        top = f"where to get what is missing may stand at the top of {self.path}"
-        return [*found, f"{top}; --rows leaves rows out"] if found else []
+            words = shlex.split(self.rows[name])
+            for flag, path in zip(words, words[1:]):
+                if flag not in FLAGS_WITH_FILES or "{" in path or "://" in path:
+                    continue
+                if not Path(self.args.code, path).exists():
+                    lines.append(f"{name}: {flag}: {path} not found")
+        if lines:
+            where = f"see the text at the top of {self.experiment.path} for where to get it"
+            lines.append(f"{where}; --rows leaves rows out")
+        return lines
 
     def dry_run(self, names, seeds):
-        """Print the commands; the exit status, 1 if something that they start from is not there."""
+        """Print the commands. Return the exit status, 1 if something they need does not exist."""
         for seed, name in itertools.product(seeds, names):
             print(shlex.join(self.command(name, seed)))
-        for line in (missing := self.missing(names)):
+        missing = self.missing_files(names)
+        for line in missing:
             print(line, file=sys.stderr)
         return int(bool(missing))
 
 
-def read_log(run):
-    """The log of a run as far as it has gone, a dict an epoch."""
-    log = run / "log.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    try:
-        found = [json.loads(line) for line in lines]
-        [line["epoch"] for line in found]
-    except (ValueError, TypeError, KeyError):
-        text = f"{log}: is not of train.py, or damaged; --resume writes it anew"
-        raise ValueError(text) from None
-    return found
+def last_error(process):
+    """Return the line in which a process that failed says why."""
+    lines = process.stderr.strip().splitlines()
+    if not lines:
+        return f"exit status {process.returncode}"
+    errors = [line for line in lines if line.startswith("error: ")]
+    if errors:  # torchrun writes more after it
+        return errors[-1]
+    return lines[-1]
 
 
-# ---------------------------------------------------------------- tables and curves
-def mean_and_deviation(values, digits=3):
-    """Mean ± standard deviation over seeds."""
+def report_progress(num_done, num_jobs, seconds):
+    """Print how many runs are done and about how long the others will take."""
+    minutes = seconds / 60
+    remaining = minutes / num_done * (num_jobs - num_done)
+    text = f"{num_done} of {num_jobs} runs, {minutes:.0f} min; about {remaining:.0f} min left"
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- statistics
+@dataclasses.dataclass
+class PairedDifference:
+    """The mean of paired differences, its 95 % interval and the p-value that it is not 0."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_difference(a, b):
+    """Compare two samples that are paired, such as the AP of two rows by seed.
+
+    The interval is Student's. p is that of flipping the signs of the differences, which is exact
+    up to 16 pairs.
+    """
+    differences = a - b
+    low, high = scipy.stats.ttest_1samp(differences, 0).confidence_interval()
+    test = scipy.stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=2**16, random_state=0
+    )
+    return PairedDifference(np.mean(differences), low, high, test.pvalue)
+
+
+def holm(p_values):
+    """Return the p-values of a family corrected for their number, in the same order (Holm 1979)."""
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(np.argsort(p_values)):
+        p = p_values[i] * (len(p_values) - rank)
+        largest = max(largest, min(1, p))  # no smaller than that of a smaller p-value
+        corrected[i] = largest
+    return corrected
+
+
+def mean_and_std(values, digits=3):
+    """Return the mean ± the standard deviation over seeds as text."""
     mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def tables(results, comparisons=(), goals=()):
-    """Tables in Markdown: AP after each epoch, comparisons, goals, the tasks' figures by a guess's.
-    results: {row: {seed: its result}}."""
-    detect, tasks, epochs = [], [], set()
-    for name, runs in ((name, [*runs.values()]) for name, runs in results.items()):
-        last = [run["log"][-1] for run in runs]
-        if "ap" in last[0]:
-            logs = [ap_of(run) for run in runs]
-            ap50 = [100 * (line["ap50"] or 0) for line in last if "ap50" in line]
-            detect.append((name, logs, ap50))
-            epochs |= logs[0].keys()
-        if "ssl_loss" in last[0]:
-            keys = "ssl_loss", "ssl_baseline", "", "", ""
-            if last[0]["ssl_acc"] is not None:
-                keys = "ssl_loss", "", "ssl_acc", "ssl_baseline", "ssl_chance"
-            cells = [key and mean_and_deviation([line[key] for line in last]) for key in keys]
-            tasks.append(f"| {name} | {' | '.join(cells)} |")
-    text, epochs = [], sorted(epochs)
-    last = {max(log) for _, logs, _ in detect for log in logs}
-    some = [e for e in epochs if e <= 5 or e % 10 == 0 or e in last]
-    epochs = epochs if len(epochs) <= 12 else some
-    if detect:
-        head = ["AP (%) after epoch", *map(str, epochs), "AP50, last", "AP 10 from epoch", "runs"]
-        text += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for name, logs, ap50 in detect:
-            cells = [mean_and_deviation([ap[epoch] for ap in logs], 1) if epoch in logs[0] else ""
-                     for epoch in epochs]  # fmt: skip
-            first = [min((e for e, ap in log.items() if ap >= 10), default=None) for log in logs]
-            reached = "not by all" if None in first else mean_and_deviation(first, 1)
-            reached = "" if name.startswith("authors ") else reached  # some of theirs are missing
-            cells += [mean_and_deviation(ap50, 1) if ap50 else "", reached, str(len(logs))]
-            text.append(f"| {name} | {' | '.join(cells)} |")
-        text += ["", *compare(results, comparisons), *speed(results, goals)]
-    if tasks:
-        text.append("| task | held-out loss | mean patch | accuracy | most frequent | chance |")
-        text += ["|---|---|---|---|---|---|", *tasks]
-    return "\n".join(text)
+def percent(ap):
+    """Return an AP of a log in %; there is none (None) where no class has an object."""
+    if ap is None:
+        return 0.0
+    return 100 * ap
 
 
-def speed(results, goals):
-    """Lines of a table in Markdown: whether a row reaches its AP50, one-sided by Student's t, and
-    its time as a share of another row's, over the seeds that both have run, in one go each."""
-    text = []
-    for row, other, goal in goals:
+def ap_by_epoch(result):
+    """Return {epoch: AP in %} of a result."""
+    return {line["epoch"]: percent(line["ap"]) for line in result["log"] if "ap" in line}
+
+
+def ap_curves(results):
+    """Return the epochs at which all of these runs were evaluated, and AP in % (runs, epochs)."""
+    logs = [ap_by_epoch(result) for result in results]
+    epochs = set(logs[0])
+    for log in logs:
+        epochs &= set(log)
+    epochs = sorted(epochs)
+    curves = np.zeros((len(logs), len(epochs)))
+    for i, log in enumerate(logs):
+        curves[i] = [log[epoch] for epoch in epochs]
+    return epochs, curves
+
+
+# ---------------------------------------------------------------- tables in Markdown
+def make_tables(results, comparisons=(), goals=()):
+    """Return the tables of an experiment in Markdown: AP, comparisons, goals and the tasks.
+
+    results: {row: {seed: result}}
+    """
+    detection = detection_table(results)
+    tasks = task_table(results)
+    lines = []
+    if detection:
+        lines += [*detection, ""]
+        lines += comparison_table(results, comparisons)
+        lines += goal_table(results, goals)
+    lines += tasks
+    return "\n".join(lines)
+
+
+def table_row(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def table_head(cells):
+    return [table_row(cells), "|---" * len(cells) + "|"]
+
+
+def last_lines(runs):
+    """Return the last line of the log of each of {seed: result}."""
+    return [result["log"][-1] for result in runs.values()]
+
+
+def detection_table(results):
+    """Return lines with the AP after each epoch, and when it reaches 10 %."""
+    logs = {}  # of each row, {epoch: AP} of each of its runs
+    for name, runs in results.items():
+        if "ap" in last_lines(runs)[0]:
+            logs[name] = [ap_by_epoch(result) for result in runs.values()]
+    if not logs:
+        return []
+    epochs = shown_epochs(logs)
+    lines = table_head(
+        ["AP (%) after epoch", *map(str, epochs), "AP50, last", "AP 10 from epoch", "runs"]
+    )
+    for name, row_logs in logs.items():
+        cells = [name]
+        for epoch in epochs:
+            if epoch in row_logs[0]:
+                cells.append(mean_and_std([log[epoch] for log in row_logs], 1))
+            else:
+                cells.append("")
+        last_ap50 = [percent(x["ap50"]) for x in last_lines(results[name]) if "ap50" in x]
+        cells.append(mean_and_std(last_ap50, 1) if last_ap50 else "")
+        if name.startswith("authors "):  # their logs have gaps
+            cells.append("")
+        else:
+            cells.append(first_epoch(row_logs))
+        cells.append(str(len(row_logs)))
+        lines.append(table_row(cells))
+    return lines
+
+
+def shown_epochs(logs):
+    """Return the epochs of a table: all, or if they are many, the first, the tenths, the last."""
+    epochs = set()
+    last_epochs = set()
+    for row_logs in logs.values():
+        epochs |= row_logs[0].keys()
+        last_epochs |= {max(log) for log in row_logs}
+    epochs = sorted(epochs)
+    if len(epochs) <= 12:
+        return epochs
+    return [x for x in epochs if x <= 5 or x % 10 == 0 or x in last_epochs]
+
+
+def first_epoch(logs):
+    """Return the mean first epoch with an AP of GOAL_AP as text, if all runs reach it."""
+    first = []
+    for log in logs:
+        reached = [epoch for epoch, ap in log.items() if ap >= GOAL_AP]
+        if not reached:
+            return "not by all"
+        first.append(min(reached))
+    return mean_and_std(first, 1)
+
+
+def task_table(results):
+    """Return lines with the tasks' held-out metrics next to those of constant predictions."""
+    lines = []
+    for name, runs in results.items():
+        last = last_lines(runs)
+        if "ssl_loss" not in last[0]:
+            continue
+        loss = mean_and_std([line["ssl_loss"] for line in last])
+        baseline = mean_and_std([line["ssl_baseline"] for line in last])
+        if last[0]["ssl_acc"] is None:  # a task that predicts pixels
+            cells = [name, loss, baseline, "", "", ""]
+        else:
+            accuracy = mean_and_std([line["ssl_acc"] for line in last])
+            chance = mean_and_std([line["ssl_chance"] for line in last])
+            cells = [name, loss, "", accuracy, baseline, chance]
+        lines.append(table_row(cells))
+    if not lines:
+        return []
+    head = ["task", "held-out loss", "mean patch", "accuracy", "most frequent", "chance"]
+    return table_head(head) + lines
+
+
+def comparison_table(results, comparisons):
+    """Return lines with the differences of AP between rows, paired by seed.
+
+    They are made for two measures. Holm's correction is over the family as it is declared,
+    whether its comparisons have been run or not, and for each of the measures by itself.
+    """
+    differences = {}  # by (family, row, baseline, measure)
+    num_seeds = {}
+    for family, row, baseline in comparisons:
+        seeds = sorted(results.get(row, {}).keys() & results.get(baseline, {}).keys())
+        if len(seeds) < 2:
+            continue
+        pairs = [results[row][seed] for seed in seeds] + [results[baseline][seed] for seed in seeds]
+        _, curves = ap_curves(pairs)  # at the epochs that all of them have
+        a = curves[: len(seeds)]
+        b = curves[len(seeds) :]
+        last = paired_difference(a[:, -1], b[:, -1])
+        mean = paired_difference(a.mean(1), b.mean(1))
+        differences[family, row, baseline, "last epoch"] = last
+        differences[family, row, baseline, "mean of the epochs"] = mean
+        num_seeds[row, baseline] = str(len(seeds))
+    if not differences:
+        return []
+    corrected = holm_by_family(differences, comparisons)
+    lines = table_head(
+        ["comparison", "AP (%)", "difference", "95 % interval", "p", "p, Holm", "seeds"]
+    )
+    for key, difference in differences.items():
+        _, row, baseline, measure = key
+        interval = f"{difference.low:+.1f} to {difference.high:+.1f}"
+        cells = [f"{row} - {baseline}", measure, f"{difference.mean:+.1f}", interval]
+        cells += [f"{difference.p:.3f}", f"{corrected[key]:.3f}", num_seeds[row, baseline]]
+        lines.append(table_row(cells))
+    return [*lines, ""]
+
+
+def holm_by_family(differences, comparisons):
+    """Return Holm's p of each difference; a declared comparison that was not run has p = 1."""
+    sizes = collections.Counter(family for family, _, _ in comparisons)
+    families = collections.defaultdict(list)  # keys of differences by family and measure
+    for key in differences:
+        family, _, _, measure = key
+        families[family, measure].append(key)
+    corrected = {}
+    for (family, _), keys in families.items():
+        p_values = [differences[key].p for key in keys]
+        p_values += [1.0] * (sizes[family] - len(keys))
+        corrected.update(zip(keys, holm(p_values)))
+    return corrected
+
+
+def goal_table(results, goals):
+    """Return lines that say whether rows reach their AP50, and in what share of another's time.
+
+    p is one-sided, by Student's t. Time is compared over the seeds that both rows have run
+    without interruption.
+    """
+    lines = []
+    for row, baseline, goal in goals:
         runs = results.get(row, {})
-        times = {
-            seed: (run["seconds"], results[other][seed]["seconds"])
-            for seed, run in runs.items()
-            if "seconds" in run and "seconds" in results.get(other, {}).get(seed, {})
-        }
         if len(runs) < 2:
             continue
-        ap50 = [100 * (run["log"][-1]["ap50"] or 0) for run in runs.values()]
+        ap50 = [percent(line["ap50"]) for line in last_lines(runs)]
         p = scipy.stats.ttest_1samp(ap50, goal, alternative="greater").pvalue
-        cells = [row, f"{mean_and_deviation(ap50, 1)} ({len(ap50)})", f"{goal:g}", f"{p:.4f}"]
-        if len(times) > 1:
-            minutes = np.array([*times.values()]) / 60  # (seeds, 2)
+        cells = [row, f"{mean_and_std(ap50, 1)} ({len(ap50)})", f"{goal:g}", f"{p:.4f}"]
+        minutes = minutes_of_both(runs, results.get(baseline, {}))
+        if len(minutes) > 1:
             share = minutes[:, 0] / minutes[:, 1]
             low, high = scipy.stats.ttest_1samp(share, 0).confidence_interval()
-            cells += [mean_and_deviation(column, 2) for column in minutes.T]
+            cells += [mean_and_std(minutes[:, 0], 2), mean_and_std(minutes[:, 1], 2)]
             cells.append(f"{share.mean():.2f}, {low:.2f} to {high:.2f} ({len(share)})")
         else:
             cells += ["", "", ""]
-        text.append(f"| {' | '.join(cells)} |")
-    head = "row | AP50 (%) (seeds) | goal | p | minutes | of the other | share, interval (seeds)"
-    return [f"| {head} |", "|---" * 7 + "|", *text, ""] if text else []
-
-
-def ap_of(run):
-    """AP in % of a result by epoch."""
-    return {line["epoch"]: 100 * (line["ap"] or 0) for line in run["log"] if "ap" in line}
-
-
-def curves(runs):
-    """AP in % after the epochs that all runs were evaluated at: (epochs, (runs, epochs) array)."""
-    logs = [ap_of(run) for run in runs]
-    epochs = sorted(set.intersection(*map(set, logs)))
-    return epochs, np.array([[log[epoch] for epoch in epochs] for log in logs])
-
-
-def compare(results, comparisons):
-    """Lines of a table in Markdown: differences of AP, paired by seed, with their 95 % interval
-    (Student's t) and the p of flipping their signs, exact up to 16 seeds; Holm's is over the
-    family as it is declared, run or not, for each of the two measures."""
-    measures = {"last epoch": lambda ap: ap[:, -1], "mean of the epochs": lambda ap: ap.mean(1)}
-    found = []
-    for (family, row, other), measure in itertools.product(comparisons, measures):
-        seeds = sorted(results.get(row, {}).keys() & results.get(other, {}).keys())
-        if len(seeds) > 1:
-            runs = [results[name][seed] for name in (row, other) for seed in seeds]
-            a, b = np.split(measures[measure](curves(runs)[1]), 2)  # at epochs that all have
-            low, high = scipy.stats.ttest_1samp(a - b, 0).confidence_interval()
-            flips = {"permutation_type": "samples", "n_resamples": 2**16, "random_state": 0}
-            p = scipy.stats.permutation_test((a - b,), np.mean, **flips).pvalue
-            cells = [f"{row} - {other}", measure, f"{np.mean(a - b):+.1f}"]
-            cells += [f"{low:+.1f} to {high:+.1f}", f"{p:.3f}"]
-            found.append(((family, measure), p, cells, len(seeds)))
-    if not found:
+        lines.append(table_row(cells))
+    if not lines:
         return []
-    head = "comparison | AP (%) | difference | 95 % interval | p | p, Holm | seeds"
-    text = [f"| {head} |", "|---" * 7 + "|"]
-    sizes = collections.Counter(family for family, *_ in comparisons)
-    for family, p, cells, n in found:
-        ps = sorted(q for other, q, *_ in found if other == family)
-        holm = max(min(1, q * (sizes[family[0]] - i)) for i, q in enumerate(ps) if q <= p)
-        text.append(f"| {' | '.join([*cells, f'{holm:.3f}', str(n)])} |")
-    return [*text, ""]
+    head = ["row", "AP50 (%) (seeds)", "goal", "p", "minutes", "of the other"]
+    return [*table_head([*head, "share, interval (seeds)"]), *lines, ""]
 
 
-@plots.best_effort
-def draw(path, results, comparisons):
-    """A panel for each comparison, what a row is compared with in grey: mean and deviation; one
-    for the authors' curves."""
-    pairs = [(row, other) for _, row, other in comparisons if {row, other} <= results.keys()]
-    panels = [(f"{row}\n(grey: {other})", {other: "grey", row: "tab:blue"}) for row, other in pairs]
-    theirs = {x: f"C{i}" for i, x in enumerate(x for x in results if x.startswith("authors "))}
-    panels += [("the authors'", theirs)] if theirs else []
-    columns = min(5, len(panels))
-    if not panels:
+def minutes_of_both(runs, baseline_runs):
+    """Return the minutes of two rows for the seeds that have both: (seeds, 2)."""
+    minutes = []
+    for seed, result in runs.items():
+        other = baseline_runs.get(seed, {})
+        if "seconds" in result and "seconds" in other:
+            minutes.append((result["seconds"] / 60, other["seconds"] / 60))
+    return np.array(minutes)
+
+
+# ---------------------------------------------------------------- curves
+def draw_comparisons(path, results, comparisons):
+    """Draw a panel for each comparison, the baseline in grey, and one for the authors' curves."""
+    pairs = []
+    for _, row, baseline in comparisons:
+        if row in results and baseline in results:
+            pairs.append((row, baseline))
+    authors = [name for name in results if name.startswith("authors ")]
+    num_panels = len(pairs) + bool(authors)
+    if num_panels == 0:
         return
-    figure = Figure(figsize=(3 * columns, 2.6 * -(-len(panels) // columns)), layout="constrained")
-    places = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat
-    for axes in places[len(panels) :]:
+    num_columns = min(5, num_panels)
+    num_rows = math.ceil(num_panels / num_columns)
+    figure = Figure(figsize=(3 * num_columns, 2.6 * num_rows), layout="constrained")
+    panels = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
+    for axes in panels[num_panels:]:
         axes.remove()
-    for axes, (title, shown) in zip(places, panels):
-        for name, colour in shown.items():
-            epochs, ap = curves([*results[name].values()])
-            line = "" if shown is theirs else "-"  # of theirs some points are missing
+    for axes, (row, baseline) in zip(panels, pairs):
+        draw_row(axes, results[baseline], color="grey")
+        draw_row(axes, results[row], color="tab:blue")
+        finish_panel(axes, f"{row}\n(grey: {baseline})")
+    if authors:
+        axes = panels[num_panels - 1]
+        for i, name in enumerate(authors):  # points without a line, because some are missing
             label = name.removeprefix("authors ")
-            axes.plot(epochs, ap.mean(0), linestyle=line, marker=".", color=colour, label=label)
-            if len(ap) > 1:
-                low, high = ap.mean(0) + np.outer((-1, 1), ap.std(0, ddof=1))
-                axes.fill_between(epochs, low, high, alpha=0.2, color=colour)
-        axes.set(xlabel="epoch", ylabel="AP (%)")
-        axes.set_title(title, fontsize=7)
-        if shown is theirs:
-            axes.legend(fontsize=5)
-        plots.finish_axes(axes)
+            draw_row(axes, results[name], color=f"C{i}", linestyle="", label=label)
+        finish_panel(axes, "the authors'")
+        axes.legend(fontsize=5)
     figure.savefig(path, dpi=110)
 
 
+def draw_row(axes, runs, color, linestyle="-", label=None):
+    """Draw the mean AP of the runs of a row, and its standard deviation."""
+    epochs, ap = ap_curves(list(runs.values()))
+    mean = ap.mean(0)
+    axes.plot(epochs, mean, linestyle=linestyle, marker=".", color=color, label=label)
+    if len(ap) > 1:
+        std = ap.std(0, ddof=1)
+        axes.fill_between(epochs, mean - std, mean + std, alpha=0.2, color=color)
+
+
+def finish_panel(axes, title):
+    axes.set(xlabel="epoch", ylabel="AP (%)")
+    axes.set_title(title, fontsize=7)
+    plots.finish_axes(axes)
+
+
 # ---------------------------------------------------------------- the command
-def make_table(args):
-    """Run what is missing of a table and print it; the exit status. Raises ValueError."""
-    named = RECIPES / f"{args.table}.txt"
-    path = named if named.is_file() else Path(args.table)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.stem, tables_there(), n=1)
-        meant = f"did you mean {near[0]}?" if near else "without a name they are listed"
-        raise ValueError(f"{args.table}: no such table; {meant}")
-    if args.data and not Path(args.data).exists():
-        raise ValueError(f"--data {args.data}: is not there")
-    if not Path(args.code, "train.py").exists():
-        raise ValueError(f"--code {args.code}: holds no train.py")
-    args.seeds = list(dict.fromkeys(args.seeds or []))
-    rows = read_table(path)
-    comparisons, goals = read_comparisons(path, rows), read_goals(path, rows)
-    theirs = read_authors(path)
-    chosen = [name for name in rows if not args.rows or any(text in name for text in args.rows)]
-    if not chosen:
-        raise ValueError(f"--rows {' '.join(args.rows)}: no row of {path} has this in its name")
-    needs_data = any("{data}" in flags for flags in rows.values())
-    if needs_data and not (args.data or args.dry_run or args.no_run):
-        raise ValueError(f"{path}: its rows need --data DIR")
-    if args.jobs > 1 and args.nproc > 1:
-        raise ValueError("take --jobs, several runs at a time, or --nproc, several processes a run")
-    wanted, runner = set(chosen), Runner(path, rows, args)
-    for name in reversed(rows):  # a row comes after what it starts from
-        wanted |= set(starts_of(rows[name])) if name in wanted else set()
-    wanted = [name for name in rows if name in wanted]
+def reproduce(args):
+    """Run what is missing of an experiment and print its table. Return the exit status."""
+    experiment = find_experiment(args.experiment)
+    rows = select_rows(experiment, args.rows)
+    check_args(args, experiment)
+    runner = Runner(experiment, args)
+    rows_to_run = with_dependencies(experiment, rows)
+    seeds_to_run = [0]
+    if args.seeds:
+        seeds_to_run = list(dict.fromkeys(args.seeds))  # each once
     if args.dry_run:
-        return runner.dry_run(wanted, args.seeds or [0])
-    there = read_results(runner.folders, rows)  # refuses before anything is run
-    if args.no_run and not there and not theirs:
-        raise ValueError(f"{runner.out}: no results; name a folder with some or leave out --no_run")
+        return runner.dry_run(rows_to_run, seeds_to_run)
+
+    authors = authors_as_results(experiment)
+    results = read_results(runner.result_folders, experiment)  # before anything is run
+    if args.no_run and not results and not authors:
+        message = "no results found; choose another --out or drop --no_run"
+        raise ValueError(f"{runner.out}: {message}")
     runner.out.mkdir(parents=True, exist_ok=True)
     check_writable(runner.out / "table.md")
     if not args.no_run:
-        runner.run_all(wanted, args.seeds or [0])
-    results = read_results(runner.folders, rows)
-    found = {name: {seed: run for seed, run in results.get(name, {}).items()
-                    if not args.seeds or seed in args.seeds} for name in chosen}  # fmt: skip
-    found = {name: runs for name, runs in found.items() if runs}
-    if not found and not theirs:
-        folders = " or ".join(map(str, runner.folders))
-        raise ValueError(f"no results of these rows and seeds in {folders}")
-    device = checkpoint.device_name(cli.usable_device("auto"))
-    here = {"revision": checkpoint.revision(), "device": device, "data": args.data}
-    for what, ours in here.items():
-        of = (origin(run)[what] for name, runs in found.items() for run in runs.values()
-              if what != "data" or "{data}" in rows[name])  # fmt: skip
-        for other, n in collections.Counter(of).items():
-            if other and ours and other != ours:
-                print(f"{n} results are of {what} {other}, yours is {ours}")
-    print(tables({**found, **theirs}, comparisons, goals))
-    results.update(theirs)
-    write_text(runner.out / "table.md", tables(results, comparisons, goals) + "\n")
-    draw(runner.out / "curves.png", results, comparisons)
+        runner.run_all(rows_to_run, seeds_to_run)
+        results = read_results(runner.result_folders, experiment)
+
+    selected = select_results(results, rows, args.seeds)
+    if not selected and not authors:
+        folders = " or ".join(map(str, runner.result_folders))
+        raise ValueError(f"no results for the selected rows and seeds in {folders}")
+    report_provenance(selected, experiment, args.data)
+    print(make_tables({**selected, **authors}, experiment.comparisons, experiment.goals))
+    results.update(authors)
+    tables = make_tables(results, experiment.comparisons, experiment.goals)
+    write_text(runner.out / "table.md", tables + "\n")
+    draw_comparisons(runner.out / "curves.png", results, experiment.comparisons)
+    return 0
 
 
-def tables_there():
-    """The tables in recipes/: {name: rows}."""
-    tables = {}
-    for path in sorted(RECIPES.glob("*.txt")):
-        with contextlib.suppress(ValueError):  # flags of train.py
-            tables[path.stem] = read_table(path)
-    return tables
+def check_args(args, experiment):
+    """Raise a ValueError for flags of reproduce.py that cannot be followed."""
+    if args.data and not Path(args.data).exists():
+        raise ValueError(f"--data {args.data}: not found")
+    if not Path(args.code, "train.py").exists():
+        raise ValueError(f"--code {args.code}: contains no train.py")
+    runs_something = not args.dry_run and not args.no_run
+    if runs_something and needs_data(experiment) and not args.data:
+        raise ValueError(f"{experiment.path}: its rows require --data DIR")
+    if args.jobs > 1 and args.nproc > 1:
+        message = "--jobs (parallel runs) and --nproc (processes per run) cannot be combined"
+        raise ValueError(message)
 
 
-def list_tables():
-    """Print the tables there are: rows, how many results are published, what it needs."""
-    for name, rows in tables_there().items():
-        published = len(list((RESULTS / name).glob("*.json")))
-        needs = "; needs --data" if any("{data}" in flags for flags in rows.values()) else ""
-        print(f"{name:20} {len(rows)} rows, {published} results published{needs}")
+def needs_data(experiment):
+    """Return True if a row is run with the folder of --data."""
+    return any("{data}" in flags for flags in experiment.rows.values())
 
 
-@command
+def select_rows(experiment, texts):
+    """Return the rows with one of these texts in their name; all without texts. ValueError."""
+    if not texts:
+        return list(experiment.rows)
+    rows = []
+    for name in experiment.rows:
+        if any(text in name for text in texts):
+            rows.append(name)
+    if not rows:
+        raise ValueError(f"no row of {experiment.path} matches --rows {' '.join(texts)}")
+    return rows
+
+
+def with_dependencies(experiment, rows):
+    """Return these rows and all that they start from, in the order of the experiment."""
+    needed = set(rows)
+    for name in reversed(experiment.rows):  # a row is defined after those it starts from
+        if name in needed:
+            needed.update(dependencies(experiment.rows[name]))
+    return [name for name in experiment.rows if name in needed]
+
+
+def select_results(results, rows, seeds):
+    """Return the results of these rows, and of these seeds only if there are any."""
+    selected = {}
+    for name in rows:
+        runs = {}
+        for seed, result in results.get(name, {}).items():
+            if not seeds or seed in seeds:
+                runs[seed] = result
+        if runs:
+            selected[name] = runs
+    return selected
+
+
+def authors_as_results(experiment):
+    """Return the authors' curves in the form of results, each as that of one run."""
+    results = {}
+    for name, curve in experiment.authors.items():
+        log = [{"epoch": epoch, "ap": ap / 100} for epoch, ap in curve.items()]
+        results[f"authors {name}"] = {0: {"log": log}}
+    return results
+
+
+def list_experiments():
+    """Print the experiments: their rows, published results and what they need."""
+    for path in sorted(RESULTS.glob("*/experiment.py")):
+        experiment = load_experiment(path)
+        num_results = len(list(path.parent.glob("*.json")))
+        text = f"{len(experiment.rows)} rows, {num_results} results published"
+        if needs_data(experiment):
+            text += "; needs --data"
+        print(f"{path.parent.name:20} {text}")
+
+
+@cli_main
 def main(argv=None):
     parser = Parser(description=__doc__)
-    add, natural, few = parser.add_argument, number(int, zero=True), number(int, most=256)
-    add("table", nargs="?", help="its name, or a file; without it the tables are listed")
-    add("--data", type=os.path.abspath, help="a dataset, for tables that need one")
-    add("--seeds", type=natural, nargs="+", help="to run and print (default: 0; print all)")
+    add = parser.add_argument
+    add("experiment", nargs="?", help="its name or folder; without it the experiments are listed")
+    add("--data", type=os.path.abspath, help="dataset, for experiments that need one")
+    add("--seeds", type=cli.NON_NEGATIVE_INT, nargs="+", help="to run (default: 0) and to print")
     add("--rows", nargs="+", metavar="TEXT", help="only rows with one of these in their name")
-    add("--jobs", type=few, default=1, help="runs at a time, each on its GPU if there are")
-    add("--nproc", type=few, default=1, help="processes, or GPUs, of each run")
-    add("--out", type=os.path.abspath, help="folder of runs and results; nothing published counts")
-    add("--code", type=os.path.abspath, default=ROOT, help="of another revision, to compare speed")
+    add("--jobs", type=int_range(1, 256), default=1, help="runs at a time, each on its own GPU")
+    add("--nproc", type=int_range(1, 256), default=1, help="processes (GPUs) of each run")
+    add("--out", type=os.path.abspath, help="folder of runs and results; ignores published ones")
+    add("--code", type=os.path.abspath, default=ROOT, help="another checkout of this repository")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--dry_run", action="store_true", help="print the command of every row, and what it lacks")
-    add("--no_run", action="store_true", help="print the results that are there, run nothing")
+    add("--dry_run", action="store_true", help="print the commands, and which files they lack")
+    add("--no_run", action="store_true", help="print the existing results, run nothing")
     args = parser.parse_args(argv)
-    if not args.table and args != parser.parse_args([]):
-        parser.error("flags without a table; its name comes first")
-    sys.exit(make_table(args) if args.table else list_tables())
+    if args.experiment:
+        sys.exit(reproduce(args))
+    if args != parser.parse_args([]):
+        parser.error("missing name of an experiment: python reproduce.py EXPERIMENT [flags]")
+    list_experiments()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables of runs: rows are run once, what others start from first; what is stale is refused."""
+"""Experiments: rows run once, after those they start from; results of other flags are refused."""
 
 import itertools
 import json
@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import statistics
+import traceback
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -19,185 +20,22 @@ import isaid
 import reproduce
 import train
 from util import checkpoint
+from util.experiments import dependencies, load_experiment, start_from
 
 TINY = "--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 1 --dim_feedforward 32 --epochs 1"
 TINY += " --num_queries 5 --image_size 64 --limit_train 4 --limit_val 2 --batch_size 4"
 
+SMALL_EXPERIMENT = """
+from util.experiments import start_from
 
-@pytest.fixture
-def table(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
-    (tmp_path / "recipe.txt").write_text(f"# small\n{TINY}\n")
-    recipe = f"@{os.path.relpath(tmp_path / 'recipe.txt', reproduce.ROOT)}"
-    (tmp_path / "small.txt").write_text(f"""deformable-scratch: {recipe} --epochs 2  # a comment
-model = deformable
-start: {recipe} --setting pretrain --ssl_task mim-discrete --vocabulary 4
-<model>-after: {recipe} --init {{start}} --freeze backbone --epochs 2
-compare few: <model>-after - <model>-scratch  # another
-authors v1: 1:13.6 2:16.2 25:28.5""")
-    return tmp_path / "small.txt"
+rows = {"deformable-scratch": "RECIPE --epochs 2"}
+rows["start"] = "RECIPE --setting pretrain --ssl_task mim-discrete --vocabulary 4"
+rows["deformable-after"] = "RECIPE --init {start} --freeze backbone --epochs 2"
+comparisons = [("few", "deformable-after", "deformable-scratch")]
+authors = {"v1": {1: 13.6, 2: 16.2, 25: 28.5}}
+"""
 
-
-def test_a_table(table, tmp_path, capsys):
-    runs, shipped, recipe = (tmp_path / x for x in ("runs/small", "results/small", "recipe.txt"))
-    shown = runs / "table.md"
-
-    def call(flags):
-        """The results that a call makes anew, and what it prints."""
-        before = {path: path.stat().st_mtime_ns for path in runs.glob("*.json")}
-        with pytest.raises(SystemExit) as end:
-            reproduce.main([str(table), *flags.split()])
-        assert not end.value.code, end.value.code
-        made = {x.stem for x in runs.glob("*.json") if x.stat().st_mtime_ns != before.get(x)}
-        return made, capsys.readouterr().out
-
-    def refused(message):
-        with pytest.raises(SystemExit, match=message):
-            reproduce.main([str(table), "--no_run"])
-
-    assert call("--rows scratch")[0] == {"deformable-scratch-0"}
-    made, printed = call("--seeds 1 --jobs 2")
-    assert made == {"deformable-scratch-1", "start-1", "deformable-after-1"}
-    content = {path.stem: json.loads(path.read_bytes()) for path in runs.glob("*.json")}
-    after, start = content["deformable-after-1"], content["start-1"]
-    assert "runs/small/start-1 --freeze backbone --epochs 2 --seed 1 --out" in after["command"]
-    assert after["flags"]["starts"] == [start["flags"]] and after["flags"]["hidden_dim"] == 32
-    states = [torch.load(runs / f"{x}-1/last.pt") for x in ("deformable-after", "start")]
-    frozen = "backbone.0.body.layer1.0.conv1.weight"
-    assert torch.equal(*(state["model"][frozen] for state in states))
-    whole, guess = shown.read_text(encoding="utf-8"), start["log"][-1]["ssl_baseline"]
-    last = [100 * content[f"deformable-scratch-{seed}"]["log"][-1]["ap50"] for seed in (0, 1)]
-    assert f"{sum(last) / 2:.1f} ± {statistics.stdev(last):.1f} | not by all | 2 |" in whole
-    assert f"| {guess:.3f} | 0.250 |" in whole and 0.25 <= guess <= 1
-    assert "| authors v1 | 13.6 | 16.2 | 28.5 |  |  | 1 |" in whole
-    assert (runs / "curves.png").stat().st_size > 1000
-
-    for path in filter(Path.is_dir, [*runs.iterdir()]):  # the results are enough …
-        shutil.rmtree(path)
-    made, printed = call("--seeds 0 1 --rows scratch")
-    assert not made and "± " in printed and shown.read_text(encoding="utf-8") == whole
-    (runs / "start-1").mkdir(parents=True)  # … but not to start from, nor is half a run
-    (runs / "deformable-after-1.json").unlink()
-    assert not call("--seeds 1 --rows start")[0]  # what starts from it is not asked for
-    made, printed = call("--seeds 1 --rows after")
-    assert made == {"start-1", "deformable-after-1"} and "| start |" not in printed
-    shutil.copy(runs / "start-1.json", runs / "start-0-0.json")  # of another row, start-0
-    shipped.mkdir(parents=True)  # published results are taken as they are
-    (shipped / "start-1.json").write_text(json.dumps({**start, "revision": "abc12"}))
-    (runs / "start-1.json").unlink()
-    recipe.write_text(f"# another comment\n{TINY}")
-    made, printed = call("--rows start --seeds 1")
-    assert not made and "scratch" not in printed and printed.count("| start |") == 1
-    assert f"1 results are of revision abc12, yours is {checkpoint.revision()}" in printed
-    assert b"| deformable-scratch |" in shown.read_bytes()  # always holds all
-    recipe.write_text(f"{TINY} --lr 2e-3")
-    refused("scratch-0.json was made with --lr 0.001, now 0.002; delete it")
-    recipe.write_text(TINY)
-    table.write_text(table.read_text(encoding="utf-8").replace("--vocabulary 4", "--vocabulary 5"))
-    refused("start-1.json was made with --vocabulary 4, now 5; delete it")
-    (shipped / "start-1.json").unlink()
-    refused("after-1.json .* in what it starts from --vocabulary 4, now 5; delete it")
-
-
-def test_comparisons_by_hand():
-    """Differences paired by seed; the exact p flips all signs; Holm's is over the family."""
-    rng, results = np.random.default_rng(0), {}
-    for row, gain in (("scratch", 0), ("better", 0.05), ("same", 0)):
-        aps = 0.3 + rng.normal(scale=0.01, size=(6, 2)) + gain
-        logs = [[{"epoch": i + 1, "ap": ap} for i, ap in enumerate(run)] for run in aps]
-        results[row] = {seed: {"log": log} for seed, log in enumerate(logs)}
-    pairs = [("few", "better", "scratch"), ("few", "same", "scratch")]
-    lines = [line.split(" | ") for line in reproduce.compare(results, pairs)[2:-1]]
-    assert [line[1] for line in lines] == ["last epoch", "mean of the epochs"] * 2
-    take = {"last epoch": lambda log: log[-1]["ap"],
-            "mean of the epochs": lambda log: (log[0]["ap"] + log[1]["ap"]) / 2}  # fmt: skip
-    ps = {}
-    for name, measure, difference, interval, p, *_ in lines:
-        row, other = name.removeprefix("| ").split(" - ")
-        d = np.array([100 * take[measure](results[row][s]["log"]) - 100 * take[measure](
-            results[other][s]["log"]) for s in range(6)])  # fmt: skip
-        half = 2.5706 * d.std(ddof=1) / 6**0.5  # the quantile of Student's t for 5 degrees
-        assert difference == f"{d.mean():+.1f}"
-        assert interval == f"{d.mean() - half:+.1f} to {d.mean() + half:+.1f}"
-        means = [abs((d * signs).mean()) for signs in itertools.product((1, -1), repeat=6)]
-        ps[row, measure] = np.mean(np.array(means) >= abs(d.mean()) - 1e-12)
-        assert p == f"{ps[row, measure]:.3f}"
-    for line in lines:
-        row, measure = line[0].removeprefix("| ").split(" - ")[0], line[1]
-        low, high = sorted(ps[x, measure] for x in ("better", "same"))
-        mine = ps[row, measure]
-        assert line[5] == f"{min(1, 2 * low) if mine == low else max(min(1, 2 * low), high):.3f}"
-
-
-def test_a_family_is_what_was_declared():
-    """What has not been run counts in Holm's p; a longer run is compared at the shared epochs."""
-    runs = {"scratch": (0.1, 0.2), "better": (0.2, 0.3, 0.9)}
-    results = {row: {seed: {"log": [{"epoch": i, "ap": ap + seed / 500 * (row == "better")}
-                                    for i, ap in enumerate(aps)]} for seed in range(6)}
-               for row, aps in runs.items()}  # fmt: skip
-    pairs = [("few", row, "scratch") for row in ("better", "not run", "nor this")]
-    for line in reproduce.compare(results, pairs)[2:-1]:
-        _, _, difference, _, p, holm, _ = line.split(" | ")
-        assert difference == "+10.5" and p == "0.031" and holm == f"{3 * 2 / 64:.3f}"
-
-
-def test_goals_by_hand(tmp_path):
-    """AP50 over all seeds, time over those that both rows have run in one go."""
-    now = {0: (0.82, 60), 1: (0.83, 66), 2: (0.81, None)}
-    results = {"now": {}, "first": {seed: {"seconds": 120} for seed in (0, 1, 2)}}
-    for seed, (ap50, seconds) in now.items():
-        results["now"][seed] = {
-            "log": [{"ap50": ap50}],
-            **({"seconds": seconds} if seconds else {}),
-        }
-    (line,) = reproduce.speed(results, [("now", "first", 80.0)])[2:-1]
-    p = scipy.stats.t.sf(2.0 / (1.0 / 3**0.5), 2)  # mean 82, deviation 1, three seeds
-    half = 12.7062 * (0.05 / 2**0.5) / 2**0.5  # shares 0.50 and 0.55; the quantile for 1 degree
-    share = f"0.53, {0.525 - half:.2f} to {0.525 + half:.2f} (2)"
-    cells = ["now", "82.0 ± 1.0 (3)", "80", f"{p:.4f}", "1.05 ± 0.07", "2.00 ± 0.00", share]
-    assert line == f"| {' | '.join(cells)} |"
-    (line,) = reproduce.speed({"now": results["now"]}, [("now", "first", 80.0)])[2:-1]
-    assert line == f"| {' | '.join([*cells[:4], '', '', ''])} |"  # without a pair only AP50
-    (table := tmp_path / "t.txt").write_text("a: --lr 1\nb: --lr 1\ngoal: b / a, 75.5\n")
-    rows = reproduce.read_table(table)
-    assert reproduce.read_goals(table, rows) == [("b", "a", 75.5)]
-    table.write_text("a: --lr 1\ngoal: a / c, 80\n")
-    with pytest.raises(ValueError, match="line 2: expected is ROW / OTHER ROW, AP50, not 'a / c"):
-        reproduce.read_goals(table, reproduce.read_table(table))
-
-
-def test_a_row_with_the_code_of_another_revision(table, tmp_path, capsys):
-    """--code: another folder's train.py is run, the result comes here, with the time it took."""
-    (code := tmp_path / "code").mkdir()
-    (code / "train.py").write_text(OTHER_CODE)
-    table.write_text("quick: --epochs 1")
-    with pytest.raises(SystemExit):
-        reproduce.main([str(table), "--code", str(code), "--out", str(tmp_path / "out")])
-    result = json.loads((tmp_path / "out" / "quick-0.json").read_text())
-    assert result["revision"] == "another" and 0 <= result["seconds"] < 60
-    assert result["log"] == [{"epoch": 1, "ap": 0.5, "ap50": 0.5, "eval_seconds": 0.01}]
-
-
-def test_results_on_other_data_or_devices_are_said(table, tmp_path, capsys):
-    (code := tmp_path / "code").mkdir()
-    (code / "train.py").write_text(OTHER_CODE)
-    (code / "own").mkdir()
-    table.write_text("quick: --epochs 1 --data {data}\nother: --epochs 1 --data own")
-    (a := tmp_path / "a").mkdir()
-    (b := tmp_path / "b").mkdir()
-    for seed, data in enumerate((a, b)):
-        flags = ["--code", code, "--out", tmp_path / "out", "--seeds", seed, "--data", data]
-        with pytest.raises(SystemExit):
-            reproduce.main([str(table), *map(str, flags)])
-        assert "of data" not in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        reproduce.main([str(table), "--no_run", "--out", str(tmp_path / "out"), "--data", str(b)])
-    said = capsys.readouterr().out
-    assert f"1 results are of data {a}, yours is {b}" in said
-    assert "4 results are of device an abacus, yours is " in said and "data own" not in said
-
-
+# A train.py that writes a run without training.
 OTHER_CODE = """
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
@@ -209,24 +47,367 @@ line = {"epoch": 1, "ap": 0.5, "ap50": 0.5, "eval_seconds": 0.01}
 """
 
 
-def test_the_papers_table(tmp_path, capsys):
-    """Each of its rows parses, as does what it starts from; what is missing is said; and each
-    kind of row takes a step, at a small size."""
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    """The path of an experiment.py of three rows; its runs go to tmp_path/runs."""
+    monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
+    recipe = tmp_path / "recipe.txt"
+    recipe.write_text(f"# small\n{TINY}\n")
+    path = tmp_path / "small" / "experiment.py"
+    path.parent.mkdir()
+    relative = os.path.relpath(recipe, reproduce.ROOT)
+    path.write_text(SMALL_EXPERIMENT.replace("RECIPE", f"@{relative}"))
+    return path
+
+
+def call(experiment, flags):
+    """Run reproduce.py with these flags; it must succeed."""
+    with pytest.raises(SystemExit) as end:
+        reproduce.main([str(experiment.parent), *flags.split()])
+    assert not end.value.code, end.value.code
+
+
+def new_results(experiment, flags):
+    """The names of the results that a call writes."""
+    runs = reproduce.RUNS / "small"
+    before = {path: path.stat().st_mtime_ns for path in runs.glob("*.json")}
+    call(experiment, flags)
+    written = set()
+    for path in runs.glob("*.json"):
+        if path.stat().st_mtime_ns != before.get(path):
+            written.add(path.stem)
+    return written
+
+
+def test_an_experiment(experiment, capsys):
+    runs = reproduce.RUNS / "small"
+    assert new_results(experiment, "--rows scratch") == {"deformable-scratch-0"}
+    expected = {"deformable-scratch-1", "start-1", "deformable-after-1"}
+    assert new_results(experiment, "--seeds 1 --jobs 2") == expected
+
+    results = {path.stem: json.loads(path.read_bytes()) for path in runs.glob("*.json")}
+    after = results["deformable-after-1"]
+    start = results["start-1"]
+    assert "runs/small/start-1 --freeze backbone --epochs 2 --seed 1 --out" in after["command"]
+    assert after["flags"]["starts"] == [start["flags"]]
+    assert after["flags"]["hidden_dim"] == 32
+    frozen = "backbone.0.body.layer1.0.conv1.weight"
+    after_state = torch.load(runs / "deformable-after-1/last.pt")
+    start_state = torch.load(runs / "start-1/last.pt")
+    assert torch.equal(after_state["model"][frozen], start_state["model"][frozen])
+
+    table = (runs / "table.md").read_text(encoding="utf-8")
+    baseline = start["log"][-1]["ssl_baseline"]
+    ap50 = []
+    for seed in (0, 1):
+        ap50.append(100 * results[f"deformable-scratch-{seed}"]["log"][-1]["ap50"])
+    assert f"{sum(ap50) / 2:.1f} ± {statistics.stdev(ap50):.1f} | not by all | 2 |" in table
+    assert f"| {baseline:.3f} | 0.250 |" in table
+    assert 0.25 <= baseline <= 1
+    assert "| authors v1 | 13.6 | 16.2 | 28.5 |  |  | 1 |" in table
+    assert (runs / "curves.png").stat().st_size > 1000
+
+    # The results are enough to print the table …
+    for path in list(runs.iterdir()):
+        if path.is_dir():
+            shutil.rmtree(path)
+    capsys.readouterr()
+    assert not new_results(experiment, "--seeds 0 1 --rows scratch")
+    assert "± " in capsys.readouterr().out
+    assert (runs / "table.md").read_text(encoding="utf-8") == table
+    # … but not to start another row from, and neither is an unfinished run.
+    (runs / "start-1").mkdir(parents=True)
+    (runs / "deformable-after-1.json").unlink()
+    assert not new_results(experiment, "--seeds 1 --rows start")  # no row needs it
+    capsys.readouterr()
+    assert new_results(experiment, "--seeds 1 --rows after") == {"start-1", "deformable-after-1"}
+    assert "| start |" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def results_of_small(experiment):
+    """The results of an experiment's rows with seed 1, as if they had been run."""
+    loaded = load_experiment(experiment)
+    runs = reproduce.RUNS / "small"
+    runs.mkdir(parents=True)
+    detection = {"epoch": 1, "ap": 0.1, "ap50": 0.2}
+    pretraining = {"epoch": 1, "ssl_loss": 1.0, "ssl_acc": None, "ssl_baseline": 2.0}
+    for name in loaded.rows:
+        result = {
+            "command": "python train.py",
+            "flags": reproduce.resolve(loaded, name),
+            "revision": checkpoint.revision(),
+            "versions": {},
+            "log": [pretraining if name == "start" else detection],
+        }
+        (runs / f"{name}-1.json").write_text(json.dumps(result))
+    return runs
+
+
+def test_published_results_count(experiment, results_of_small, capsys):
+    """They are next to experiment.py; the result of another row is not mistaken for one."""
+    path = results_of_small / "start-1.json"
+    shutil.copy(path, results_of_small / "start-0-0.json")  # of a row named start-0
+    result = json.loads(path.read_text())
+    published = {**result, "revision": "abc12"}
+    (experiment.parent / "start-1.json").write_text(json.dumps(published))
+    path.unlink()
+    assert not new_results(experiment, "--rows start --seeds 1")
+    printed = capsys.readouterr().out
+    assert "scratch" not in printed
+    assert printed.count("| start |") == 1
+    here = checkpoint.revision()
+    expected = f"1 results were produced with a different revision: abc12 (here: {here})"
+    assert expected in printed
+    table = (results_of_small / "table.md").read_text(encoding="utf-8")
+    assert "| deformable-scratch |" in table  # it always holds all rows
+
+
+def test_results_of_other_flags_are_refused(experiment, results_of_small, tmp_path):
+    def refused(message):
+        with pytest.raises(SystemExit, match=message):
+            reproduce.main([str(experiment.parent), "--no_run"])
+
+    recipe = tmp_path / "recipe.txt"
+    recipe.write_text(f"# another comment\n{TINY}")
+    call(experiment, "--no_run")
+    recipe.write_text(f"{TINY} --lr 2e-3")
+    refused(r"scratch-1.json was produced with different flags \(--lr 0.001, now 0.002\); delete")
+    recipe.write_text(TINY)
+    text = experiment.read_text(encoding="utf-8")
+    experiment.write_text(text.replace("--vocabulary 4", "--vocabulary 5"), encoding="utf-8")
+    refused(r"start-1.json .*--vocab\w+ 4, now 5")
+    (results_of_small / "start-1.json").unlink()
+    refused(r"after-1.json .*in its start, --vocab\w+ 4, now 5")
+    experiment.write_text(text)
+    (results_of_small / "start-2.json").write_text("[1]")
+    refused("start-2.json: not a result file")
+    (results_of_small / "start-2.json").write_text("[1")
+    refused("start-2.json")
+
+
+def test_difference():
+    """A flag on one side only counts as its default there; one that is no flag is an error."""
+    flags = {"epochs": 3, "starts": []}
+    assert reproduce.difference(flags, flags) == ""
+    assert reproduce.difference(flags, {**flags, "epochs": 4}) == "--epochs 3, now 4"
+    default = train.parse([])[0].dec_layers
+    with_default = {**flags, "dec_layers": default}
+    with_other = {**flags, "dec_layers": default + 1}
+    assert reproduce.difference(flags, with_default) == ""
+    assert reproduce.difference(with_default, flags) == ""
+    changed = f"--dec_layers {default}, now {default + 1}"
+    assert reproduce.difference(flags, with_other) == changed
+    assert reproduce.difference(with_other, flags) == f"--dec_layers {default + 1}, now {default}"
+    assert "--gone" in reproduce.difference({**flags, "gone": 1}, flags)
+    after = {"epochs": 3, "starts": [flags]}
+    after_other = {"epochs": 3, "starts": [with_other]}
+    assert reproduce.difference(after, {**after, "starts": []}) == "a different start"
+    assert reproduce.difference(after, after_other) == f"in its start, {changed}"
+
+
+# ---------------------------------------------------------------- statistics
+def test_holm():
+    """A worked example, and the definition: the step-down procedure at every level."""
+    assert reproduce.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert reproduce.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert reproduce.holm([]) == []
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        p_values = rng.uniform(size=5) ** 3
+        corrected = reproduce.holm(p_values)
+        for level in (0.01, 0.05, 0.2):
+            assert [p <= level for p in corrected] == rejected_by_holm(p_values, level)
+
+
+def rejected_by_holm(p_values, level):
+    """Which hypotheses are rejected: the smallest p at level / n, the next at level / (n - 1) …"""
+    rejected = [False] * len(p_values)
+    for rank, i in enumerate(np.argsort(p_values)):
+        if p_values[i] > level / (len(p_values) - rank):
+            break
+        rejected[i] = True
+    return rejected
+
+
+def test_paired_difference():
+    """The interval of Student's t; p over all flips of the signs."""
+    rng = np.random.default_rng(0)
+    for gain in (0.0, 1.5):
+        a = rng.normal(size=6) + gain
+        b = rng.normal(size=6)
+        found = reproduce.paired_difference(a, b)
+        d = a - b
+        half = 2.570582 * d.std(ddof=1) / 6**0.5  # the quantile for five degrees of freedom
+        assert found.mean == pytest.approx(d.mean())
+        assert (found.low, found.high) == pytest.approx((d.mean() - half, d.mean() + half))
+        num_as_large = 0
+        for signs in itertools.product((1, -1), repeat=6):
+            num_as_large += abs((d * signs).mean()) >= abs(d.mean()) - 1e-12
+        assert found.p == pytest.approx(num_as_large / 2**6)
+
+
+def result_of(*aps):
+    """A result with these AP (0 to 1) after epochs 1, 2, …"""
+    return {"log": [{"epoch": i, "ap": ap} for i, ap in enumerate(aps, 1)]}
+
+
+def test_comparisons():
+    """Both measures of each comparison, with Holm's p over the family for each measure."""
+    rng = np.random.default_rng(0)
+    aps = {}  # (seeds, epochs)
+    results = {}
+    for row, gain in (("scratch", 0), ("better", 0.05), ("same", 0)):
+        aps[row] = 0.3 + rng.normal(scale=0.01, size=(6, 2)) + gain
+        results[row] = {seed: result_of(*aps[row][seed]) for seed in range(6)}
+    comparisons = [("few", "better", "scratch"), ("few", "same", "scratch")]
+    lines = reproduce.comparison_table(results, comparisons)[2:-1]
+    cells = [line.strip("| ").split(" | ") for line in lines]
+
+    measures = {"last epoch": lambda ap: 100 * ap[:, -1]}
+    measures["mean of the epochs"] = lambda ap: 100 * ap.mean(1)
+    expected = {}
+    for name, measure in measures.items():
+        scratch = measure(aps["scratch"])
+        better = reproduce.paired_difference(measure(aps["better"]), scratch)
+        same = reproduce.paired_difference(measure(aps["same"]), scratch)
+        holm = reproduce.holm([better.p, same.p])
+        expected["better - scratch", name] = (better, holm[0])
+        expected["same - scratch", name] = (same, holm[1])
+    assert [(row[0], row[1]) for row in cells] == [
+        ("better - scratch", "last epoch"),
+        ("better - scratch", "mean of the epochs"),
+        ("same - scratch", "last epoch"),
+        ("same - scratch", "mean of the epochs"),
+    ]
+    for pair, measure, difference, interval, p, holm, seeds in cells:
+        paired, corrected = expected[pair, measure]
+        assert difference == f"{paired.mean:+.1f}"
+        assert interval == f"{paired.low:+.1f} to {paired.high:+.1f}"
+        assert (p, holm) == (f"{paired.p:.3f}", f"{corrected:.3f}")
+        assert seeds == "6"
+
+
+def test_a_family_is_what_was_declared():
+    """What has not been run counts in Holm's p; a longer run is compared at the shared epochs."""
+    scratch = {seed: result_of(0.1, 0.2) for seed in range(6)}
+    better = {seed: result_of(*(np.array([0.2, 0.3, 0.9]) + seed / 500)) for seed in range(6)}
+    results = {"scratch": scratch, "better": better}
+    comparisons = [("few", row, "scratch") for row in ("better", "not run", "nor this")]
+    lines = reproduce.comparison_table(results, comparisons)[2:-1]
+    assert len(lines) == 2
+    for line in lines:
+        _, _, difference, _, p, holm, _ = line.split(" | ")
+        assert difference == "+10.5"
+        assert p == "0.031"
+        assert holm == f"{3 * 2 / 64:.3f}"
+
+
+def test_goals():
+    """AP50 over all seeds, time over those that both rows have run without interruption."""
+    now = {}
+    for seed, ap50 in enumerate((0.82, 0.83, 0.81)):
+        now[seed] = {"log": [{"ap50": ap50}]}
+    now[0]["seconds"] = 60
+    now[1]["seconds"] = 66
+    first = {seed: {"seconds": 120} for seed in (0, 1, 2)}
+    goals = [("now", "first", 80.0)]
+    (line,) = reproduce.goal_table({"now": now, "first": first}, goals)[2:-1]
+    p = scipy.stats.t.sf(2.0 / (1.0 / 3**0.5), 2)  # mean 82, standard deviation 1, three seeds
+    half = 12.7062 * (0.05 / 2**0.5) / 2**0.5  # shares 0.50 and 0.55; the quantile for 1 degree
+    share = f"0.53, {0.525 - half:.2f} to {0.525 + half:.2f} (2)"
+    cells = ["now", "82.0 ± 1.0 (3)", "80", f"{p:.4f}", "1.05 ± 0.07", "2.00 ± 0.00", share]
+    assert line == f"| {' | '.join(cells)} |"
+    (line,) = reproduce.goal_table({"now": now}, goals)[2:-1]  # without a pair only AP50
+    assert line == f"| {' | '.join([*cells[:4], '', '', ''])} |"
+
+
+# ---------------------------------------------------------------- running
+@pytest.fixture
+def other_code(tmp_path):
+    """A folder with a train.py that does not train."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    (folder / "train.py").write_text(OTHER_CODE)
+    return folder
+
+
+def test_a_row_with_the_code_of_another_revision(experiment, other_code, tmp_path):
+    """--code: another folder's train.py is run, the result comes here, with the time it took."""
+    experiment.write_text('rows = {"quick": "--epochs 1"}')
+    call(experiment, f"--code {other_code} --out {tmp_path}/out")
+    result = json.loads((tmp_path / "out" / "quick-0.json").read_text())
+    assert result["revision"] == "another"
+    assert 0 <= result["seconds"] < 60
+    assert result["log"] == [{"epoch": 1, "ap": 0.5, "ap50": 0.5, "eval_seconds": 0.01}]
+
+
+def test_results_on_other_data_or_devices_are_reported(experiment, other_code, tmp_path, capsys):
+    (other_code / "own").mkdir()
+    rows = {"quick": "--epochs 1 --data {data}", "other": "--epochs 1 --data own"}
+    experiment.write_text(f"rows = {rows}")
+    for seed, name in enumerate(("a", "b")):
+        data = tmp_path / name
+        data.mkdir()
+        call(experiment, f"--code {other_code} --out {tmp_path}/out --seeds {seed} --data {data}")
+        assert "different data" not in capsys.readouterr().out
+    call(experiment, f"--no_run --out {tmp_path}/out --data {tmp_path}/b")
+    printed = capsys.readouterr().out
+    assert f"1 results were produced with a different data: {tmp_path}/a" in printed
+    assert "4 results were produced with a different device: an abacus (here: " in printed
+    assert "data: own" not in printed
+
+
+def test_processes_and_folder_of_a_run(tmp_path, capsys):
+    """--nproc starts each row in several processes, --out is where runs and results go."""
+    flags = f"tasks --dry_run --rows backbone --nproc 2 --seeds 3 3 --out {tmp_path}/there"
+    with pytest.raises(SystemExit, match="0"):
+        reproduce.main(flags.split())
+    start = "python -m torch.distributed.run --standalone --nproc_per_node 2 train.py --image_size"
+    (command,) = capsys.readouterr().out.strip().splitlines()
+    assert command.startswith(start)
+    assert f"--seed 3 --out {tmp_path}/there/backbone-3" in command
+    with pytest.raises(SystemExit, match="--jobs"):
+        reproduce.main([*flags.split(), "--jobs", "2"])
+
+
+def test_the_program_of_an_experiment(experiment, capsys):
+    """An experiment may start the training with a module of its own."""
+    experiment.write_text('rows = {"a": "--lr 1"}\nprogram = ["-m", "results.x.train"]')
+    call(experiment, "--dry_run")
+    assert capsys.readouterr().out.startswith("python -m results.x.train --lr 1 --seed 0 --out ")
+
+
+def test_an_interrupted_row_is_resumed_without_a_time(experiment, other_code, tmp_path):
+    """The seconds of a part of a run would be mistaken for those of the whole."""
+    experiment.write_text('rows = {"quick": "--epochs 1"}')
+    code = OTHER_CODE.replace("parents=True", "parents=True, exist_ok=True")
+    (other_code / "train.py").write_text(code)
+    (tmp_path / "out" / "quick-0").mkdir(parents=True)
+    call(experiment, f"--code {other_code} --out {tmp_path}/out")
+    result = json.loads((tmp_path / "out" / "quick-0.json").read_text())
+    assert "seconds" not in result
+
+
+# ---------------------------------------------------------------- published experiments
+def test_the_papers_experiment(tmp_path, capsys):
+    """Each of its rows parses, missing files are reported, each kind of row takes a step."""
     with pytest.raises(SystemExit, match="1"):
         reproduce.main(["paper", "--dry_run", "--data", str(tmp_path)])
     out, errors = capsys.readouterr()
     commands = [line for line in out.splitlines() if line]
-    assert len(commands) == len(reproduce.read_table(reproduce.RECIPES / "paper.txt")) == 24
-    assert errors.count("is not there") == 8  # COCO model, DALL-E's encoder, ImageNet
+    assert len(commands) == len(reproduce.find_experiment("paper").rows) == 24
+    assert errors.count("not found") == 8  # COCO model, DALL-E's encoder, ImageNet
     with pytest.raises(SystemExit) as stop:  # at once, not when their turn comes
         reproduce.main(f"paper --data {tmp_path} --out {tmp_path}/out".split())
     assert str(stop.value) == f"error: {'; '.join(errors.splitlines())}"
     assert os.listdir(tmp_path / "out") == []
-    with pytest.raises(SystemExit) as end:  # their figures, also without a run of ours
+    with pytest.raises(SystemExit) as end:  # the authors' curves, also without a run of ours
         reproduce.main(f"paper --no_run --out {tmp_path}/theirs".split())
     assert not end.value.code
     assert "| authors deformable_detr-v0, printed | 13.6 | 16.2 | 20.4 |" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path / "theirs")) == ["curves.png", "table.md"]
+
     isaid.main(f"scenes {tmp_path}/data --train 2 --val 1 --image_size 64".split())
     small = "--backbone resnet18 --no-frozen_bn --hidden_dim 32 --enc_layers 1 --dec_layers 1 "
     small += "--dim_feedforward 32 --num_queries 5 --image_size 64 --batch_size 2 --epochs 1"
@@ -238,46 +419,33 @@ def test_the_papers_table(tmp_path, capsys):
         flags = flags.split()[2:]
         flags += [*small.split(), "--data", f"{tmp_path}/data", "--out", f"{tmp_path}/{n}"]
         train.main(flags)
-        log = [json.loads(line) for line in (tmp_path / f"{n}/log.jsonl").open(encoding="utf-8")]
-        assert len(log) == 1 and math.isfinite(log[0]["train_loss"])
+        (line,) = reproduce.read_log(tmp_path / str(n))
+        assert math.isfinite(line["train_loss"])
 
 
-def test_processes_and_folder_of_a_run(tmp_path, capsys):
-    """--nproc starts each row in several processes, --out is where runs and results go."""
-    flags = f"tasks --dry_run --rows backbone --nproc 2 --seeds 3 3 --out {tmp_path}/there"
-    with pytest.raises(SystemExit, match="0"):
-        reproduce.main(flags.split())
-    start = "python -m torch.distributed.run --standalone --nproc_per_node 2 train.py --image_size"
-    (command,) = capsys.readouterr().out.strip().splitlines()
-    assert command.startswith(start) and f"--seed 3 --out {tmp_path}/there/backbone-3" in command
-    with pytest.raises(SystemExit, match="take --jobs"):
-        reproduce.main([*flags.split(), "--jobs", "2"])
-
-
-def test_tables_are_listed(capsys):
-    with pytest.raises(SystemExit):
-        reproduce.main([])
+def test_experiments_are_listed(capsys):
+    reproduce.main([])
     out = capsys.readouterr().out
     assert re.search("paper +24 rows, 0 results published; needs --data", out)
-    assert re.search("tasks +41 rows, 41 results published\n", out) and "detr.txt" not in out
+    assert re.search("tasks +41 rows, 41 results published\n", out)
 
 
 @pytest.mark.parametrize("name", ["tasks", "scenes", "again", "tiles", "leaks"])
 def test_published_results_are_of_their_rows(name):
-    """Every row has some, table.md says what they say, and each names its commit."""
-    rows = reproduce.read_table(reproduce.ROOT / f"recipes/{name}.txt")
-    results = reproduce.read_results([reproduce.RESULTS / name], rows)
-    written = (reproduce.RESULTS / name / "table.md").read_text(encoding="utf-8")
-    comparisons = reproduce.read_comparisons(reproduce.RECIPES / f"{name}.txt", rows)
-    expected = reproduce.tables(results, comparisons)
-    assert written.strip() == expected.strip()
-    assert rows.keys() == results.keys()
-    revisions = {run["revision"] for runs in results.values() for run in runs.values()}
-    assert all(re.fullmatch("[0-9a-f]{7,}", revision) for revision in revisions)
+    """Every row has some, table.md is made from them, and each names its commit."""
+    experiment = reproduce.find_experiment(name)
+    results = reproduce.read_results([reproduce.RESULTS / name], experiment)
+    published = (reproduce.RESULTS / name / "table.md").read_text(encoding="utf-8")
+    tables = reproduce.make_tables(results, experiment.comparisons, experiment.goals)
+    assert published == tables + "\n"
+    assert experiment.rows.keys() == results.keys()
+    for runs in results.values():
+        for result in runs.values():
+            assert re.fullmatch("[0-9a-f]{7,}", result["revision"])
 
 
 def test_the_mean_patch_by_hand(tmp_path):
-    """The loss of a guess is that of predicting the mean of all counted patches."""
+    """The baseline of pixels is the loss of predicting the mean of all counted patches."""
     flags = TINY.replace("64", "80")  # a border of 16 pixels belongs to no whole patch
     train.main(f"{flags} --setting pretrain --ssl_task reconstruct --out {tmp_path}/run".split())
     data = isaid.synthetic_dataset("val", 2, 80, isaid.make_transforms(False, 80))
@@ -285,52 +453,87 @@ def test_the_mean_patch_by_hand(tmp_path):
     patches = images.unfold(2, 32, 32).unfold(3, 32, 32).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
     expected = float((patches - patches.mean(0)).abs().mean())
     (line,) = reproduce.read_log(tmp_path / "run")
-    assert line["ssl_baseline"] == pytest.approx(expected, rel=1e-5) and line["ssl_chance"] is None
+    assert line["ssl_baseline"] == pytest.approx(expected, rel=1e-5)
+    assert line["ssl_chance"] is None
 
 
-def test_mistakes_get_one_line(table, capsys, monkeypatch):
-    """Those of a row name its line, also where nothing would be run."""
+# ---------------------------------------------------------------- mistakes
+def test_starts_in_flags():
+    flags = f"--data {{data}} {start_from('a-b', 'backbone')} {start_from('c', 'encoder')}"
+    assert flags.endswith("--init {a-b} --init_parts backbone --init {c} --init_parts encoder")
+    assert dependencies(flags) == ["a-b", "c"]
+
+
+MISTAKES = [  # rows, flags of reproduce.py, what the message says
+    ({"a": "--init {b}"}, "", "row 'a': {b} refers to a row that is not defined above"),
+    ({"a": "--init {a}"}, "", "row 'a': {a} refers to a row that is not defined above"),
+    ({"a": "--epochs nine"}, "--dry_run", "experiment.py, row 'a': argument --epochs: expected"),
+    ({"a": "--epochz 1"}, "--no_run", "row 'a': "),
+    ({"a": "--lr 1", "b": "--seed=1"}, "--dry_run", "row 'b': --seed and --out are not allowed"),
+    ({"a": "@more.txt"}, "--no_run", "row 'a': --seed and --out are not allowed"),
+    ({"a": '"" --lr 1'}, "", "row 'a': an argument is empty"),
+    ({"a": "--data {data}"}, "--dry_run --data gone", "gone: not found"),
+    ({"a": "--data {data}"}, "", "require --data DIR"),
+    ({"a": "--lr 1"}, "--code .", "--code"),
+    ({"a": "--lr 1"}, "--dry_run --no_run", "--no_run: not allowed with argument --dry_run"),
+    ({"a": "--epochs 1"}, "--rows b", "matches --rows b"),
+    ({"a": "--epochs 1"}, "--no_run", "no results found"),
+    ({"a": "--epochs 1"}, "", "exit status -9"),
+]
+
+
+@pytest.mark.parametrize("rows, flags, message", MISTAKES)
+def test_mistakes_get_one_line(experiment, capsys, monkeypatch, rows, flags, message):
+    """Those of a row name it, also where nothing would be run."""
+    monkeypatch.chdir(experiment.parent)
     died = Mock(return_value=Mock(returncode=-9, stderr=""))
     monkeypatch.setattr(reproduce.subprocess, "run", died)
-    table.with_name("more.txt").write_text("--out x")
-    for text, flags, message in (
-        ("a --epochs 1", "", "line 1: expected is a new name"),
-        ("a: --lr 1\na: --lr 1", "", "small.txt, line 2: expected is a new name"),
-        ("a: --init {b}", "", "line 1: {b} is not a row above it"),
-        ("a: --epochs nine", "--dry_run", "small.txt, line 1: argument --epochs: expected is a"),
-        ("# a\na: --epochz 1", "--no_run", "line 2: unknown: --epochz 1; did you mean --epochs?"),
-        ("a: --lr 1\nb: --seed=1", "--dry_run", "line 2: --seed is not the row's; reproduce.py"),
-        (f"a: @{table.with_name('more.txt')}", "--no_run", "line 1: --out is not the row's"),
-        ("# detr\n--lr 1", "", "line 2: has flags, as a recipe has: python train.py @"),
-        ("a: --data {data}", "--dry_run --data gone", f"--data {os.path.abspath('gone')}: is not"),
-        ("a: --lr 1", "--dry_run --no_run", "--no_run: not allowed with argument --dry_run"),
-        ("a: --epochs 1", "--rows b", "--rows b: no row of"),
-        ("a: --epochs 1\nauthors v0: 1:20 21", "", "line 2: expected are EPOCH:AP"),
-        ("a: --epochs 1\nauthors v0: 1:2.0.1", "", "line 2: expected are EPOCH:AP"),
-        ("a: --epochs 1\ngoal: a / a, 8.0.0", "", "line 2: expected is ROW / OTHER ROW"),
-        ("a: --epochs 1\ncompare few: a - a", "", "line 2: expected are two rows"),
-        ("x = 1\nx = 2\na<x>: --lr <x>", "", "line 2: x is a list above"),
-        ("a<y>: --lr 1", "", "line 1: no line above it is `y = words`"),
-        ("", "", "has no rows"),
-        ("a: --init {a}", "", "line 1: {a} is not a row above it"),
-        ('a: "" --lr 1', "", "line 1: an argument is empty"),
-        ("a: --epochs 1", "--no_run", "no results; name a folder with some"),
-        ("a: --epochs 1", "", "exit status -9"),
-    ):
-        table.write_text(text)
-        with pytest.raises(SystemExit) as stop:
-            reproduce.main([str(table), *flags.split()])
-        said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
-        assert said.startswith("error: ") and message in said and "Traceback" not in said
-    for name, message in (("none", "without a name"), ("scene", "did you mean scenes")):
-        with pytest.raises(SystemExit, match=f"{name}: no such table; {message}"):
-            reproduce.main([name])
-    table.write_text("a: --data gone --init nowhere")
+    Path("more.txt").write_text("--out x")
+    rows = {name: text.replace("@", f"@{experiment.parent}/") for name, text in rows.items()}
+    experiment.write_text(f"rows = {rows}")
+    error = error_of([str(experiment.parent), *flags.split()], capsys)
+    assert message in error
+
+
+def error_of(arguments, capsys):
+    """The one line that a call of reproduce.py ends with."""
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(arguments)
+    error = stop.value.code
+    if not isinstance(error, str):
+        error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+    return error
+
+
+def test_mistakes_of_names(experiment, capsys):
+    assert "unknown experiment 'none'" in error_of(["none"], capsys)
+    assert "missing name of an experiment" in error_of(["--seeds", "3"], capsys)
+    rows = {"a": "--setting pretrain", "b": "--lr 1"}
+    for pair in (("a", "b"), ("b", "a"), ("b", "c")):
+        experiment.write_text(f"rows = {rows}\ncomparisons = [('few', *{pair})]")
+        error = error_of([str(experiment.parent)], capsys)
+        assert "is compared, but is not a row with detection" in error
+        experiment.write_text(f"rows = {rows}\ngoals = [(*{pair}, 80)]")
+        error = error_of([str(experiment.parent)], capsys)
+        assert "is compared, but is not a row with detection" in error
+
+
+def test_missing_files_are_named(experiment, capsys):
+    experiment.write_text('rows = {"a": "--data gone --init nowhere"}')
     with pytest.raises(SystemExit, match="^1$"):
-        reproduce.main([str(table), "--dry_run"])
-    said = capsys.readouterr().err
-    assert "--data gone is not there\na: --init nowhere is not" in said
-    assert f"may stand at the top of {table}" in said
-    with pytest.raises(SystemExit, match="2"):
-        reproduce.main(["--seeds", "3"])
-    assert "error: flags without a table" in capsys.readouterr().err
+        reproduce.main([str(experiment.parent), "--dry_run"])
+    errors = capsys.readouterr().err
+    assert "--data: gone not found\na: --init: nowhere not found" in errors
+    assert f"at the top of {experiment}" in errors
+
+
+@pytest.mark.parametrize("line", ["unknown_name", "a, b = 1, 2, 3", "rows["])
+def test_errors_of_python_name_their_line(experiment, line):
+    """A mistake in experiment.py is an ordinary exception, not a line without its place."""
+    experiment.write_text(f"rows = {{}}\n{line}")
+    with pytest.raises((NameError, RuntimeError, SyntaxError)) as error:
+        reproduce.main([str(experiment.parent)])
+    text = "".join(traceback.format_exception(error.value))
+    assert f'File "{experiment}", line 2' in text
