@@ -88,8 +88,8 @@ def test_commands_parse(command, monkeypatch):
     if script in parsers:
         assert "block-colours" in flags or parsers[script](flags)
     elif script == "reproduce.py":
-        tables = [reproduce.RECIPES / f"{table}.txt" for table in flags[:1]]
-        assert all(map(reproduce.read_table, tables))
+        for name in flags[:1]:
+            reproduce.find_experiment(name)
     elif script == "isaid.py":
         with pytest.raises(SystemExit) as stop:  # there is no such folder
             isaid.main(flags)
@@ -99,14 +99,13 @@ def test_commands_parse(command, monkeypatch):
 
 
 def test_tables_parse(monkeypatch):
-    """Every row of every table is a command that train.py takes; the 40 combinations are there."""
+    """The 40 combinations of the experiment `tasks` are there."""
     monkeypatch.chdir(ROOT)
-    rows = reproduce.read_table(ROOT / "recipes/tasks.txt")
-    found = [vars(reproduce.parse(name, rows[name])) for name in rows if name != "backbone"]
+    tasks = reproduce.find_experiment("tasks")
+    rows = [name for name in tasks.rows if name != "backbone"]
+    found = [vars(reproduce.parse_row(tasks, name)) for name in rows]
     kinds = {tuple(row[key] for key in ("model", "setting", "ssl_task", "ssl_on")) for row in found}
     assert len(kinds) == len(found) == 40
-    rows = reproduce.read_table(ROOT / "recipes/scenes.txt")
-    assert all(reproduce.resolve(rows, name) for name in rows)
 
 
 def test_names_exist():
@@ -185,10 +184,11 @@ def test_the_speed_run_is_that_of_its_results():
     """AP50, minutes and the share of the first version's time, as reproduce.py prints them; p of
     the record by the seeds with which nothing was chosen."""
     text = (ROOT / "SPEEDRUN.md").read_text(encoding="utf-8")
-    rows = reproduce.read_table(path := ROOT / "recipes/speedrun.txt")
-    results = reproduce.read_results([ROOT / "results/speedrun"], rows)
+    experiment = reproduce.find_experiment("speedrun")
+    results = reproduce.read_results([ROOT / "results/speedrun"], experiment)
     new = {**results, "now": {seed: results["now"][seed] for seed in range(5, 10)}}
-    lines, of_new = (reproduce.speed(x, reproduce.read_goals(path, rows)) for x in (results, new))
+    lines = reproduce.goal_table(results, experiment.goals)
+    of_new = reproduce.goal_table(new, experiment.goals)
     assert len(lines) == len(of_new) == 5
     for row, line, other in zip(("cosine", "now"), lines[2:], of_new[2:]):
         _, ap50, _, _, minutes, _, share = line.strip("| ").split(" | ")
