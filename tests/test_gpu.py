@@ -1,4 +1,4 @@
-"""Whole command lines on a GPU give what they give on the CPU, to rounding."""
+"""Whole commands on a GPU give the same results as on the CPU, to rounding."""
 
 import json
 from unittest.mock import Mock
@@ -16,15 +16,15 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 RUNS = (
     "--model deformable_detr",
     "--model detr --dilation",
-    "--model deformable_detr --two_stage --accumulate 2",
+    "--model deformable_detr --two_stage --grad_accum_steps 2",
     "--model deformable_detr --setting multitask --ssl_task jigsaw-discrete --ssl_patch 16",
     "--model detr --dilation --setting multitask --ssl_task mim-discrete --ssl_on image",
     "--model detr --dilation --setting pretrain --ssl_task mim-continuous --ssl_patch 16",
 )
 
 
-def trained(out, flags, device):
-    """The log of a short run."""
+def train_run(out, flags, device):
+    """Train briefly and return the lines of the log."""
     train.main([*TINY, "--amp", "no", *flags.split(), "--device", device, "--out", str(out)])
     return log_of(out)
 
@@ -32,26 +32,32 @@ def trained(out, flags, device):
 @pytest.mark.parametrize("flags", RUNS)
 def test_a_run_is_the_same_on_the_gpu(tmp_path, flags, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    logs = (trained(tmp_path / device, f"{flags} --epochs 2", device) for device in ("cuda", "cpu"))
-    ours, theirs = ([line["train_loss"] for line in log] for log in logs)
-    assert ours == pytest.approx(theirs, rel=0.02)
+    gpu_log = train_run(tmp_path / "cuda", f"{flags} --epochs 2", "cuda")
+    cpu_log = train_run(tmp_path / "cpu", f"{flags} --epochs 2", "cpu")
+    gpu_losses = [line["train_loss"] for line in gpu_log]
+    cpu_losses = [line["train_loss"] for line in cpu_log]
+    assert gpu_losses == pytest.approx(cpu_losses, rel=0.02)
     assert (tmp_path / "cuda" / "curves.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize("flags", RUNS[:2])
-def test_a_run_goes_on_and_is_evaluated(tmp_path, flags, monkeypatch):
-    run, flags, found = tmp_path / "run", f"{flags} --epochs 2 --amp bf16", []
+def test_a_run_is_resumed_and_evaluated(tmp_path, flags, monkeypatch):
+    run = tmp_path / "run"
+    flags = f"{flags} --epochs 2 --amp bf16"
     monkeypatch.setattr(train, "evaluate", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(SystemExit):  # after the first epoch
-        trained(run, flags, "cuda")
+        train_run(run, flags, "cuda")
     monkeypatch.undo()
-    whole = trained(run, f"{flags} --resume", "cuda")
-    assert len(whole) == 2
-    assert all(0 < line["train_loss"] < 100 for line in whole)
+    log = train_run(run, f"{flags} --resume", "cuda")
+    assert len(log) == 2
+    for line in log:
+        assert 0 < line["train_loss"] < 100
+    val_losses = []
     for device in ("cuda", "cpu"):
         eval_main([str(run), "--device", device])
-        found.append(json.loads((run / "metrics.json").read_text(encoding="utf-8")))
-    assert found[0]["val_loss"] == pytest.approx(found[1]["val_loss"], rel=0.01)
+        metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        val_losses.append(metrics["val_loss"])
+    assert val_losses[0] == pytest.approx(val_losses[1], rel=0.01)
     scene = tmp_path / "scene.png"
     PIL.Image.effect_noise((100, 80), 60).save(scene)
     predict.main([str(run), str(scene), "--device", "cuda"])
