@@ -243,13 +243,26 @@ def parse():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--compile", nargs="+", metavar="ARCH",
-        help="only compile the CUDA kernel, for sm_90 for example; needs no GPU")  # fmt: skip
+    add(
+        "--compile",
+        nargs="+",
+        metavar="ARCH",
+        help="only compile the CUDA kernel, for sm_90 for example; needs no GPU",
+    )
     add("--check", action="store_true", help="run the operator's tests first")
-    add("--device", choices=["cpu", "cuda"], default=default_device,
-        help="device to benchmark (default here: %(default)s)")  # fmt: skip
-    add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES),
-        help="shapes to benchmark (default: all)")  # fmt: skip
+    add(
+        "--device",
+        choices=["cpu", "cuda"],
+        default=default_device,
+        help="device to benchmark (default here: %(default)s)",
+    )
+    add(
+        "--shapes",
+        nargs="+",
+        choices=list(SHAPES),
+        default=list(SHAPES),
+        help="shapes to benchmark (default: all)",
+    )
     add("--repeats", type=int, default=9, help="timed calls (default: %(default)s)")
     return parser.parse_args()
 
@@ -277,8 +290,8 @@ def main():
         f"{device_name}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
         f"{backend_name}: {reason}; median of {args.repeats}\n"
     )
-    columns = ["shape", "dtype", "backend", "forward ms", "backward ms", "x ref forward",
-               "x ref both", "multiply", "move", "error"]  # fmt: skip
+    columns = ["shape", "dtype", "backend", "forward ms", "backward ms"]
+    columns += ["x ref forward", "x ref both", "multiply", "move", "error"]
     print(f"| {' | '.join(columns)} |")
     print("|---" * len(columns) + "|")
     for shape_name in args.shapes:

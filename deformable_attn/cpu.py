@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-FLAGS = [
-    "-std=c++17", "-O3", "-fno-trapping-math", "-fno-math-errno", "-shared", "-fPIC", "-pthread"
-]  # fmt: skip
+FLAGS = ["-std=c++17", "-O3", "-fno-trapping-math", "-fno-math-errno"]
+FLAGS += ["-shared", "-fPIC", "-pthread"]
 NATIVE_FLAGS = [["-march=native"], ["-mcpu=native"], []]  # for this processor; compilers differ
 
 

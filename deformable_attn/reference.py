@@ -28,8 +28,8 @@ def ms_deform_attn_reference(value, spatial_shapes, locations, weights):
     Q = locations.shape[1]
     # Heads do not mix, so they become images of the batch: B*M maps of D channels.
     maps = value.to(locations.dtype).permute(0, 2, 3, 1).flatten(0, 1)  # (B*M, D, S)
-    # grid_sample counts from -1 to 1, the edges of the map (align_corners=False). The center of
-    # pixel i is at (i + 0.5) / size in our 0..1.
+    # With align_corners=False grid_sample counts from -1 to 1 between the outer edges of the map,
+    # where we count from 0 to 1. The center of pixel i is at (i + 0.5) / size.
     grid = 2 * locations - 1
 
     out = maps.new_zeros(B * M, D, Q)

@@ -5,9 +5,9 @@ import math
 import train
 from results.cost import cost
 
-SMALL = ["--backbone", "resnet18", "--hidden_dim", "32", "--nheads", "2", "--enc_layers", "1",
-         "--dec_layers", "1", "--dim_feedforward", "32", "--num_queries", "5",
-         "--image_size", "64"]  # fmt: skip
+SMALL = ["--backbone", "resnet18", "--hidden_dim", "32", "--nheads", "2"]
+SMALL += ["--enc_layers", "1", "--dec_layers", "1", "--dim_feedforward", "32"]
+SMALL += ["--num_queries", "5", "--image_size", "64"]
 
 
 def test_a_measured_step():

@@ -130,15 +130,20 @@ def compare(name, images, padding, boxes):
     for title, functions in [("training step", steps), ("inference", inferences)]:
         our_seconds, their_seconds = alternating_medians(functions)
         ratio = their_seconds / our_seconds
-        print(f"| {name}, {title} | {our_seconds:.2f} | {their_seconds:.2f} | {ratio:.2f} |",
-              flush=True)  # fmt: skip
+        print(
+            f"| {name}, {title} | {our_seconds:.2f} | {their_seconds:.2f} | {ratio:.2f} |",
+            flush=True,
+        )
 
 
 @cli_main
 def main(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("--keep_memory", action="store_true",
-                        help="keep freed memory in the process, as train.py does")  # fmt: skip
+    parser.add_argument(
+        "--keep_memory",
+        action="store_true",
+        help="keep freed memory in the process, as train.py does",
+    )
     args = parser.parse_args(argv)
     if args.keep_memory:
         distributed.keep_freed_memory()

@@ -191,8 +191,13 @@ def draw(path, measured):
 def main(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--sizes", type=POSITIVE_INT, nargs="+", default=[128, 256, 512, 768, 1024],
-        help="sides of the image in pixels")  # fmt: skip
+    add(
+        "--sizes",
+        type=POSITIVE_INT,
+        nargs="+",
+        default=[128, 256, 512, 768, 1024],
+        help="sides of the image in pixels",
+    )
     add("--repeats", type=POSITIVE_INT, default=3, help="number of timed steps")
     add("--out", type=Path, default=Path("runs/cost"), help="folder for cost.md and cost.png")
     args = parser.parse_args(argv)
@@ -206,8 +211,10 @@ def main(argv=None):
             try:
                 figures = pool.submit(measure, config.flags, args.repeats).result()
             except concurrent.futures.process.BrokenProcessPool:
-                print(f"{config.line}, {config.varied} {config.value}: "
-                      "skipped: process was killed, probably out of memory")  # fmt: skip
+                print(
+                    f"{config.line}, {config.varied} {config.value}: "
+                    "skipped: process was killed, probably out of memory"
+                )
                 continue
         measured.setdefault((config.line, config.varied), {})[config.value] = figures
         texts = [f"{quantity} {figures[quantity]:.3g} {unit}" for quantity, unit in UNITS.items()]
