@@ -25,7 +25,6 @@ from util.cli import IMAGE_SIDE, NON_NEGATIVE_INT, POSITIVE_INT, Parser, cli_mai
 from util.dataset_check import check_dataset
 from util.files import DataError, write_text
 from util.images import MEAN, STD, check_size, read_image, read_size
-from util.synthetic import MAX_SCENES
 
 SCENE_SIZE = 128  # pixels per side of the synthetic scenes
 NUM_SCENES = {"train": 1000, "val": 200}
@@ -209,7 +208,7 @@ def load_split(split, args, train):
     train: whether to augment
     Raises DataError.
     """
-    limit = getattr(args, f"limit_{split}", None)
+    limit = getattr(args, f"limit_{split}", None)  # train.py has no --limit_test
     if args.overfit and split == "train":
         limit = args.overfit
     transform = make_transforms(train, args.image_size, args.augment)
@@ -452,7 +451,7 @@ def build_parser():
 
     add = commands.add_parser("scenes", help="write synthetic scenes as a dataset").add_argument
     add("out", help="folder to write")
-    num_scenes = int_range(1, MAX_SCENES)
+    num_scenes = int_range(1, synthetic.MAX_SCENES)
     add("--train", type=num_scenes, default=100, help="number of training scenes")
     add("--val", type=num_scenes, default=20, help="number of held-out scenes")
     add("--image_size", type=IMAGE_SIDE, default=SCENE_SIZE, help="pixels per side")

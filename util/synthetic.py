@@ -74,13 +74,23 @@ def crossing():
 
 SHIP = symmetric([0.5, 0.36 + 0.1j, 0.18 + 0.17j, -0.42 + 0.17j, -0.5 + 0.13j])
 TRUCK = symmetric(
-    [0.5 + 0.1j, 0.47 + 0.14j, 0.3 + 0.14j, 0.28 + 0.07j, 0.22 + 0.07j]
-    + [0.22 + 0.16j, -0.5 + 0.16j]
+    [0.5 + 0.1j, 0.47 + 0.14j, 0.3 + 0.14j, 0.28 + 0.07j, 0.22 + 0.07j, 0.22 + 0.16j, -0.5 + 0.16j]
 )
 CAR = symmetric([0.5 + 0.12j, 0.44 + 0.22j, 0.2 + 0.25j, -0.38 + 0.25j, -0.48 + 0.2j, -0.5 + 0.1j])
 PLANE = symmetric(
-    [0.5, 0.47 + 0.03j, 0.4 + 0.05j, 0.14 + 0.05j, -0.1 + 0.46j, -0.19 + 0.46j]
-    + [-0.07 + 0.05j, -0.32 + 0.04j, -0.44 + 0.18j, -0.5 + 0.18j, -0.45 + 0.02j]
+    [
+        0.5,
+        0.47 + 0.03j,
+        0.4 + 0.05j,
+        0.14 + 0.05j,
+        -0.1 + 0.46j,
+        -0.19 + 0.46j,
+        -0.07 + 0.05j,
+        -0.32 + 0.04j,
+        -0.44 + 0.18j,
+        -0.5 + 0.18j,
+        -0.45 + 0.02j,
+    ]
 )
 HELICOPTER = symmetric(
     [0.42, 0.38 + 0.06j, 0.28 + 0.08j]
@@ -117,7 +127,7 @@ class Part:
     """Polygons of one color, filled or drawn as lines."""
 
     color: str  # "main", "accent" or one of FIXED_COLORS; then "+" for lighter, "-" for darker
-    width: float  # of the lines; 0: filled
+    width: float  # of the lines, in units of the object's length; 0: filled
     polygons: list
 
 
@@ -138,10 +148,12 @@ class Shape:
 
 
 def fill(color, polygons):
+    """Return a part of filled polygons."""
     return Part(color, 0, polygons)
 
 
 def line(color, width, polygons):
+    """Return a part of lines; their width is in units of the object's length."""
     return Part(color, width, polygons)
 
 
@@ -382,19 +394,57 @@ class Ground:
     dark: tuple  # its colors lie between dark and light
     light: tuple
     patches: tuple  # color of its larger patches
-    wave_length: float  # of parallel stripes, in pixels
-    wave_strength: float  # added to and subtracted from the color
-    wave_bend: float
-    scenery: list  # names of SCENERY_SHAPES, for each 128 x 128 pixels
+    wave_length: float  # of the stripes, in pixels
+    wave_strength: float  # of the stripes, in values of the color
+    wave_bend: float  # 0: straight stripes
+    scenery: list  # names of SCENERY_SHAPES, per 128 x 128 pixels
 
 
 GROUNDS = {
-    "water": Ground((34, 66, 88), (66, 108, 124), (84, 134, 138), 6, 4, 3, []),
-    "grass": Ground((74, 100, 54), (122, 146, 84), (150, 146, 98), 9, 4, 0.3, ["tree"] * 12),
-    "soil": Ground((128, 104, 76), (178, 154, 118), (120, 122, 78), 7, 5, 0.6, ["tree"] * 4),
-    "paved": Ground((118, 118, 116), (152, 150, 146), (98, 98, 100), 24, 3, 0, []),
+    "water": Ground(
+        dark=(34, 66, 88),
+        light=(66, 108, 124),
+        patches=(84, 134, 138),
+        wave_length=6,
+        wave_strength=4,
+        wave_bend=3,
+        scenery=[],
+    ),
+    "grass": Ground(
+        dark=(74, 100, 54),
+        light=(122, 146, 84),
+        patches=(150, 146, 98),
+        wave_length=9,
+        wave_strength=4,
+        wave_bend=0.3,
+        scenery=["tree"] * 12,
+    ),
+    "soil": Ground(
+        dark=(128, 104, 76),
+        light=(178, 154, 118),
+        patches=(120, 122, 78),
+        wave_length=7,
+        wave_strength=5,
+        wave_bend=0.6,
+        scenery=["tree"] * 4,
+    ),
+    "paved": Ground(
+        dark=(118, 118, 116),
+        light=(152, 150, 146),
+        patches=(98, 98, 100),
+        wave_length=24,
+        wave_strength=3,
+        wave_bend=0,
+        scenery=[],
+    ),
     "town": Ground(
-        (104, 108, 84), (142, 138, 116), (92, 112, 68), 3, 1, 0, ["roof"] * 8 + ["tree"] * 10
+        dark=(104, 108, 84),
+        light=(142, 138, 116),
+        patches=(92, 112, 68),
+        wave_length=3,
+        wave_strength=1,
+        wave_bend=0,
+        scenery=["roof"] * 8 + ["tree"] * 10,
     ),
 }
 # With these shares of scenes at sea and of bridges, all classes are about as common.
@@ -408,7 +458,7 @@ STREET = (112, 112, 114)
 # ---------------------------------------------------------------- placing objects
 @dataclasses.dataclass(frozen=True)
 class SceneObject:
-    """An object, or a piece of scenery, of a scene."""
+    """An object or a piece of scenery at its place."""
 
     name: str
     axis: complex  # from its back to its front: the length in pixels times the direction
@@ -422,8 +472,10 @@ class SceneObject:
 
 
 def place_objects(rng, size):
-    """Return the name of a scene's ground and its labeled objects: none, or 1 to 7 for each 128 x
-    128 pixels."""
+    """Return (the name of a scene's ground, its objects).
+
+    A tenth of the scenes have no objects; the others 1 to 7 of them per 128 x 128 pixels.
+    """
     if rng.random() < SHARE_AT_SEA:
         ground = "water"
         classes = CLASSES_AT_SEA
@@ -448,14 +500,16 @@ def place_objects(rng, size):
 
 
 def choose(rng, values):
-    """Return a random one of the values."""
+    """Return one of the values, drawn at random."""
     return values[int(rng.random() * len(values))]
 
 
 def try_place(rng, name, objects, size, neighbor=None):
-    """Return one more object at a place where it touches no other; None if none is found.
+    """Return one more object, at a place where it touches no other one; None if there is no room.
 
-    neighbor: an object of the same class to put it next to, if there is room
+    objects:  those that are already placed
+    size:     of the image in pixels
+    neighbor: an object of the same class; the new one is put next to it if there is room
     """
     if neighbor:
         axis = neighbor.axis
@@ -481,22 +535,26 @@ def try_place(rng, name, objects, size, neighbor=None):
 
 
 def corners_beside(neighbor, width, height):
-    """Return the top left corners of boxes to the left and right of an object, close to it."""
-    direction = 1j * neighbor.axis / abs(neighbor.axis)
-    direction += 1e-9 + 1e-9j  # not along an axis of the image, where the division would fail
+    """Return the top left corners of two boxes, close to an object's left and right side."""
+    direction = 1j * neighbor.axis / abs(neighbor.axis)  # at a right angle to its axis
+    direction += 1e-9 + 1e-9j  # neither part may be zero: the next line divides by them
     step = direction * (3 + min(width / abs(direction.real), height / abs(direction.imag)))
     x, y, _, _ = neighbor.box
     return [(x + step.real, y + step.imag), (x - step.real, y - step.imag)]
 
 
 def gap(x, y, width, height, box):
-    """Return the distance in pixels between two boxes, along x or y; negative if they overlap."""
+    """Return the gap between two boxes in pixels, along x or y; negative if they overlap.
+
+    x, y, width, height: of the first box
+    box: (x0, y0, x1, y1) of the second
+    """
     x0, y0, x1, y1 = box
     return max(x - x1, x0 - x - width, y - y1, y0 - y - height)
 
 
 def scene_annotations(seed, n, size):
-    """Return the objects of scene n as in a COCO file, without drawing the scene."""
+    """Return the objects of scene n as annotations of a COCO file; nothing is drawn."""
     _, objects = place_objects(np.random.default_rng([seed, n]), size)
     annotations = []
     for scene_object in objects:
@@ -528,7 +586,8 @@ def draw_scene(seed, n, size, scale=2):
     rng = np.random.default_rng([seed, n])
     ground, objects = place_objects(rng, size)
     scenery = []
-    for name in GROUNDS[ground].scenery * max(1, size * size // 128**2):
+    num_tiles = max(1, size * size // 128**2)
+    for name in GROUNDS[ground].scenery * num_tiles:
         placed = try_place(rng, name, objects, size)
         if placed:
             scenery.append(placed)
@@ -562,7 +621,7 @@ def draw_object(rng, pen, scene_object, sun, scale):
     colors["main"] = choose(rng, shape.main)
     colors["accent"] = choose(rng, shape.accent)
     shadow = []
-    for length in (0.5, 1, 1.3):  # several faint copies have a soft edge
+    for length in (0.5, 1, 1.3):  # several faint copies, so that the edge is soft
         shadow.append(shape.outline + length * shape.height * sun / scene_object.axis)
     for part in [fill("shadow", shadow)] + shape.parts:
         gain = tint
@@ -614,13 +673,13 @@ def noise(rng, size, cells):
 
 
 # ---------------------------------------------------------------- scenes as a dataset
-MAX_SCENES = 1_000_000  # of a split
-FIRST_SCENE = {"train": 0, "val": MAX_SCENES}
-CACHE_BYTES = 2**28  # of scenes that are drawn only once
+MAX_SCENES = 1_000_000  # per split
+FIRST_SCENE = {"train": 0, "val": MAX_SCENES}  # the number of each split's first scene
+CACHE_BYTES = 2**28  # scenes of up to so many bytes in all are kept after they are drawn
 
 
 def coco_content(seed, first, n, size):
-    """Return images, annotations and categories of n scenes as in a COCO file."""
+    """Return n scenes, from number `first` on, as the content of a COCO file."""
     images = []
     annotations = []
     for i in range(n):
