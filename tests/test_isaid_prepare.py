@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from scipy import ndimage
 
 import isaid
-from util import coco, dataset_check, isaid_prepare, synthetic
+from util import coco, dataset_check, isaid_prepare
 from util.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,10 +164,6 @@ def test_golden_counts():
     first = val["annotations"][0]
     assert (first["category_id"], first["area"], first["bbox"]) == (2, 403, [464, 653, 24, 22])
     assert test["images"] and not test["annotations"] and len(test["categories"]) == 15
-
-
-def test_synthetic_scenes_have_the_same_classes():
-    assert isaid_prepare.CATEGORIES == synthetic.CATEGORIES
 
 
 def test_interrupted_and_called_again():
