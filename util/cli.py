@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import sys
+from pathlib import Path
 
 import torch
 
@@ -114,26 +115,39 @@ class Parser(argparse.ArgumentParser):
     """A parser with one-line errors; @FILE stands for the flags in a file with comments."""
 
     def __init__(self, **options):
-        super().__init__(
-            formatter_class=HelpFormatter, fromfile_prefix_chars="@", allow_abbrev=False, **options
-        )
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def parse_known_args(self, args=None, namespace=None):
         if args is None:
             args = sys.argv[1:]
-        self.reject_empty(args)
         try:
-            return super().parse_known_args(args, namespace)
+            words = self.expand_files(args)
         except RecursionError:
             self.error("a file of flags includes itself")
-
-    def convert_arg_line_to_args(self, arg_line):
-        """Split a line of a file of flags; called by argparse."""
-        try:
-            words = split_recipe_line(arg_line)
-        except ValueError as error:  # a quote that is not closed
-            self.error(f"{arg_line.strip()!r} in a file of flags: {one_line(error)}")
         self.reject_empty(words)
+        return super().parse_known_args(words, namespace)
+
+    def expand_files(self, words):
+        """Replace each word @FILE by the flags in that file.
+
+        argparse could do this, but without comments, and in the encoding of the terminal.
+        """
+        expanded = []
+        for word in words:
+            if word.startswith("@"):
+                expanded += self.expand_files(self.read_flags(word[1:]))
+            else:
+                expanded.append(word)
+        return expanded
+
+    def read_flags(self, path):
+        """Return the words in a file of flags; end with an error if it cannot be read."""
+        words = []
+        try:
+            for line in Path(path).read_text(encoding="utf-8-sig").splitlines():
+                words += split_recipe_line(line)
+        except (OSError, ValueError) as error:  # a missing file, or a quote that is not closed
+            self.error(f"@{path}: cannot read flags file ({one_line(error)})")
         return words
 
     def reject_empty(self, words):
@@ -154,7 +168,7 @@ def split_recipe_line(line):
 
     Raises ValueError for a quote that is not closed.
     """
-    lexer = shlex.shlex(line.removeprefix("\ufeff"), posix=True)  # the mark that some editors write
+    lexer = shlex.shlex(line, posix=True)
     lexer.whitespace_split = True
     lexer.commenters = ""  # "#" may be part of a path
     lexer.escape = ""  # and so may a backslash
@@ -207,17 +221,3 @@ def cli_main(main):
             sys.exit(130)
 
     return run
-
-
-# Names that callers still use.
-command = cli_main
-usable_device = parse_device
-
-
-def number(kind, zero=False, most=None, words=()):
-    """An argparse type: a number greater than 0, or 0 too, and at most `most`; or a word."""
-    if kind is int:
-        check = int_range(0 if zero else 1, most)
-    else:
-        check = float_range(0, most, open_low=not zero)
-    return lambda text: text if text in words else check(text)

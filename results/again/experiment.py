@@ -16,7 +16,7 @@ encoder = start_from("detr-pretrain-jigsaw-discrete", "encoder")
 
 rows = {
     "backbone": "--image_size 64 --num_queries 6 --limit_train 1000 --epochs 6 --eval_every 6"
-    " --lr_drop cycle --amp bf16",
+    " --lr_schedule cosine --amp bf16",
     "detr-scratch": f"{detr} {cnn}",
     "detr-pretrain-jigsaw-discrete": f"{pretrain} {cnn} --ssl_task jigsaw-discrete",
     "detr-after-jigsaw-discrete": f"{detr} {cnn} {encoder}",

@@ -54,7 +54,7 @@ cnn = start_from("backbone", "backbone")
 # ---------------------------------------------------------------- rows
 rows = {
     "backbone": "--image_size 64 --num_queries 6 --limit_train 1000 --epochs 6 --eval_every 6"
-    " --lr_drop cycle --amp bf16"
+    " --lr_schedule cosine --amp bf16"
 }
 
 # The paper's three claims.

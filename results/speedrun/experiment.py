@@ -6,13 +6,13 @@ not count. `again` is the first version repeated on the day of `now`.
 
 first = (
     "--epochs 9 --batch_size 8 --lr 5e-4 --lr_backbone 5e-4 --lr_linear_proj_mult 0.1"
-    " --lr_drop cycle --amp no --limit_val 1000 --eval_every 99"
+    " --lr_schedule cosine --amp no --limit_val 1000 --eval_every 99"
 )
 
 rows = {
     "first": first,
     "again": first,
-    "cosine": "--lr_drop cycle --amp bf16 --limit_val 1000 --eval_every 99",
+    "cosine": "--lr_schedule cosine --amp bf16 --limit_val 1000 --eval_every 99",
     "now": "--amp bf16 --limit_val 1000 --eval_every 99",
 }
 

@@ -23,7 +23,7 @@ jigsaw = f"@recipes/tasks_jigsaw.txt {start_from('backbone', 'backbone')}"
 
 rows = {
     "backbone": "--image_size 64 --num_queries 6 --limit_train 1000 --epochs 6 --eval_every 6"
-    " --lr 5e-4 --lr_backbone 5e-4 --lr_linear_proj_mult 0.1 --batch_size 8 --lr_drop cycle"
+    " --lr 5e-4 --lr_backbone 5e-4 --lr_linear_proj_mult 0.1 --batch_size 8 --lr_schedule cosine"
     " --amp no"
 }
 
