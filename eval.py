@@ -101,9 +101,7 @@ def detect_dataset(model, data, args, max_dets=100):
         for target, detection in zip(targets, detections):
             results += coco_results(detection, target["image_id"], data.categories)
         if data.annotations:
-            terms = model.criterion(outputs, targets)
-            weights = model.criterion.weights
-            losses.append(sum(weights[term] * loss.sum().item() for term, loss in terms.items()))
+            losses.append(weighted_loss(model.criterion, outputs, targets))
             batch_sizes.append(len(targets))
 
     results = gather_items(results)
@@ -111,6 +109,14 @@ def detect_dataset(model, data, args, max_dets=100):
     if not losses:
         return results, None
     return results, float(np.average(losses, weights=gather_items(batch_sizes)))
+
+
+def weighted_loss(criterion, outputs, targets):
+    """Return the loss of training, the weighted sum of all terms of all decoder layers."""
+    loss = 0.0
+    for name, layer_losses in criterion(outputs, targets).items():
+        loss += criterion.weights[name] * layer_losses.sum().item()
+    return loss
 
 
 def gather_items(items):
@@ -176,19 +182,19 @@ def coco_metrics(data, results, evaluator=None, max_dets=100, size_ranges="coco"
         installed = importlib.util.find_spec("faster_coco_eval") is not None
         evaluator = "faster-coco-eval" if installed else "pycocotools"
     sides = SIZE_RANGES[size_ranges]
-    evaluation = run_evaluator(evaluator, data, results, max_dets, sides)
+    arrays = run_evaluator(evaluator, data, results, max_dets, sides)
 
     # (IoU thresholds 0.5 … 0.95, recall thresholds, classes, sizes: all, small …, max_dets)
-    all_precisions = evaluation["precision"]
-    precision = all_precisions[:, :, :, 0, -1]
+    all_sizes = arrays["precision"]
+    precision = all_sizes[:, :, :, 0, -1]
     metrics = {
         "ap": mean_of_valid(precision),
         "ap50": mean_of_valid(precision[0]),
         "ap75": mean_of_valid(precision[5]),
-        "ap_small": mean_of_valid(all_precisions[:, :, :, 1, -1]),
-        "ap_medium": mean_of_valid(all_precisions[:, :, :, 2, -1]),
-        "ap_large": mean_of_valid(all_precisions[:, :, :, 3, -1]),
-        "ar": mean_of_valid(evaluation["recall"][:, :, 0, -1]),
+        "ap_small": mean_of_valid(all_sizes[:, :, :, 1, -1]),
+        "ap_medium": mean_of_valid(all_sizes[:, :, :, 2, -1]),
+        "ap_large": mean_of_valid(all_sizes[:, :, :, 3, -1]),
+        "ar": mean_of_valid(arrays["recall"][:, :, 0, -1]),
         "per_class": [],
         "images": len(data),
         "evaluator": evaluator,
@@ -216,7 +222,10 @@ def check_ids(name, results, key, entries):
 
 
 def run_evaluator(evaluator, data, results, max_dets, sides):
-    """Return {"precision", "recall"} of pycocotools' evaluation or of its faster replacement."""
+    """Return the arrays {"precision", "recall"} of pycocotools or of its faster replacement.
+
+    sides: square roots of the areas between which objects are small, medium and large
+    """
     if evaluator == "faster-coco-eval":
         from faster_coco_eval import COCO
         from faster_coco_eval import COCOeval_faster as COCOeval
@@ -234,14 +243,14 @@ def run_evaluator(evaluator, data, results, max_dets, sides):
         areas.append([smallest**2, largest**2])
 
     with contextlib.redirect_stdout(io.StringIO()):  # both evaluators print their progress
-        run = COCOeval(
-            coco_index(COCO, data, ground_truth), coco_index(COCO, data, detections), "bbox"
-        )
-        run.params.maxDets = [max_dets]
-        run.params.areaRng = areas
-        run.evaluate()
-        run.accumulate()
-    return run.eval
+        truth_index = coco_index(COCO, data, ground_truth)
+        detection_index = coco_index(COCO, data, detections)
+        coco_eval = COCOeval(truth_index, detection_index, "bbox")
+        coco_eval.params.maxDets = [max_dets]
+        coco_eval.params.areaRng = areas
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+    return coco_eval.eval
 
 
 def coco_index(COCO, data, annotations):
