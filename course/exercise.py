@@ -1,54 +1,78 @@
-"""Prepare an exercise of COURSE.md: take code out of the source, or put a fault into it.
+"""Prepare an exercise of COURSE.md: remove code from the source, or introduce a bug.
 
-python course/exercise.py matcher      takes the matching costs out of detr.py
-git checkout detr.py                   puts them back; what else you changed there is lost
+python course/exercise.py matcher      removes the matching costs from detr.py
+git checkout detr.py                   restores the file; your other changes to it are lost
 """
 
 import ast
-import codecs
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-REMOVED = {"matcher": ("detr.py", "matching_costs"), "schedule": ("train.py", "build_schedule"),
-           "operator": ("deformable_attn/reference.py", "ms_deform_attn_reference")}  # fmt: skip
-PLANTED = {
-    "inverted": ("ssl_tasks.py", "vafvqr & pbeehcgvba.punatrq()", "vafvqr & ~pbeehcgvba.punatrq()")
-}  # ROT13
-TURN = 'raise NotImplementedError("your turn, see COURSE.md")'
+PLACEHOLDER = 'raise NotImplementedError("your turn, see COURSE.md")'
 
+# exercise: (file, function whose body is removed)
+REMOVED = {
+    "matcher": ("detr.py", "matching_costs"),
+    "schedule": ("train.py", "build_schedule"),
+    "operator": ("deformable_attn/reference.py", "ms_deform_attn_reference"),
+}
 
-def without(code, function):
-    """The source with nothing left of a function but its head and its docstring."""
-    functions = (x for x in ast.walk(ast.parse(code)) if isinstance(x, ast.FunctionDef))
-    found = next(x for x in functions if x.name == function)
-    first, lines = found.body[1], code.splitlines()
-    lines[first.lineno - 1 : found.end_lineno] = [" " * first.col_offset + TURN]
-    return "\n".join(lines) + "\n"
+# exercise: (file, code before, code after). Spoiler: this is the solution of the exercise.
+REPLACED = {
+    "inverted": ("ssl_tasks.py", "inside & corruption.changed()", "inside & ~corruption.changed()")
+}
 
 
 def prepare(name):
-    """Change the source for an exercise; the name of the file. SystemExit with a message."""
-    if name not in REMOVED | PLANTED:
-        sys.exit(f"error: {name!r} is none of {', '.join(REMOVED | PLANTED)}")
-    file = (REMOVED | PLANTED)[name][0]
-    status = ["git", "status", "--porcelain", "--", file]
-    if shutil.which("git") and subprocess.run(status, cwd=ROOT, capture_output=True).stdout:
-        sys.exit(f"error: {file} has changes of yours; commit them (git checkout would lose them)")
+    """Change the source for an exercise and return the name of the file. Exits with a message."""
+    if name in REMOVED:
+        file, _ = REMOVED[name]
+    elif name in REPLACED:
+        file, _, _ = REPLACED[name]
+    else:
+        sys.exit(f"error: unknown exercise {name!r}; choose from {', '.join(REMOVED | REPLACED)}")
+    if has_uncommitted_changes(file):
+        advice = "commit them first, git checkout would discard them"
+        sys.exit(f"error: {file} has uncommitted changes; {advice}")
+
     code = (ROOT / file).read_text(encoding="utf-8")
     if name in REMOVED:
-        changed = without(code, REMOVED[name][1])
+        changed = remove_body(code, REMOVED[name][1])
     else:
-        changed = code.replace(*(codecs.decode(text, "rot13") for text in PLANTED[name][1:]))
+        _, before, after = REPLACED[name]
+        changed = code.replace(before, after)
     if changed == code:
-        sys.exit(f"error: {file} does not have what {name!r} changes; start from a fresh clone")
+        message = f"does not contain the code that {name!r} modifies; start from a fresh clone"
+        sys.exit(f"error: {file} {message}")
     (ROOT / file).write_text(changed, encoding="utf-8")
     return file
+
+
+def has_uncommitted_changes(file):
+    """Return True if git knows of changes to the file; False also without git."""
+    if not shutil.which("git"):
+        return False
+    command = ["git", "status", "--porcelain", "--", file]
+    status = subprocess.run(command, cwd=ROOT, capture_output=True)
+    return status.stdout != b""
+
+
+def remove_body(code, name):
+    """Return the code of a module in which a function has only its head and its docstring left."""
+    lines = code.splitlines()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            docstring = node.body[0]
+            indent = " " * docstring.col_offset
+            lines[docstring.end_lineno : node.end_lineno] = [indent + PLACEHOLDER]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    print(f"{prepare(sys.argv[1])} is prepared; check: python -m pytest course -k {sys.argv[1]}")
+    exercise = sys.argv[1]
+    print(f"{prepare(exercise)} is prepared; check: python -m pytest course -k {exercise}")

@@ -1,4 +1,4 @@
-"""The exercises of the course are red before and green after; here are the solutions."""
+"""The exercises of the course are red before and green after; the solutions are here."""
 
 import re
 import shutil
@@ -16,50 +16,57 @@ import torch
 LEVELS = [(2, 128, 12, 16), (2, 128, 6, 8), (2, 128, 3, 4)]
 LOCATIONS = (2, 252, 8, 3, 4, 2)
 LOGITS = (3, 2, 30, 15)
-POINT = 0, 3
+POINT = (0, 3)
 MASKED = {0.25: 4, 0.5: 8, 0.9: 14}
-INTERVAL = -15.4, 3.7
-
-
-def backward(grad, value, shapes, locations, weights):
-    N, S, M, D = value.shape
-    grad = grad.unflatten(-1, (M, D))  # (N, Q, M, D)
-    to_value, first = torch.zeros_like(value), 0
-    to_locations, to_weights = torch.zeros_like(locations), torch.zeros_like(weights)
-    image, head = torch.arange(N)[:, None, None, None], torch.arange(M)[:, None]
-    for level, (h, w) in enumerate(shapes):
-        size = torch.tensor([w, h])
-        place = locations[:, :, :, level] * size - 0.5  # (N, Q, M, P, 2) in cells
-        weight = weights[:, :, :, level]  # (N, Q, M, P)
-        for dx in (0, 1):
-            for dy in (0, 1):
-                x, y = (place.floor().long() + torch.tensor([dx, dy])).unbind(-1)
-                inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
-                cell = first + y.clamp(0, h - 1) * w + x.clamp(0, w - 1)
-                far = (place - torch.stack([x, y], -1)).abs()
-                near = (1 - far) * inside[..., None]  # shares in x and in y
-                there = value[image, cell, head]  # (N, Q, M, P, D)
-                toward = (there * grad[..., None, :]).sum(-1)
-                share = near.prod(-1)
-                to_weights[:, :, :, level] += share * toward
-                sign = torch.tensor([2 * dx - 1, 2 * dy - 1])
-                slope = sign * near.flip(-1) * size  # of the share, by the location
-                to_locations[:, :, :, level] += (weight * toward)[..., None] * slope
-                update = (share * weight)[..., None] * grad[..., None, :]
-                index = image.expand_as(cell), cell, head.expand_as(cell)
-                to_value.index_put_(index, update, accumulate=True)
-        first += h * w
-    return to_value, to_locations, to_weights
+INTERVAL = (-15.4, 3.7)
 
 
 def attention(layer, query, memory):
-    weights, biases = layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3)
-    q = (weights[0] @ query + biases[0]).unflatten(0, (layer.num_heads, -1))
-    k = (memory @ weights[1].T + biases[1]).unflatten(1, (layer.num_heads, -1))
-    return (torch.einsum("hd,shd->hs", q, k) / q.shape[1] ** 0.5).softmax(1)
+    query_weight, key_weight, _ = layer.in_proj_weight.chunk(3)
+    query_bias, key_bias, _ = layer.in_proj_bias.chunk(3)
+    q = (query_weight @ query + query_bias).unflatten(0, (layer.num_heads, -1))  # (M, D)
+    k = (memory @ key_weight.T + key_bias).unflatten(1, (layer.num_heads, -1))  # (S, M, D)
+    scores = torch.einsum("md,smd->ms", q, k) / q.shape[1] ** 0.5
+    return scores.softmax(1)
+
+
+def backward(grad, value, shapes, locations, weights):
+    B, S, M, D = value.shape
+    grad = grad.unflatten(-1, (M, 1, D))  # (B, Q, M, 1, D), the same for all points
+    grad_value = torch.zeros_like(value)
+    grad_locations = torch.zeros_like(locations)
+    grad_weights = torch.zeros_like(weights)
+    image = torch.arange(B)[:, None, None, None]
+    head = torch.arange(M)[:, None]
+    start = 0  # of the level in `value`
+    for level, (H, W) in enumerate(shapes):
+        size = torch.tensor([W, H])
+        point = locations[:, :, :, level] * size - 0.5  # (B, Q, M, P, 2), 0 is a cell's center
+        weight = weights[:, :, :, level]  # (B, Q, M, P)
+        for corner in ([0, 0], [0, 1], [1, 0], [1, 1]):  # x, y
+            cell = point.floor().long() + torch.tensor(corner)
+            x, y = cell.unbind(-1)  # (B, Q, M, P)
+            inside = (x >= 0) & (x < W) & (y >= 0) & (y < H)
+            index = start + y.clamp(0, H - 1) * W + x.clamp(0, W - 1)
+            corner_value = value[image, index, head]  # (B, Q, M, P, D)
+            # bilinear interpolation: (1 - |distance in x|) * (1 - |distance in y|)
+            closeness = (1 - (point - cell).abs()) * inside[..., None]  # (B, Q, M, P, 2)
+            fraction = closeness.prod(-1)
+            grad_fraction = weight * (corner_value * grad).sum(-1)
+
+            grad_weights[:, :, :, level] += fraction * (corner_value * grad).sum(-1)
+            # the fraction rises toward the corner, in x as fast as it is close in y
+            slope = (2 * torch.tensor(corner) - 1) * closeness.flip(-1) * size
+            grad_locations[:, :, :, level] += grad_fraction[..., None] * slope
+            indices = (image.expand_as(index), index, head.expand_as(index))
+            update = (fraction * weight)[..., None] * grad
+            grad_value.index_put_(indices, update, accumulate=True)
+        start += H * W
+    return grad_value, grad_locations, grad_weights
 """
 
 ROTATION = """
+
 class Rotation(ClassTask):
     rotates = True
 
@@ -70,14 +77,14 @@ class Rotation(ClassTask):
         places = choose(rng, patches, self.ratio)
         return places, rng.integers(1, 4, len(places))
 
-    def target(self, images, corruption):  # of patches that are not turned it does not count
+    def target(self, images, corruption):  # patches that are not turned do not count
         return (corruption.quarter_turns - 1).clamp(min=0).unflatten(1, corruption.grid)
 
 
 TASKS["rotation"] = Rotation
 """
 
-MOBILE = """
+MOBILENET = """
 
 class MobileNet(nn.Module):
     def __init__(self, name, num_stages, dilation, frozen_bn, weights):
@@ -95,59 +102,87 @@ class MobileNet(nn.Module):
 BACKBONES["mobilenet_v3_large"] = MobileNet
 """
 
+COUNTED_ALL = "return corruption.inside\n"
+TURNS = "rng.integers(1, 4, len(places))"
+ROTATION_TARGET = "(corruption.quarter_turns - 1).clamp(min=0)"
 
-MASK = "return corruption.inside & corruption.changed()"
-ALL = "return corruption.inside\n"
-TURNS, TARGET = "rng.integers(1, 4, len(places))", "(corruption.quarter_turns - 1).clamp(min=0)"
-WRONG = [  # what is not right though it looks so: (exercise, right, wrong)
-    ("inverted", MASK, "return corruption.changed()"),
-    ("inverted", ALL, "return torch.ones_like(corruption.inside)\n"),
-    ("inverted", ALL, "return corruption.inside & corruption.changed()\n"),
+# (exercise, correct code, code that is wrong but looks right)
+WRONG_SOLUTIONS = [
+    ("inverted", COUNTED_ALL, "return corruption.changed()\n"),
+    ("inverted", COUNTED_ALL, "return torch.ones_like(corruption.inside)\n"),
+    ("inverted", COUNTED_ALL, "return corruption.inside & corruption.changed()\n"),
     ("rotation", TURNS, "rng.integers(1, 2, len(places))"),
-    ("rotation", TARGET, "corruption.quarter_turns.clamp(max=1)"),
+    ("rotation", ROTATION_TARGET, "corruption.quarter_turns.clamp(max=1)"),
 ]
+
+# exercises whose checks pass until course/exercise.py has prepared them
+PREPARED = {"matcher", "schedule", "operator", "inverted"}
 
 
 @pytest.fixture
-def course(tmp_path):
-    """(a copy of the project, how the checks of its course end: () -> {name: "PASSED" or not})."""
+def project(tmp_path):
+    """A copy of the project, without its git history."""
     ignore = shutil.ignore_patterns(".*", "runs", "data", "__pycache__", "docs")
-    copy = shutil.copytree(ROOT, tmp_path / "copy", ignore=ignore)
-
-    def check(name=""):
-        command = [sys.executable, "-m", "pytest", "course", "-q", "-rA", "-p", "no:cacheprovider"]
-        command += ["-k", name] * bool(name)
-        said = subprocess.run(command, cwd=copy, capture_output=True, text=True).stdout
-        ends = re.findall(r"^(\w+) course/test_exercises.py::test_(\w+)", said, re.M)
-        return {name: end for end, name in ends}
-
-    return copy, check
+    return shutil.copytree(ROOT, tmp_path / "copy", ignore=ignore)
 
 
-REMOVED = {"matcher", "schedule", "operator", "inverted"}
+def check(project, exercise=""):
+    """Run the checks of the exercises, or of one: {exercise: True if all its checks passed}."""
+    command = [sys.executable, "-m", "pytest", "course", "-q", "-rA", "-p", "no:cacheprovider"]
+    if exercise:
+        command += ["-k", exercise]
+    output = subprocess.run(command, cwd=project, capture_output=True, text=True).stdout
+    passed = {}
+    for result, name in re.findall(r"^(\w+) course/test_exercises.py::test_(\w+)", output, re.M):
+        passed[name] = passed.get(name, True) and result == "PASSED"
+    return passed
 
 
-def test_red_before_green_after(course):
-    copy, check = course
-    ends = check()
-    assert {name for name, end in ends.items() if end == "PASSED"} == REMOVED
-    text = (copy / "COURSE.md").read_text(encoding="utf-8")
-    assert {*re.findall(r"^\*\*`(\w+)`\*\*", text, re.M)} == ends.keys()
-    for name in REMOVED:
-        subprocess.run([sys.executable, "course/exercise.py", name], cwd=copy, check=True)
-    assert {*check().values()} == {"FAILED"}
+def prepare(project, exercise):
+    command = [sys.executable, "course/exercise.py", exercise]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True)
 
 
-def test_solutions(course):
-    copy, check = course
-    (copy / "course/answers.py").write_text(ANSWERS)
-    with open(copy / "ssl_tasks.py", "a") as file:
-        file.write(ROTATION)
-    with open(copy / "detr.py", "a") as file:
-        file.write(MOBILE)
-    assert {*check().values()} == {"PASSED"}
-    code = (copy / "ssl_tasks.py").read_text(encoding="utf-8")
-    for name, right, wrong in WRONG:
-        assert code.count(right) == 1
-        (copy / "ssl_tasks.py").write_text(code.replace(right, wrong), encoding="utf-8")
-        assert check(name) == {name: "FAILED"}, wrong
+def test_exercises_are_red_before(project):
+    passed = check(project)
+    text = (project / "COURSE.md").read_text(encoding="utf-8")
+    assert passed.keys() == set(re.findall(r"^\*\*`(\w+)`\*\*", text, re.M))
+    assert {name for name in passed if passed[name]} == PREPARED
+    for exercise in PREPARED:
+        assert prepare(project, exercise).returncode == 0
+    assert not any(check(project).values())
+
+
+def test_solutions_are_green(project):
+    (project / "course/answers.py").write_text(ANSWERS, encoding="utf-8")
+    for file, solution in (("ssl_tasks.py", ROTATION), ("detr.py", MOBILENET)):
+        code = (project / file).read_text(encoding="utf-8")
+        (project / file).write_text(code + solution, encoding="utf-8")
+    assert all(check(project).values())
+
+    code = (project / "ssl_tasks.py").read_text(encoding="utf-8")
+    for exercise, correct, wrong in WRONG_SOLUTIONS:
+        assert code.count(correct) == 1
+        (project / "ssl_tasks.py").write_text(code.replace(correct, wrong), encoding="utf-8")
+        assert check(project, exercise) == {exercise: False}, wrong
+
+
+def test_an_exercise_cannot_be_prepared(project):
+    assert prepare(project, "matchmaker").stderr == (
+        "error: unknown exercise 'matchmaker'; choose from matcher, schedule, operator, inverted\n"
+    )
+    prepare(project, "matcher")
+    again = prepare(project, "matcher")
+    assert again.returncode == 1
+    assert "detr.py does not contain the code" in again.stderr
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_uncommitted_changes_are_kept(project):
+    for command in (["init"], ["add", "."]):
+        subprocess.run(["git", *command], cwd=project, capture_output=True, check=True)
+    (project / "detr.py").write_text("# mine\n", encoding="utf-8")
+    process = prepare(project, "matcher")
+    assert process.returncode == 1
+    assert "detr.py has uncommitted changes" in process.stderr
+    assert (project / "detr.py").read_text(encoding="utf-8") == "# mine\n"
