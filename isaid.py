@@ -48,8 +48,7 @@ class DetectionDataset(torch.utils.data.Dataset):
 
     Attributes to set:
         epoch            before each pass
-        min_size         None: load images in full; N: load large JPEGs faster, at a reduced size
-                         of at least N pixels per side
+        min_size         for load_image; by default images are loaded in full
     Attributes to read:
         images, annotations, categories   as in a COCO file, after coco.clean_boxes
         boxes            [(T, 4) xywh in pixels] of the images
@@ -106,7 +105,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         width = record.get("width", image.width)  # a folder without annotations records no sizes
         height = record.get("height", image.height)
 
-        # The image may be smaller than its annotations say, see min_size.
+        # The boxes are in pixels of the file; a JPEG may have been loaded at a reduced size.
         recorded_size = torch.tensor([width, height, width, height])
         decoded_size = torch.tensor([image.width, image.height, image.width, image.height])
         boxes = tv_tensors.BoundingBoxes(
@@ -134,7 +133,7 @@ class DetectionDataset(torch.utils.data.Dataset):
     def load_image(self, i, min_size=None):
         """Return image i as a PIL image, RGB, in the orientation in which it is displayed.
 
-        min_size: as the attribute
+        min_size: N loads a large JPEG faster, at a reduced size of at least N pixels per side
         Raises DataError if the file is unusable or its size differs from the annotations.
         """
         record = self.images[i]
@@ -144,7 +143,7 @@ class DetectionDataset(torch.utils.data.Dataset):
 
 
 def item_seed(seed, epoch, index):
-    """Return a number that is different for every item of every epoch."""
+    """Return the seed of one item in one epoch."""
     return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1)[0])
 
 
@@ -376,8 +375,10 @@ def resize(image_size=None):
 
 
 def random_resize():
-    """Return the official DETR's resizing in training: to a random scale, half of the images after
-    a random crop."""
+    """Return the official DETR's resizing in training.
+
+    Images are resized to a random scale; half of them are cropped first.
+    """
     scale = v2.RandomShortestSize(list(range(480, 801, 32)), max_size=1333)
     crop_and_scale = v2.Compose([v2.RandomShortestSize([400, 500, 600]), random_size_crop, scale])
     return v2.RandomChoice([scale, crop_and_scale])
@@ -433,12 +434,7 @@ def build_parser():
     add("out", help="folder to write; an interrupted call is continued")
     add("--splits", nargs="+", choices=("train", "val", "test"), help="default: those in RAW")
     add("--patch", type=POSITIVE_INT, default=800, help="pixels per side of a patch")
-    add(
-        "--overlap",
-        type=NON_NEGATIVE_INT,
-        default=200,
-        help="pixels that neighboring patches share",
-    )
+    add("--overlap", type=NON_NEGATIVE_INT, default=200, help="pixels that neighbors share")
     workers = min(8, multiprocessing.cpu_count())
     workers_help = "processes; each needs up to 2 GB of memory for large images"
     add("--workers", type=int_range(1, 256), default=workers, help=workers_help)
