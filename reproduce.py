@@ -36,18 +36,18 @@ from matplotlib.figure import Figure
 
 import train
 from util import checkpoint, cli, plots
-from util.cli import Parser, cli_main, int_range
+from util.cli import NON_NEGATIVE_INT, Parser, cli_main, int_range
 from util.experiments import dependencies, load_experiment
 from util.files import check_writable, read_json, write_text
 
 ROOT = Path(__file__).resolve().parent
 RUNS = ROOT / "runs"
 RESULTS = ROOT / "results"
-# Flags that do not tell one row from another.
-NOT_COMPARED = checkpoint.MAY_CHANGE_ON_RESUME | {"seed"}
+NOT_COMPARED = checkpoint.MAY_CHANGE_ON_RESUME | {"seed"}  # these flags make no different row
 FLAGS_WITH_FILES = ("--init", "--tokenizer_weights", "--data")
 RESULT_KEYS = {"command", "flags", "log", "revision", "versions"}
-GOAL_AP = 10  # %; tables name the first epoch that reaches it
+AUTHORS = "authors "  # begins the names of the authors' curves in tables
+AP_TO_REACH = 10  # %; tables name the first epoch that reaches it
 
 
 # ---------------------------------------------------------------- rows
@@ -114,7 +114,7 @@ def resolve(experiment, name):
 
 
 def difference(before, now):
-    """Return a text that names the flags in which two resolved rows differ; "" if there are none.
+    """Compare two resolved rows, and return a text that names the flags that differ, or "".
 
     A flag that only one of them has counts as its default on the other side.
     """
@@ -122,7 +122,7 @@ def difference(before, now):
     changes = []
     for flag in sorted((before.keys() | now.keys()) - {"starts"}):
         if flag not in defaults:
-            changes.append(f"--{flag}, which train.py does not have")
+            changes.append(f"--{flag}, which train.py no longer has")
             continue
         old_value = before.get(flag, defaults[flag])
         new_value = now.get(flag, defaults[flag])
@@ -186,20 +186,20 @@ def read_log(run):
     path = run / "log.jsonl"
     if not path.exists():
         return []
-    log = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            log.append(json.loads(line))
-        except ValueError:
-            log.append(None)
-        if not isinstance(log[-1], dict) or "epoch" not in log[-1]:
-            message = "not a train.py log, or corrupted; resuming the run rewrites it"
-            raise ValueError(f"{path}: {message}")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        log = [json.loads(line) for line in lines]
+        is_log = all(isinstance(line, dict) and "epoch" in line for line in log)
+    except ValueError:
+        is_log = False
+    if not is_log:
+        message = "not a train.py log, or corrupted; resuming the run rewrites it"
+        raise ValueError(f"{path}: {message}")
     return log
 
 
 def provenance(result):
-    """Return the revision, the device and the data of a result, each None if it has none."""
+    """Return the revision, the device and the dataset of a result, None for what is unknown."""
     words = shlex.split(result["command"])
     data = None
     if "--data" in words:
@@ -207,18 +207,18 @@ def provenance(result):
     return {
         "revision": result["revision"],
         "device": result["versions"].get("device"),
-        "data": data,
+        "dataset": data,
     }
 
 
 def report_provenance(results, experiment, data):
-    """Print how many results have another revision, device or data folder than this call."""
+    """Print how many results have a different revision, device or dataset than this call."""
     device = checkpoint.device_name(cli.parse_device("auto"))
-    here = {"revision": checkpoint.revision(), "device": device, "data": data}
+    here = {"revision": checkpoint.revision(), "device": device, "dataset": data}
     for key, value in here.items():
         counts = collections.Counter()
         for name, runs in results.items():
-            if key == "data" and "{data}" not in experiment.rows[name]:
+            if key == "dataset" and "{data}" not in experiment.rows[name]:
                 continue  # the row names its own data
             for result in runs.values():
                 counts[provenance(result)[key]] += 1
@@ -248,6 +248,7 @@ class Runner:
             self.free_slots.put(slot)
 
     def run_folder(self, name, seed):
+        """Return the run folder of a row."""
         return self.out / f"{name}-{seed}"
 
     def result_file(self, name, seed):
@@ -284,7 +285,7 @@ class Runner:
         out = self.out
         if out.is_relative_to(self.args.code):
             out = out.relative_to(self.args.code)
-        folders = {start: f"{out}/{start}-{seed}" for start in self.rows}
+        folders = {row: f"{out}/{row}-{seed}" for row in self.rows}
         folders["data"] = "DIR" if self.args.data is None else self.args.data
 
         command = ["python"]
@@ -294,7 +295,7 @@ class Runner:
         command += self.experiment.program
         for word in shlex.split(self.rows[name]):
             command.append(word.format(**folders))
-        command += ["--seed", str(seed), "--out", f"{out}/{name}-{seed}", "--resume"]
+        command += ["--seed", str(seed), "--out", folders[name], "--resume"]
         if self.shares_gpus:  # the runs share the CPU's cores
             workers = max(1, (os.cpu_count() or 1) // self.args.jobs)
             command += ["--workers", str(min(8, workers))]
@@ -353,19 +354,23 @@ class Runner:
         for seed, name in itertools.product(seeds, names):
             if not self.is_done(name, seed, names):
                 jobs.append((name, seed))
-        missing = self.missing_files(dict.fromkeys(name for name, _ in jobs))
+        missing = self.missing_files(dict.fromkeys(name for name, _ in jobs))  # each row once
         if missing:
             raise ValueError("; ".join(missing))
-        jobs.sort(key=lambda job: self.depth(job[0]))
 
+        jobs_by_depth = collections.defaultdict(list)
+        for name, seed in jobs:
+            jobs_by_depth[self.depth(name)].append((name, seed))
         start = time.monotonic()
         num_done = 0
         with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
             try:
-                for _, same_depth in itertools.groupby(jobs, key=lambda job: self.depth(job[0])):
-                    futures = [pool.submit(self.run, name, seed) for name, seed in same_depth]
-                    for future in futures:
-                        future.result()
+                for depth in sorted(jobs_by_depth):
+                    runs = [
+                        pool.submit(self.run, name, seed) for name, seed in jobs_by_depth[depth]
+                    ]
+                    for run in runs:
+                        run.result()  # waits for it, and raises its error
                         num_done += 1
                         report_progress(num_done, len(jobs), time.monotonic() - start)
             except BaseException:  # also Ctrl-C: start no further run
@@ -394,7 +399,9 @@ class Runner:
         missing = self.missing_files(names)
         for line in missing:
             print(line, file=sys.stderr)
-        return int(bool(missing))
+        if missing:
+            return 1
+        return 0
 
 
 def last_error(process):
@@ -419,7 +426,7 @@ def report_progress(num_done, num_jobs, seconds):
 # ---------------------------------------------------------------- statistics
 @dataclasses.dataclass
 class PairedDifference:
-    """The mean of paired differences, its 95 % interval and the p-value that it is not 0."""
+    """The mean of paired differences, its 95 % interval, and the p-value of no difference."""
 
     mean: float
     low: float
@@ -428,10 +435,10 @@ class PairedDifference:
 
 
 def paired_difference(a, b):
-    """Compare two samples that are paired, such as the AP of two rows by seed.
+    """Return the PairedDifference a - b of two arrays (n,), such as the AP of two rows by seed.
 
-    The interval is Student's. p is that of flipping the signs of the differences, which is exact
-    up to 16 pairs.
+    The interval is that of Student's t. p is two-sided and that of a permutation test, which flips
+    the signs of the differences; it is exact up to 16 pairs.
     """
     differences = a - b
     low, high = scipy.stats.ttest_1samp(differences, 0).confidence_interval()
@@ -442,13 +449,17 @@ def paired_difference(a, b):
 
 
 def holm(p_values):
-    """Return the p-values of a family corrected for their number, in the same order (Holm 1979)."""
+    """Return the p-values of a family corrected for their number, in the same order (Holm 1979).
+
+    The smallest of n is multiplied by n, the next by n - 1 and so on. None becomes smaller than
+    the one before it, or larger than 1.
+    """
     corrected = [0.0] * len(p_values)
-    largest = 0.0
+    previous = 0.0
     for rank, i in enumerate(np.argsort(p_values)):
         p = p_values[i] * (len(p_values) - rank)
-        largest = max(largest, min(1, p))  # no smaller than that of a smaller p-value
-        corrected[i] = largest
+        previous = max(previous, min(1, p))
+        corrected[i] = previous
     return corrected
 
 
@@ -461,7 +472,7 @@ def mean_and_std(values, digits=3):
 
 
 def percent(ap):
-    """Return an AP of a log in %; there is none (None) where no class has an object."""
+    """Return an AP of a log in %; None, where no class has an object, counts as 0."""
     if ap is None:
         return 0.0
     return 100 * ap
@@ -503,10 +514,12 @@ def make_tables(results, comparisons=(), goals=()):
 
 
 def table_row(cells):
+    """Return a line of a table."""
     return f"| {' | '.join(cells)} |"
 
 
 def table_head(cells):
+    """Return the first two lines of a table."""
     return [table_row(cells), "|---" * len(cells) + "|"]
 
 
@@ -516,7 +529,7 @@ def last_lines(runs):
 
 
 def detection_table(results):
-    """Return lines with the AP after each epoch, and when it reaches 10 %."""
+    """Return lines with each row's AP by epoch, last AP50 and first epoch with AP_TO_REACH."""
     logs = {}  # of each row, {epoch: AP} of each of its runs
     for name, runs in results.items():
         if "ap" in last_lines(runs)[0]:
@@ -524,9 +537,9 @@ def detection_table(results):
     if not logs:
         return []
     epochs = shown_epochs(logs)
-    lines = table_head(
-        ["AP (%) after epoch", *map(str, epochs), "AP50, last", "AP 10 from epoch", "runs"]
-    )
+    head = ["AP (%) after epoch", *map(str, epochs)]
+    head += ["AP50, last", f"AP {AP_TO_REACH} from epoch", "runs"]
+    lines = table_head(head)
     for name, row_logs in logs.items():
         cells = [name]
         for epoch in epochs:
@@ -534,19 +547,21 @@ def detection_table(results):
                 cells.append(mean_and_std([log[epoch] for log in row_logs], 1))
             else:
                 cells.append("")
-        last_ap50 = [percent(x["ap50"]) for x in last_lines(results[name]) if "ap50" in x]
-        cells.append(mean_and_std(last_ap50, 1) if last_ap50 else "")
-        if name.startswith("authors "):  # their logs have gaps
-            cells.append("")
+        if name.startswith(AUTHORS):  # their logs have gaps, and no AP50
+            cells += ["", ""]
         else:
-            cells.append(first_epoch(row_logs))
+            ap50 = [percent(line["ap50"]) for line in last_lines(results[name])]
+            cells += [mean_and_std(ap50, 1), first_epoch(row_logs)]
         cells.append(str(len(row_logs)))
         lines.append(table_row(cells))
     return lines
 
 
 def shown_epochs(logs):
-    """Return the epochs of a table: all, or if they are many, the first, the tenths, the last."""
+    """Return the epochs of a table: all; of more than twelve the first, every tenth, the last.
+
+    logs: {row: [{epoch: AP} of each run]}
+    """
     epochs = set()
     last_epochs = set()
     for row_logs in logs.values():
@@ -559,10 +574,10 @@ def shown_epochs(logs):
 
 
 def first_epoch(logs):
-    """Return the mean first epoch with an AP of GOAL_AP as text, if all runs reach it."""
+    """Return the mean first epoch with an AP of AP_TO_REACH as text, if all runs have one."""
     first = []
     for log in logs:
-        reached = [epoch for epoch, ap in log.items() if ap >= GOAL_AP]
+        reached = [epoch for epoch, ap in log.items() if ap >= AP_TO_REACH]
         if not reached:
             return "not by all"
         first.append(min(reached))
@@ -603,26 +618,26 @@ def comparison_table(results, comparisons):
         seeds = sorted(results.get(row, {}).keys() & results.get(baseline, {}).keys())
         if len(seeds) < 2:
             continue
-        pairs = [results[row][seed] for seed in seeds] + [results[baseline][seed] for seed in seeds]
-        _, curves = ap_curves(pairs)  # at the epochs that all of them have
-        a = curves[: len(seeds)]
-        b = curves[len(seeds) :]
-        last = paired_difference(a[:, -1], b[:, -1])
-        mean = paired_difference(a.mean(1), b.mean(1))
+        row_runs = [results[row][seed] for seed in seeds]
+        baseline_runs = [results[baseline][seed] for seed in seeds]
+        _, ap = ap_curves(row_runs + baseline_runs)  # at the epochs that all of them have
+        row_ap = ap[: len(seeds)]  # (seeds, epochs)
+        baseline_ap = ap[len(seeds) :]
+        last = paired_difference(row_ap[:, -1], baseline_ap[:, -1])
+        mean = paired_difference(row_ap.mean(1), baseline_ap.mean(1))
         differences[family, row, baseline, "last epoch"] = last
         differences[family, row, baseline, "mean of the epochs"] = mean
         num_seeds[row, baseline] = str(len(seeds))
     if not differences:
         return []
     corrected = holm_by_family(differences, comparisons)
-    lines = table_head(
-        ["comparison", "AP (%)", "difference", "95 % interval", "p", "p, Holm", "seeds"]
-    )
-    for key, difference in differences.items():
+    head = ["comparison", "AP (%)", "difference", "95 % interval", "p", "p, Holm", "seeds"]
+    lines = table_head(head)
+    for key, paired in differences.items():
         _, row, baseline, measure = key
-        interval = f"{difference.low:+.1f} to {difference.high:+.1f}"
-        cells = [f"{row} - {baseline}", measure, f"{difference.mean:+.1f}", interval]
-        cells += [f"{difference.p:.3f}", f"{corrected[key]:.3f}", num_seeds[row, baseline]]
+        interval = f"{paired.low:+.1f} to {paired.high:+.1f}"
+        cells = [f"{row} - {baseline}", measure, f"{paired.mean:+.1f}", interval]
+        cells += [f"{paired.p:.3f}", f"{corrected[key]:.3f}", num_seeds[row, baseline]]
         lines.append(table_row(cells))
     return [*lines, ""]
 
@@ -643,7 +658,7 @@ def holm_by_family(differences, comparisons):
 
 
 def goal_table(results, goals):
-    """Return lines that say whether rows reach their AP50, and in what share of another's time.
+    """Return lines that say whether rows reach their AP50, and in what share of a baseline's time.
 
     p is one-sided, by Student's t. Time is compared over the seeds that both rows have run
     without interruption.
@@ -668,7 +683,8 @@ def goal_table(results, goals):
     if not lines:
         return []
     head = ["row", "AP50 (%) (seeds)", "goal", "p", "minutes", "of the other"]
-    return [*table_head([*head, "share, interval (seeds)"]), *lines, ""]
+    head.append("share, interval (seeds)")
+    return [*table_head(head), *lines, ""]
 
 
 def minutes_of_both(runs, baseline_runs):
@@ -683,13 +699,15 @@ def minutes_of_both(runs, baseline_runs):
 
 # ---------------------------------------------------------------- curves
 def draw_comparisons(path, results, comparisons):
-    """Draw a panel for each comparison, the baseline in grey, and one for the authors' curves."""
+    """Draw a panel for each comparison, the baseline in gray, and one for the authors' curves."""
     pairs = []
     for _, row, baseline in comparisons:
         if row in results and baseline in results:
             pairs.append((row, baseline))
-    authors = [name for name in results if name.startswith("authors ")]
-    num_panels = len(pairs) + bool(authors)
+    authors = [name for name in results if name.startswith(AUTHORS)]
+    num_panels = len(pairs)
+    if authors:
+        num_panels += 1
     if num_panels == 0:
         return
     num_columns = min(5, num_panels)
@@ -705,7 +723,7 @@ def draw_comparisons(path, results, comparisons):
     if authors:
         axes = panels[num_panels - 1]
         for i, name in enumerate(authors):  # points without a line, because some are missing
-            label = name.removeprefix("authors ")
+            label = name.removeprefix(AUTHORS)
             draw_row(axes, results[name], color=f"C{i}", linestyle="", label=label)
         finish_panel(axes, "the authors'")
         axes.legend(fontsize=5)
@@ -723,6 +741,7 @@ def draw_row(axes, runs, color, linestyle="-", label=None):
 
 
 def finish_panel(axes, title):
+    """Add the labels and the title of a panel."""
     axes.set(xlabel="epoch", ylabel="AP (%)")
     axes.set_title(title, fontsize=7)
     plots.finish_axes(axes)
@@ -730,7 +749,7 @@ def finish_panel(axes, title):
 
 # ---------------------------------------------------------------- the command
 def reproduce(args):
-    """Run what is missing of an experiment and print its table. Return the exit status."""
+    """Run the missing rows of an experiment, and print its tables. Return the exit status."""
     experiment = find_experiment(args.experiment)
     rows = select_rows(experiment, args.rows)
     check_args(args, experiment)
@@ -743,7 +762,7 @@ def reproduce(args):
         return runner.dry_run(rows_to_run, seeds_to_run)
 
     authors = authors_as_results(experiment)
-    results = read_results(runner.result_folders, experiment)  # before anything is run
+    results = read_results(runner.result_folders, experiment)  # refuses before anything is run
     if args.no_run and not results and not authors:
         message = "no results found; choose another --out or drop --no_run"
         raise ValueError(f"{runner.out}: {message}")
@@ -786,8 +805,11 @@ def needs_data(experiment):
 
 
 def select_rows(experiment, texts):
-    """Return the rows with one of these texts in their name; all without texts. ValueError."""
-    if not texts:
+    """Return the rows with one of these texts in their name, or all if `texts` is None.
+
+    Raises ValueError if there are none.
+    """
+    if texts is None:
         return list(experiment.rows)
     rows = []
     for name in experiment.rows:
@@ -808,12 +830,12 @@ def with_dependencies(experiment, rows):
 
 
 def select_results(results, rows, seeds):
-    """Return the results of these rows, and of these seeds only if there are any."""
+    """Return the results of these rows and these seeds; of all seeds if they are None."""
     selected = {}
     for name in rows:
         runs = {}
         for seed, result in results.get(name, {}).items():
-            if not seeds or seed in seeds:
+            if seeds is None or seed in seeds:
                 runs[seed] = result
         if runs:
             selected[name] = runs
@@ -825,7 +847,7 @@ def authors_as_results(experiment):
     results = {}
     for name, curve in experiment.authors.items():
         log = [{"epoch": epoch, "ap": ap / 100} for epoch, ap in curve.items()]
-        results[f"authors {name}"] = {0: {"log": log}}
+        results[f"{AUTHORS}{name}"] = {0: {"log": log}}
     return results
 
 
@@ -844,14 +866,21 @@ def list_experiments():
 def main(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("experiment", nargs="?", help="its name or folder; without it the experiments are listed")
+    add("experiment", nargs="?", help="name in results/, or a folder; default: list them")
     add("--data", type=os.path.abspath, help="dataset, for experiments that need one")
-    add("--seeds", type=cli.NON_NEGATIVE_INT, nargs="+", help="to run (default: 0) and to print")
-    add("--rows", nargs="+", metavar="TEXT", help="only rows with one of these in their name")
-    add("--jobs", type=int_range(1, 256), default=1, help="runs at a time, each on its own GPU")
-    add("--nproc", type=int_range(1, 256), default=1, help="processes (GPUs) of each run")
+    add("--seeds", type=NON_NEGATIVE_INT, nargs="+", help="seeds to run (default: 0) and print")
+    add("--rows", nargs="+", metavar="TEXT", help="only rows with one of these texts in the name")
+    add(
+        "--jobs", type=int_range(1, 256), default=1, help="parallel runs, each on a GPU if possible"
+    )
+    add("--nproc", type=int_range(1, 256), default=1, help="processes (GPUs) per run")
     add("--out", type=os.path.abspath, help="folder of runs and results; ignores published ones")
-    add("--code", type=os.path.abspath, default=ROOT, help="another checkout of this repository")
+    add(
+        "--code",
+        type=os.path.abspath,
+        default=ROOT,
+        help="checkout of the revision to run; compares the speed of revisions",
+    )
     add = parser.add_mutually_exclusive_group().add_argument
     add("--dry_run", action="store_true", help="print the commands, and which files they lack")
     add("--no_run", action="store_true", help="print the existing results, run nothing")

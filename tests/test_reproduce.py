@@ -350,12 +350,12 @@ def test_results_on_other_data_or_devices_are_reported(experiment, other_code, t
         data = tmp_path / name
         data.mkdir()
         call(experiment, f"--code {other_code} --out {tmp_path}/out --seeds {seed} --data {data}")
-        assert "different data" not in capsys.readouterr().out
+        assert "different dataset" not in capsys.readouterr().out
     call(experiment, f"--no_run --out {tmp_path}/out --data {tmp_path}/b")
     printed = capsys.readouterr().out
-    assert f"1 results were produced with a different data: {tmp_path}/a" in printed
+    assert f"1 results were produced with a different dataset: {tmp_path}/a" in printed
     assert "4 results were produced with a different device: an abacus (here: " in printed
-    assert "data: own" not in printed
+    assert "dataset: own" not in printed
 
 
 def test_processes_and_folder_of_a_run(tmp_path, capsys):

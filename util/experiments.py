@@ -4,13 +4,13 @@ The file defines these names; only `rows` is required:
 
     rows         {name: flags of train.py}; every row is run once per seed
     comparisons  [(family, row, baseline)]: differences of AP; Holm's correction is per family
-    goals        [(row, baseline, AP50 in %)]: what a row has to reach, in what share of the
-                 baseline's time
+    goals        [(row, baseline, AP50 in %)]: what a row has to reach; its time is shown as a
+                 share of the baseline's
     authors      {name: {epoch: AP in %}}: curves of the paper's authors, shown next to ours
     program      how Python starts the training; default: ["train.py"]
 
 In the flags, {data} stands for the folder of --data and {NAME} for the run folder of row NAME
-with the same seed.
+with the same seed. Names of rows consist of letters, digits, - and _.
 """
 
 import dataclasses

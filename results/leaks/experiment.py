@@ -6,7 +6,9 @@ Each task is trained on the feature maps of three CNNs, and on the image, before
     resnet18-circular  its borders wrap around, so that nothing tells where a cell is
     resnet18-patches   it sees each patch alone, so that nothing of a patch is in its neighbors
 
-A row takes a minute or two: python reproduce.py leaks --jobs 2
+    python reproduce.py leaks --jobs 2
+
+A row takes a minute or two.
 """
 
 import results.leaks.backbones  # noqa: F401  (makes its CNNs known to --backbone)

@@ -12,8 +12,9 @@ reconstruction.
 The visual tokens are those of DALL-E: save https://cdn.openai.com/dall-e/encoder.pkl as
 weights/encoder.pkl.
 
-Until revision a45563a the authors pretrained on ImageNet, with the CNN frozen: for the rows
-imagenet-*, link the images of ImageNet as data/imagenet. `--rows detr-` leaves these rows out.
+Until their revision a45563a the authors pretrained on ImageNet, with the CNN frozen. The rows
+imagenet-* do so: link the images of ImageNet as data/imagenet, or leave these rows out with
+`--rows detr-`.
 
 Two kinds of rows are absent, because the authors have none: their multi-task learning cannot run
 with mim-discrete, and Deformable DETR after pretraining exists in neither of their repositories.
