@@ -440,21 +440,21 @@ class TrainedRun:
 
 
 def checkpoint_file(run):
-    """Return the checkpoint of a run folder, best.pt or else last.pt; a file stands for itself.
+    """Return the checkpoint of a run folder, best.pt or else last.pt.
 
-    Raises ValueError if the folder has neither.
+    A file or a URL is returned as it is. Raises ValueError if the folder has no checkpoint.
     """
     for name in ("best.pt", "last.pt"):
         if Path(run, name).is_file():
             return Path(run, name)
     if Path(run).is_dir():
         raise ValueError(f"{run}: no best.pt or last.pt found; is this a train.py run folder?")
-    return Path(run)
+    return run
 
 
 def load_run(run, device):
     """Return the TrainedRun of a run folder or checkpoint file. Raises ValueError."""
-    path = checkpoint_file(run)
+    path = Path(checkpoint_file(run))
     state = load_checkpoint(path)
     checkpoint.require_train_checkpoint(state, path)
     task = None
@@ -519,7 +519,7 @@ def evaluation_flags(run, args, split):
         flags.batch_size = args.batch_size
     if args.data is not None:
         flags.data = args.data
-    if args.data is not None or args.limit_val is not None:  # the run's limits are of its images
+    if args.data is not None or args.limit_val is not None:  # not with the limits of the run
         flags.overfit = None
         setattr(flags, f"limit_{split}", args.limit_val)
     return flags

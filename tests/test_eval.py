@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from argparse import Namespace
 from unittest.mock import Mock
 
@@ -18,6 +19,7 @@ import isaid
 import train
 from eval import (
     METRICS,
+    checkpoint_file,
     coco_metrics,
     coco_results,
     detect,
@@ -256,6 +258,15 @@ def test_the_backend_of_attention_and_collapsed_predictions(run, tmp_path):
         model = load_run(folder, "cpu").model
         assert model.transformer.encoder.layers[0].self_attn.backend == backend
         assert read_json(folder / "metrics.json")["collapsed"] is collapsed
+
+
+def test_the_checkpoint_of_a_run(run, tmp_path):
+    """The best one of a folder; a file or a URL stands for itself."""
+    assert checkpoint_file(str(run)) == run / "best.pt"
+    shutil.copy(run / "last.pt", tmp_path)
+    assert checkpoint_file(tmp_path) == tmp_path / "last.pt"
+    for name in (str(run / "last.pt"), "https://host/folder/a.pt"):
+        assert checkpoint_file(name) == name
 
 
 def test_errors_have_one_line(run, tmp_path, capsys):
