@@ -137,8 +137,9 @@ def batch_of_one(image, image_size):
 
 
 def draw_best_queries(path, run, image, n=4):
-    """Draw what the n best queries of a run's model attend to in a PIL image; see the module.
+    """Draw what the n best queries of a model attend to in a PIL image; see the top of this file.
 
+    Of queries whose boxes overlap, only the best is drawn.
     run: eval.TrainedRun
     """
     model = run.model
@@ -160,11 +161,11 @@ def draw_best_queries(path, run, image, n=4):
     means = mean_point(decoder_attention)[0].nan_to_num(0.5).cpu().numpy()  # (Q, 2)
     rows = {}
     for k, (query, result) in enumerate(zip(detection["queries"].tolist(), results)):
-        overlays = [overlay(model, decoder_attention, query, means[query])]
+        overlays = [overlay_of(model, decoder_attention, query, means[query])]
         if has_encoder:
             box = outputs["boxes"][-1, 0, query].tolist()
             cell, center = center_cell(box, encoder_attention.shapes[0])
-            overlays.append(overlay(model, encoder_attention, cell, center))
+            overlays.append(overlay_of(model, encoder_attention, cell, center))
         name = run.categories[detection["labels"][k]]["name"]
         title = f"{k + 1}. {name} {result['score']:.2f}"
         if k == 0:
@@ -193,18 +194,22 @@ def center_cell(box, shape):
     return row * w + column, np.array([(column + 0.5) / w, (row + 0.5) / h])
 
 
-def overlay(model, attention, query, cross):
-    """Return what a query attends to in the first image, for plots.draw_attention.
+class Overlay(NamedTuple):
+    """What one query attends to, as plots.draw_attention expects it."""
 
-    cross: (2,) the point to mark, x, y in 0..1
-    Returns (points (n, 2) of all heads, weights (n,), cross); for DETR (None, map (h, w), cross).
-    """
+    points: np.ndarray | None  # (n, 2) of all heads, x, y in 0..1; None in DETR
+    weights: np.ndarray  # (n,) of the points, or a map (h, w)
+    cross: np.ndarray  # (2,) the point to mark, x, y in 0..1
+
+
+def overlay_of(model, attention, query, cross):
+    """Return the Overlay of a query in the first image."""
     weights = attention.weights[0, query].cpu()  # (M, n)
     if isinstance(model, detr.DETR):
         attention_map = weights.mean(0).view(attention.shapes[0])
-        return None, attention_map.numpy(), cross
+        return Overlay(None, attention_map.numpy(), cross)
     points = attention.points[0, query].flatten(0, 1)
-    return points.cpu().numpy(), weights.flatten().numpy(), cross
+    return Overlay(points.cpu().numpy(), weights.flatten().numpy(), cross)
 
 
 # ---------------------------------------------------------------- the command

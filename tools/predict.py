@@ -331,8 +331,8 @@ def main(argv=None):
         text.append(f"written: predictions.json, predictions.csv, {len(images)} pictures in {out}")
     print("\n".join(text))  # last: what it is piped to may have closed
     if errors:
-        text = "; ".join(errors)
-        raise ValueError(f"failed to process {len(errors)} of {len(files)} images: {text}")
+        message = f"failed to process {len(errors)} of {len(files)} images"
+        raise ValueError(f"{message}: {'; '.join(errors)}")
 
 
 def window_advice(n, image, window):
