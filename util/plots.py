@@ -314,8 +314,8 @@ class Panel:
 
     title: str
     images: Tensor  # (B, 3, H, W)
-    framed: Tensor | None = None  # (B, P) bool: patches with a frame, white if nothing is `correct`
-    correct: Tensor | None = None  # (B, P) bool: whether a frame is green or red
+    framed: Tensor | None = None  # (B, P) bool: patches with a frame
+    correct: Tensor | None = None  # (B, P) bool: green frame, else red; None: all are white
 
 
 def ssl_panels(task, images, prediction, target, corruption):
@@ -327,58 +327,65 @@ def ssl_panels(task, images, prediction, target, corruption):
     """
     panels = [Panel("original", images)]
     if task.corrupts:
-        title = "corrupted"
-        if task.on == "features":
-            title = "corruption shown on the image (applied to the features)"
-        moved = corruption.changed() & ~corruption.masked
-        if moved.any():
-            title += "; white: moved or turned"
-        panels.append(Panel(title, task.corrupt_images(images, corruption), moved))
-
-    draw_answer = {"pixels": pixel_panels, "tokens": token_panels,
-                   "positions": position_panels, "classes": class_panels}[task.picture]  # fmt: skip
-    counted = task.counted_patches(corruption)
-    for panel in draw_answer(task, images, prediction, target, corruption, counted):
-        panel.framed = counted
-        if panel.correct is not None:
-            panel.title += "; green: correct, red: wrong"
-        panels.append(panel)
+        panels.append(corruption_panel(task, images, corruption))
+    if task.picture == "pixels":
+        if target is not images:
+            panels.append(Panel("target", target, task.counted_patches(corruption)))
+        panels.append(pixel_panel(task, prediction, target, corruption))
+    elif task.picture == "classes":
+        panels.append(class_panel(task, images, prediction, target, corruption))
+    elif task.picture == "tokens":
+        panels += token_panels(task, images, prediction, target, corruption)
+    elif task.picture == "positions":
+        panels.append(position_panel(task, images, prediction, corruption))
     return panels
 
 
-def pixel_panels(task, images, prediction, target, corruption, counted):
-    """Show the predicted pixels of the counted patches, the correct ones elsewhere."""
-    size = images.shape[-2:]
-    in_frame = patches_to_pixels(counted.unflatten(1, corruption.grid), task.patch, size)
-    predicted = Panel("predicted in frames", torch.where(in_frame[:, None], prediction, target))
-    if target is images:
-        return [predicted]
-    return [Panel("target", target), predicted]
+def corruption_panel(task, images, corruption):
+    """Show the corrupted images, with frames around patches that moved."""
+    title = "corrupted"
+    if task.on == "features":
+        title = "corruption shown on the image (applied to the features)"
+    moved = corruption.changed() & ~corruption.masked
+    if moved.any():
+        title += "; white: moved or turned"
+    return Panel(title, task.corrupt_images(images, corruption), moved)
 
 
-def class_panels(task, images, prediction, target, corruption, counted):
-    """Show the corrupted images, and in which patches the predicted class is correct."""
+def pixel_panel(task, prediction, target, corruption):
+    """Show the predicted pixels in the frames of the counted patches, the target elsewhere."""
+    counted = task.counted_patches(corruption)
+    in_frame = counted.unflatten(1, corruption.grid)  # (B, h, w)
+    in_frame = patches_to_pixels(in_frame, task.patch, target.shape[-2:])[:, None]
+    return Panel("predicted in frames", torch.where(in_frame, prediction, target), counted)
+
+
+def class_panel(task, images, prediction, target, corruption):
+    """Show on the corrupted images for which patches the predicted class is correct."""
+    corrupted = task.corrupt_images(images, corruption)
     _, correct = task.patch_losses(prediction, target)
-    return [Panel("predicted", task.corrupt_images(images, corruption), correct=correct)]
+    return Panel("predicted", corrupted, task.counted_patches(corruption), correct)
 
 
-def token_panels(task, images, prediction, target, corruption, counted):
-    """Show what the tokens look like: the correct ones, and the predicted ones where they count."""
+def token_panels(task, images, prediction, target, corruption):
+    """Show what the correct tokens look like, then the predicted ones of the counted patches."""
     size = images.shape[-2:]
+    counted = task.counted_patches(corruption)
+    in_frame = counted.unflatten(1, corruption.grid)  # (B, h, w)
+    predicted_tokens = torch.where(in_frame, prediction.argmax(1), target)
     _, correct = task.patch_losses(prediction, target)
-    counted = counted.unflatten(1, corruption.grid)
-    predicted_tokens = torch.where(counted, prediction.argmax(1), target)
     return [
-        Panel("visual tokens", task.tokenizer.decode(target, size)),
-        Panel("predicted", task.tokenizer.decode(predicted_tokens, size), correct=correct),
+        Panel("visual tokens", task.tokenizer.decode(target, size), counted),
+        Panel("predicted", task.tokenizer.decode(predicted_tokens, size), counted, correct),
     ]
 
 
-def position_panels(task, images, prediction, target, corruption, counted):
-    """Show the puzzle put together as predicted.
+def position_panel(task, images, prediction, corruption):
+    """Show the jigsaw put together as predicted.
 
     Each counted patch goes to another place: the assignment with the largest sum of logits.
     """
+    counted = task.counted_patches(corruption)
     predicted_permutation = corruption.permutation.clone()
     logits = prediction.flatten(2)  # (B, sources, places)
     for b in range(len(images)):
@@ -390,7 +397,7 @@ def position_panels(task, images, prediction, target, corruption, counted):
     correct = reassembly.permutation == corruption.inverse().permutation
     corrupted = task.corrupt_images(images, corruption)
     reassembled = task.corrupt_images(corrupted, reassembly)
-    return [Panel("reassembled (one-to-one assignment)", reassembled, correct=correct)]
+    return Panel("reassembled (one-to-one assignment)", reassembled, counted, correct)
 
 
 def patches_to_pixels(values, patch, size):
@@ -409,41 +416,49 @@ def draw_ssl(path, panels, patch, text, n=6):
     text:   the metrics on all held-out images, for the title of the last row
     """
     H, W = panels[0].images.shape[-2:]
-    longest = 256 if max(H, W) <= 16 * patch else 512
+    longest = 256
+    if max(H, W) > 16 * patch:  # many small patches
+        longest = 512
     scale = longest / max(H, W)
     width = round(W * scale)
     height = round(H * scale)
     rows = {}
     for panel in panels:
-        row = []
+        title = panel.title
+        if panel.correct is not None:
+            title += "; green: correct, red: wrong"
+        if panel is panels[-1]:
+            title += f"; all held-out images: {text}"
+        rows[title] = []
         arrays = (panel.images[:n] * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
         for b, array in enumerate(arrays):
             image = Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST)
             draw_frames(image, panel, b, patch * scale, columns=math.ceil(W / patch))
-            row.append(image)
-        rows[panel.title] = row
-    last_title = panels[-1].title
-    rows[f"{last_title}; all held-out images: {text}"] = rows.pop(last_title)
+            rows[title].append(image)
     save_rows(path, rows, width, height)
 
 
 def draw_frames(image, panel, b, side, columns):
-    """Draw the frames of image b of a panel: white, or green if correct and red if wrong.
+    """Draw frames into a PIL image: white, or green for correct and red for wrong predictions.
 
-    side:    pixels per side of a patch in this PIL image
+    b:       number of the image in the panel
+    side:    pixels per side of a patch in the PIL image
     columns: patches per row
     """
     if panel.framed is None:
         return
+    draw = ImageDraw.Draw(image)
     for i in panel.framed[b].nonzero()[:, 0].tolist():
-        color = "white"
-        if panel.correct is not None:
-            color = "lime" if panel.correct[b, i] else "red"
+        if panel.correct is None:
+            color = "white"
+        elif panel.correct[b, i]:
+            color = "lime"
+        else:
+            color = "red"
         row, column = divmod(i, columns)
         x = column * side
         y = row * side
-        frame = (x, y, x + side - 1, y + side - 1)
-        ImageDraw.Draw(image).rectangle(frame, outline=color)
+        draw.rectangle((x, y, x + side - 1, y + side - 1), outline=color)
 
 
 # ---------------------------------------------------------------- curves
