@@ -121,7 +121,7 @@ class Task(nn.Module, abc.ABC):
     A task of your own is a subclass of PixelTask or ClassTask that overrides what it does
     differently, mostly `mask` or `permute` and `target`, and has a name in TASKS.
 
-    num_outputs:  channels that the head predicts, of pixels or K classes
+    num_outputs:  output channels of the head: 3 * s * s colors per cell, or K classes
     dim:          channels of the detector's feature maps
     strides:      pixels per cell of each feature map, finest first
     patch:        pixels per side of a patch
@@ -135,7 +135,7 @@ class Task(nn.Module, abc.ABC):
 
     corrupts = True  # False: the task reads the clean images, and every patch counts
     rotates = False  # True: patches are turned as `turn` says
-    picture = None  # how util/plots.py shows it: "pixels", "classes", "tokens" or "positions"
+    picture = None  # how util/plots.py draws it: "pixels", "classes", "tokens" or "positions"
 
     def __init__(self, *, num_outputs, dim, strides, patch, ratio=0.5, on="features",
                  loss_patches="corrupted", image_size=None, hidden_layer=False):  # fmt: skip
