@@ -492,18 +492,18 @@ def parse(argv):
     add = parser.add_argument
     add("run", help="run folder of train.py, or a checkpoint file")
     add("--data", help="dataset folder; default: the run's")
-    add("--split", choices=("train", "val", "test"), help="default: the run's held-out images, val")
+    add("--split", choices=("train", "val", "test"), help="default: val, the held-out images")
     add("--limit_val", type=cli.POSITIVE_INT, help="use only the first N images")
     add("--batch_size", type=cli.POSITIVE_INT, help="images per batch; default: the run's")
     add("--workers", type=cli.NUM_WORKERS, default=0, help="data loader processes")
-    add("--device", type=cli.parse_device, default="auto", help="cpu, cuda, mps …")
+    add("--device", type=cli.parse_device, default="auto", help="device: cpu, cuda, mps …")
     max_dets_help = "detections per image that count; iSAID's devkit: 1000"
     add("--max_dets", type=cli.int_range(1, 10_000), default=100, help=max_dets_help)
     ranges_help = "which objects are called small, medium and large"
     add("--size_ranges", "--areas", choices=SIZE_RANGES, default="coco", help=ranges_help)
     out_help = "folder for metrics.json and figures; default: RUN, if its own images are evaluated"
     add("--out", type=Path, help=out_help)
-    add("--export", type=Path, help="file for the detections, as COCO results")
+    add("--export", type=Path, help="file for the detections, in COCO's result format")
     args = parser.parse_args(argv)
     if args.split == "test" and not args.export:
         parser.error("--split test has no ground truth; add --export FILE to save the detections")

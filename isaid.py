@@ -432,13 +432,23 @@ def build_parser():
     add = commands.add_parser("prepare", help="cut iSAID's raw release into patches").add_argument
     add("raw", help="folder with {train,val,test}/images, the masks next to the images")
     add("out", help="folder to write; an interrupted call is continued")
-    add("--splits", nargs="+", choices=("train", "val", "test"), help="default: those in RAW")
+    add(
+        "--splits",
+        nargs="+",
+        choices=("train", "val", "test"),
+        help="splits to cut; default: those in RAW",
+    )
     add("--patch", type=POSITIVE_INT, default=800, help="pixels per side of a patch")
-    add("--overlap", type=NON_NEGATIVE_INT, default=200, help="pixels that neighbors share")
+    add(
+        "--overlap",
+        type=NON_NEGATIVE_INT,
+        default=200,
+        help="pixels that neighboring patches share",
+    )
     workers = min(8, multiprocessing.cpu_count())
     workers_help = "processes; each needs up to 2 GB of memory for large images"
     add("--workers", type=int_range(1, 256), default=workers, help=workers_help)
-    add("--limit", type=POSITIVE_INT, help="only the first images of each split")
+    add("--limit", type=POSITIVE_INT, metavar="N", help="only the first N images of each split")
     devkit_help = "exactly the patches of iSAID's devkit, see util/isaid_prepare.py"
     add("--devkit", action="store_true", help=devkit_help)
 

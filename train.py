@@ -325,8 +325,8 @@ def build_parser():
         default=0,
         help="seed of weights, order, augmentation and synthetic scenes",
     )
-    add("--device", type=cli.parse_device, default="auto", help="cpu, cuda, cuda:1, mps")
-    add("--out", help="run folder, must not exist; default: a new one in runs/")
+    add("--device", type=cli.parse_device, default="auto", help="device: cpu, cuda, cuda:1, mps")
+    add("--out", metavar="RUN", help="run folder, must not exist yet; default: a new one in runs/")
     add("--resume", action="store_true", help="continue the run in --out, or start it")
     add(
         "--overfit",
@@ -385,7 +385,7 @@ def build_parser():
         "--augment",
         choices=isaid.AUGMENT,
         default="flip",
-        help="augmentation, see isaid.make_transforms",
+        help="augmentation of training images, see isaid.make_transforms",
     )
 
     add = parser.add_argument_group("model").add_argument
@@ -402,7 +402,12 @@ def build_parser():
         default=False,
         help="freeze batch normalization and the first stage of the CNN",
     )
-    add("--dilation", action=switch, default=False, help="DC5: stride 16 instead of 32")
+    add(
+        "--dilation",
+        action=switch,
+        default=False,
+        help="DC5: stride 16 instead of 32 in the last stage of the CNN",
+    )
     add("--hidden_dim", type=size, default=128, help="channels of the transformer")
     add("--nheads", type=size, default=8, help="attention heads")
     add("--enc_layers", type=cli.int_range(0, 256), default=2, help="encoder layers")
@@ -413,7 +418,7 @@ def build_parser():
         default=256,
         help="hidden channels of the feed-forward networks",
     )
-    add("--dropout", type=cli.FRACTION, default=0.0, help="dropout in the transformer")
+    add("--dropout", type=cli.FRACTION, default=0.0, help="dropout probability in the transformer")
     add(
         "--num_queries",
         type=size,
@@ -430,11 +435,19 @@ def build_parser():
         "--with_box_refine",
         action=switch,
         default=True,
-        help="each decoder layer refines the boxes of the one before",
+        help="box refinement: each decoder layer corrects the boxes of the one before",
     )
-    add("--two_stage", action=switch, default=False, help="the encoder proposes the queries")
     add(
-        "--aux_loss", action=switch, default=True, help="losses of all decoder layers, not the last"
+        "--two_stage",
+        action=switch,
+        default=False,
+        help="two-stage detector: the encoder proposes the queries",
+    )
+    add(
+        "--aux_loss",
+        action=switch,
+        default=True,
+        help="losses of all decoder layers, not only of the last one",
     )
     add(
         "--attn_backend",
@@ -494,7 +507,7 @@ def build_parser():
         "--clip_max_norm",
         type=cli.POSITIVE_FLOAT,
         default=0.1,
-        help="gradients are scaled down to this norm",
+        help="largest norm of the gradient; a larger one is scaled down to it",
     )
     add(
         "--grad_accum_steps",

@@ -1,7 +1,9 @@
 """Prepare an exercise of COURSE.md: remove code from the source, or introduce a bug.
 
-python course/exercise.py matcher      removes the matching costs from detr.py
-git checkout detr.py                   restores the file; your other changes to it are lost
+    python course/exercise.py matcher      removes the matching costs from detr.py
+    git checkout detr.py                   restores the file; your other changes to it are lost
+
+Exercises that are prepared: matcher, schedule, operator, inverted.
 """
 
 import ast
@@ -72,7 +74,7 @@ def remove_body(code, name):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     exercise = sys.argv[1]
     print(f"{prepare(exercise)} is prepared; check: python -m pytest course -k {exercise}")

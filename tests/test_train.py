@@ -264,7 +264,7 @@ num_feature_levels with_box_refine lr_linear_proj_mult two_stage
 two_stage attn_backend ssl_patch ssl_on
 --setting pretrain --ssl_ratio 0.3 --num_queries 9 --ssl_task reconstruct | ssl_ratio num_queries
 --setting pretrain --two_stage --ssl_weight 2 --dec_layers 4 | two_stage dec_layers ssl_weight
---setting multitask --ssl_loss_on all --ssl_weight 2 --vocab_size 9 | vocab_size
+--setting multitask --ssl_loss_patches all --ssl_weight 2 --vocab_size 9 | vocab_size
 --ssl_task mim-discrete --vocab_size 9 --tokenizer_weights x --setting multitask | vocab_size
 --overfit 4 --limit_val 3 --augment none | augment limit_val
 --init x --init_parts backbone --lr_backbone 1 --freeze backbone | lr_backbone

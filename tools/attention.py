@@ -10,7 +10,7 @@ shows the points of all heads, larger and redder with their weight.
 
 Without IMAGE the first held-out image with objects is drawn, and the run's metrics.json gets an
 entry "attention", see `pointing_game`. IMAGE is seen whole, resized as the run's images are; of a
-large one use a crop.
+large image, pass a crop.
 """
 
 import json
@@ -217,11 +217,16 @@ def parse(argv):
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("run", help="run folder of train.py, or a checkpoint file")
-    add("image", nargs="?", type=Path, help="default: the first held-out image with objects")
+    add(
+        "image",
+        nargs="?",
+        type=Path,
+        help="image file; default: the first held-out image with objects",
+    )
     add("--queries", type=cli.POSITIVE_INT, default=4, help="number of queries to draw")
     out_help = "picture to write; default: attention.png, or attention-IMAGE.png, in RUN"
     add("--out", type=Path, help=out_help)
-    add("--device", type=cli.parse_device, default="auto", help="cpu, cuda, mps …")
+    add("--device", type=cli.parse_device, default="auto", help="device: cpu, cuda, mps …")
     return parser.parse_args(argv)
 
 

@@ -4,8 +4,7 @@
 
 The detector runs on overlapping windows as large as the training images, and duplicate detections
 of an object are merged. Writes a picture with boxes for each image, and for all images together
-predictions.json (COCO's format, with scores) and predictions.csv. Boxes in this file are xyxy in
-pixels of the whole image.
+predictions.json (COCO's format, with scores) and predictions.csv.
 """
 
 import csv
@@ -79,7 +78,7 @@ def detect_in_windows(
     image_size:      pixels per side that a window is resized to
     score:           smallest score that is kept
     max_dets:        largest number of detections per window
-    Returns {"boxes" (n, 4), "labels" (n,), "scores" (n,)} as numpy arrays, best first.
+    Returns {"boxes" (n, 4) xyxy, "labels" (n,), "scores" (n,)} as numpy arrays, best first.
     """
     data = Windows(image, window, overlap, image_size)
     loader = isaid.data_loader(data, workers, batch_size=batch_size)
@@ -105,6 +104,7 @@ def detect_in_windows(
 
 
 # ---------------------------------------------------------------- merging
+# Boxes are xyxy in pixels of the whole image.
 def intersect(a, b):
     """Return the intersection of boxes, (..., 4) each; it has no area if they do not overlap."""
     low = np.maximum(a[..., :2], b[..., :2])
@@ -259,7 +259,12 @@ def parse(argv):
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("run", help="run folder of train.py, or a checkpoint file")
-    add("images", type=os.path.abspath, nargs="+", help="images, and folders of images and folders")
+    add(
+        "images",
+        type=os.path.abspath,
+        nargs="+",
+        help="images, or folders that are searched for images",
+    )
     add("--out", type=Path, help="folder to write; default: predictions in the run folder")
     add("--score", type=cli.FRACTION, default=0.3, help="smallest score that is kept")
     window_help = "pixels per side of a window; default: as large as the training images"
@@ -269,7 +274,7 @@ def parse(argv):
     add("--max_dets", type=cli.POSITIVE_INT, default=100, help="detections per window")
     add("--batch_size", type=cli.POSITIVE_INT, default=8, help="windows per batch")
     add("--workers", type=cli.NUM_WORKERS, default=0, help="data loader processes")
-    add("--device", type=cli.parse_device, default="auto", help="cpu, cuda, mps …")
+    add("--device", type=cli.parse_device, default="auto", help="device: cpu, cuda, mps …")
     return parser.parse_args(argv)
 
 
