@@ -31,9 +31,9 @@ REPLACED = {
 def prepare(name):
     """Change the source for an exercise and return the name of the file. Exits with a message."""
     if name in REMOVED:
-        file, _ = REMOVED[name]
+        file, function = REMOVED[name]
     elif name in REPLACED:
-        file, _, _ = REPLACED[name]
+        file, before, after = REPLACED[name]
     else:
         sys.exit(f"error: unknown exercise {name!r}; choose from {', '.join(REMOVED | REPLACED)}")
     if has_uncommitted_changes(file):
@@ -42,9 +42,8 @@ def prepare(name):
 
     code = (ROOT / file).read_text(encoding="utf-8")
     if name in REMOVED:
-        changed = remove_body(code, REMOVED[name][1])
+        changed = remove_body(code, function)
     else:
-        _, before, after = REPLACED[name]
         changed = code.replace(before, after)
     if changed == code:
         message = f"does not contain the code that {name!r} modifies; start from a fresh clone"
