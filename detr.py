@@ -634,8 +634,8 @@ class DeformableDETR(Detector):
         """
         cells = flatten_levels(memory)
         if self.two_stage:
-            proposal_logits, proposal_boxes = self._propose(cells, memory)
-            queries = self._proposed_queries(proposal_logits, proposal_boxes)
+            proposal_logits, raw_boxes = self._propose(cells, memory)  # boxes before the sigmoid
+            queries = self._proposed_queries(proposal_logits, raw_boxes)
         else:
             queries = self._learned_queries(len(cells.features))
         ratios = valid_ratios(memory).repeat(1, 1, 2)[:, None]  # (B, 1, L, 4): x, y, w, h
@@ -645,17 +645,22 @@ class DeformableDETR(Detector):
         boxes = []
         for i, layer in enumerate(self.transformer.decoder.layers):
             n = reference.shape[-1]  # 4 for boxes, 2 for points, which have no width and height
-            per_level = reference[:, :, None] * ratios[..., :n]  # (B, Q, L, n)
-            x = layer(x, queries.position, per_level, cells.features, cells.shapes, cells.padding)
+            # from 0..1 of the image to 0..1 of each padded level
+            level_reference = reference[:, :, None] * ratios[..., :n]  # (B, Q, L, n)
+            x = layer(
+                x, queries.position, level_reference, cells.features, cells.shapes, cells.padding
+            )
             logits.append(self.class_embed[i](x))
+            # the head corrects the reference, before the sigmoid; a point has no size to correct:
+            # there the head starts at 0, or at -2.0 by its bias (see _add_heads)
             start = F.pad(inverse_sigmoid(reference), (0, 4 - n))  # (B, Q, 4)
-            boxes.append((start + self.bbox_embed[i](x)).sigmoid())  # the head corrects a reference
-            if self.with_box_refine:
+            boxes.append((start + self.bbox_embed[i](x)).sigmoid())
+            if self.with_box_refine:  # gradients do not flow back into the layer before
                 reference = boxes[-1].detach()
         outputs = {"logits": torch.stack(logits), "boxes": torch.stack(boxes)}
         if self.two_stage:
             outputs["proposal_logits"] = proposal_logits
-            outputs["proposal_boxes"] = proposal_boxes.sigmoid()
+            outputs["proposal_boxes"] = raw_boxes.sigmoid()
         return outputs
 
     def _learned_queries(self, batch_size):
@@ -768,8 +773,14 @@ def build_detector(name, num_classes, **options):
 # ---------------------------------------------------------------- matching and losses
 # Weights of the costs in the matching
 COST_CLASS = 1.0
+COST_CLASS_FOCAL = 2.0  # with the focal cost of Deformable DETR
 COST_BBOX = 5.0
 COST_GIOU = 2.0
+# Weights of the losses
+LOSS_CLASS = 1.0
+LOSS_CLASS_FOCAL = 2.0  # with the focal loss of Deformable DETR
+LOSS_BBOX = 5.0
+LOSS_GIOU = 2.0
 # Weight of "no object" in the cross-entropy (official: eos_coef), as nearly all queries have it
 NO_OBJECT_WEIGHT = 0.1
 # Focal loss (arXiv 1708.02002)
@@ -782,7 +793,9 @@ class Criterion:
 
     focal:    True: sigmoid scores with focal loss (Deformable DETR); False: softmax with a class
               "no object" (DETR)
-    aux_loss: True: losses of all N decoder layers; False: only of the last one, so that N is 1
+    aux_loss: True: losses of all N decoder layers; False: only of the last one (N is 1 below)
+
+    It has no parameters, so it is not an nn.Module.
 
     `weights` holds the weight of each loss in the sum that is trained on. Targets are a dict for
     each image: "labels" (T,) and "boxes" (T, 4), cxcywh in 0..1; they may stay on the CPU.
@@ -791,14 +804,14 @@ class Criterion:
     def __init__(self, focal, aux_loss=True):
         self.focal = focal
         self.aux_loss = aux_loss
-        class_weight = 2.0 if focal else 1.0
+        loss_class = LOSS_CLASS_FOCAL if focal else LOSS_CLASS
         self.weights = {
-            "loss_ce": class_weight,
-            "loss_bbox": 5.0,
-            "loss_giou": 2.0,
-            "loss_ce_enc": class_weight,
-            "loss_bbox_enc": 5.0,
-            "loss_giou_enc": 2.0,
+            "loss_ce": loss_class,
+            "loss_bbox": LOSS_BBOX,
+            "loss_giou": LOSS_GIOU,
+            "loss_ce_enc": loss_class,
+            "loss_bbox_enc": LOSS_BBOX,
+            "loss_giou_enc": LOSS_GIOU,
         }
 
     def __call__(self, outputs, targets, num_boxes=None):
@@ -843,6 +856,7 @@ class Criterion:
             num_boxes = sum(counts)
         num_boxes = max(num_boxes, 1)
         labels, target_boxes = pad_targets(targets, logits.device)  # (B, T), (B, T, 4)
+        # index tensors (pairs,): query q of layer n and image b is matched to object t, …
         layer, image, query, obj = self.match(logits, boxes, labels, target_boxes, counts)
 
         matched_labels = labels[image, obj]  # (pairs,)
@@ -857,6 +871,7 @@ class Criterion:
             target_classes[layer, image, query] = matched_labels
             class_weights = logits.new_ones(no_object + 1)
             class_weights[no_object] = NO_OBJECT_WEIGHT
+            # F.cross_entropy wants the classes in second place: (N, K + 1, B, Q)
             cross_entropy = F.cross_entropy(
                 logits.movedim(-1, 1), target_classes, class_weights, reduction="none"
             )  # (N, B, Q)
@@ -913,12 +928,13 @@ class Criterion:
             p = logits.sigmoid().gather(-1, index)  # (N, B, Q, T)
             positive = ALPHA * (1 - p) ** GAMMA * -(p + 1e-8).log()
             negative = (1 - ALPHA) * p**GAMMA * -(1 - p + 1e-8).log()
-            cost_class = 2 * (positive - negative)  # Deformable DETR's cost has twice the weight
+            cost_class = COST_CLASS_FOCAL * (positive - negative)
         else:
-            cost_class = -logits.softmax(-1).gather(-1, index)
+            cost_class = COST_CLASS * -logits.softmax(-1).gather(-1, index)
         cost_bbox = torch.cdist(boxes, target_boxes.expand(N, -1, -1, -1), p=1)
+        # (N, B, Q, 1, 4) against (B, 1, T, 4)
         cost_giou = -generalized_iou(boxes[..., None, :], target_boxes[:, None])
-        return COST_CLASS * cost_class + COST_BBOX * cost_bbox + COST_GIOU * cost_giou
+        return cost_class + COST_BBOX * cost_bbox + COST_GIOU * cost_giou
 
 
 def pad_targets(targets, device):

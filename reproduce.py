@@ -778,6 +778,8 @@ def reproduce(args):
         raise ValueError(f"no results for the selected rows and seeds in {folders}")
     report_provenance(selected, experiment, args.data)
     print(make_tables({**selected, **authors}, experiment.comparisons, experiment.goals))
+    if experiment.comparisons and max(map(len, selected.values()), default=0) == 1:
+        print("Comparisons need results of at least two seeds: --seeds 0 1")
     results.update(authors)
     tables = make_tables(results, experiment.comparisons, experiment.goals)
     write_text(runner.out / "table.md", tables + "\n")

@@ -125,7 +125,8 @@ class Task(nn.Module, abc.ABC):
     dim:          channels of the detector's feature maps
     strides:      pixels per cell of each feature map, finest first
     patch:        pixels per side of a patch
-    ratio:        share of an image's patches that is corrupted
+    ratio:        share of an image's patches that is corrupted (by chance a patch that is permuted
+                  may stay in its place)
     on:           what is corrupted, "features" or "image"
     loss_patches: which patches the loss counts, "corrupted" or "all"
     image_size:   pixels per side if all images are squares of one size, else None
@@ -186,11 +187,11 @@ class Task(nn.Module, abc.ABC):
 
     # ------------------------------------------------ the corruption
     def mask(self, rng, patches, grid):
-        """Return which patches are masked.
+        """Return the numbers of the patches to mask: (k,) integers, some of `patches`.
 
         rng:     random generator of this image (numpy)
-        patches: (n,) the numbers of the patches inside this image
-        grid:    (h, w)
+        patches: (n,) the numbers of the patches inside this image, row by row
+        grid:    (h, w), the numbers of rows and columns of patches
         """
         return []
 
@@ -246,7 +247,8 @@ class Task(nn.Module, abc.ABC):
 
         A cell that is larger than a patch is masked if any patch under it changed, so that nothing
         is left of that patch in the maps, except what the CNN has carried into neighboring cells
-        (on="image" avoids that).
+        (on="image" avoids that). With half of the patches of 16 pixels corrupted, that masks 94 %
+        of the cells of stride 32.
         """
         corrupted = []
         for level, stride, token in zip(levels, self.strides, self.mask_token):

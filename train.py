@@ -52,7 +52,8 @@ def compute_losses(model, task, images, padding, targets, args):
     images:  (B, 3, H, W) normalized
     padding: (B, H, W) bool, True = padding
     targets: one dict per image, see isaid.DetectionDataset
-    Returns {"loss_…": (layers,)}, unweighted, one value for each decoder layer that has a loss.
+    Returns {"loss_…": (n,)}, unweighted: of detection one value per decoder layer, of the task and
+    of the two-stage proposals a single one.
     """
     detects = args.setting in ("detect", "multitask")
     if task:
@@ -60,7 +61,7 @@ def compute_losses(model, task, images, padding, targets, args):
         corruption = task.sample_corruption(padding, seeds).to(images.device)
 
     with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-        levels = None
+        levels = None  # stays None in a pretraining that corrupts the image: the CNN sees only that
         if detects or not task.corrupts or task.on == "features":
             levels = model.features(images, padding)  # the CNN sees the clean images
         if detects:
@@ -74,7 +75,8 @@ def compute_losses(model, task, images, padding, targets, args):
     if task:
         num_patches = distributed.mean_over_ranks(task.counted_patches(corruption).sum())
         memory = detr.to_float32(task_memory)
-        losses["loss_ssl"] = task.loss(memory, images, corruption, num_patches)[None]
+        loss_ssl = task.loss(memory, images, corruption, num_patches)
+        losses["loss_ssl"] = loss_ssl[None]  # (1,): like the others, it has an axis of layers
     if detects:
         outputs = model.decode(detr.to_float32(clean_memory))
         check_finite(outputs, targets)
@@ -143,7 +145,7 @@ def train(run, train_set, val_set, args):
                 with gradient_sync(loss_module, completes_step):
                     losses = loss_module(images, padding, targets)
                     terms = {name: weights[name] * x.sum() for name, x in losses.items()}
-                    loss = sum(terms.values())
+                    loss = sum(terms.values())  # the log has the weighted terms, which add up to it
                     run.add_losses({**terms, "loss": loss}, 1 / args.grad_accum_steps)
                     (loss / args.grad_accum_steps).backward()
                 if not completes_step:
@@ -464,7 +466,8 @@ def build_parser():
     add(
         "--ssl_patch",
         type=cli.IMAGE_SIDE,
-        help="side of a patch in pixels; default: the largest stride",
+        help="side of a patch in pixels; default: the largest stride (a smaller patch, if it is "
+        "corrupted, masks the whole cell of each coarser level)",
     )
     add(
         "--ssl_loss_patches",
@@ -771,7 +774,10 @@ def build_run(args, train_set):
             "(batch size x accumulation x processes); lower --batch_size or --grad_accum_steps, "
             "or use fewer processes"
         )
-    state = checkpoint.load_resume_state(args) if args.resume else None
+    state = None
+    if args.resume:
+        defaults = vars(build_parser().parse_args([]))
+        state = checkpoint.load_resume_state(args, defaults)
     config = detector_config(args, max(1, len(train_set.categories)))
     model, init = build_model(config, args)
     attention = deformable_attn.set_attention_backend(model, args.device, args.attn_backend)
@@ -841,7 +847,9 @@ def print_summary(args, run, train_set, val_set, ignored):
     if ignored:
         show("ignored", ", ".join(f"--{name}" for name in ignored))
     is_slow = args.model == "detr" and run.notes["init"] == "random weights"
-    if is_slow and args.setting != "pretrain" and args.image_size != 64:
+    if args.image_size == 64:  # scenes so small that it learns in minutes: recipes/small_scenes.txt
+        is_slow = False
+    if is_slow and args.setting != "pretrain":
         show("expect", "DETR from scratch detects nothing for many epochs; consider --init")
     show("train", dataset_check.summary(train_set, args.num_queries, args.image_size))
     show("val", dataset_check.summary(val_set, args.num_queries, args.image_size))

@@ -34,7 +34,7 @@ def _build_kernel(device_type):
         return False, str(error)
 
 
-def backend(device, wanted="auto"):
+def choose_backend(device, wanted="auto"):
     """Choose what computes the operator on a device.
 
     device: torch device or its name
@@ -63,7 +63,7 @@ def backend(device, wanted="auto"):
 
 
 def set_attention_backend(model, device, wanted="auto"):
-    """Choose the backend of all deformable attention in a model; see `backend`.
+    """Choose the backend of all deformable attention in a model; see `choose_backend`.
 
     Returns "name: reason", or "" for a model without deformable attention.
     Raises ValueError if `wanted` cannot run on the device.
@@ -71,7 +71,7 @@ def set_attention_backend(model, device, wanted="auto"):
     modules = [module for module in model.modules() if isinstance(module, MSDeformAttn)]
     if not modules:
         return ""
-    name, reason = backend(device, wanted)
+    name, reason = choose_backend(device, wanted)
     for module in modules:
         module.backend = name
     return f"{name}: {reason}"
@@ -79,8 +79,12 @@ def set_attention_backend(model, device, wanted="auto"):
 
 @torch.compiler.assume_constant_result  # torch.compile calls it instead of tracing into it
 def _resolve_backend(device_type, wanted):
-    """Return the name of the backend; warn if "auto" finds no kernel where there should be one."""
-    name, reason = backend(device_type, wanted)
+    """Return the name of the backend for tensors of this device type.
+
+    A module hands over the name that `set_attention_backend` chose, which is only checked here. For
+    "auto" this warns if there is no kernel where there should be one.
+    """
+    name, reason = choose_backend(device_type, wanted)
     if name == "torch" and wanted == "auto" and device_type in KERNELS:
         warnings.warn(f"deformable attention: {reason}", stacklevel=3)
     return name

@@ -27,7 +27,7 @@ import torch
 
 from util import distributed
 
-from . import MSDeformAttn, backend, cuda, ms_deform_attn
+from . import MSDeformAttn, choose_backend, cuda, ms_deform_attn
 from .reference import ms_deform_attn_reference
 
 SMALL = [(64, 64), (32, 32), (16, 16), (8, 8)]
@@ -175,7 +175,7 @@ def print_rows(shape_name, dtype_name, args):
     expected = compute_expected(inputs)
     least = roofline_seconds(value, locations, weights, args.device)
     backend_names = ["torch"]
-    kernel, _ = backend(args.device)
+    kernel, _ = choose_backend(args.device)
     if kernel != "torch":
         backend_names.append(kernel)
     reference = None  # the times of the first row
@@ -285,7 +285,7 @@ def main():
         device_name = "CPU"
         dtype_names = ["fp32"]
         distributed.keep_freed_memory()
-    backend_name, reason = backend(args.device)
+    backend_name, reason = choose_backend(args.device)
     print(
         f"{device_name}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
         f"{backend_name}: {reason}; median of {args.repeats}\n"

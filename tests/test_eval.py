@@ -247,7 +247,7 @@ def test_a_closed_pipe_loses_nothing(run, tmp_path, monkeypatch):
 def test_the_backend_of_attention_and_collapsed_predictions(run, tmp_path):
     """A run of the reference is evaluated with it; identical predictions are noticed."""
     state = torch.load(run / "best.pt", weights_only=True)
-    auto, _ = deformable_attn.backend("cpu")
+    auto, _ = deformable_attn.choose_backend("cpu")
     state["args"]["attn_backend"] = "auto"
     for name, weight in state["model"].items():
         if "input_proj" in name:

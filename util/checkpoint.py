@@ -168,9 +168,10 @@ def load(model, task, state):
         task.load_state_dict(state["task_state"])
 
 
-def load_resume_state(args):
+def load_resume_state(args, defaults):
     """Return the content of last.pt in args.out, or None if there is none yet.
 
+    defaults: {flag: default}; a flag that the run does not know, since it is new, had its default
     Raises ValueError if the run was started with other flags.
     """
     path = Path(args.out, "last.pt")
@@ -180,15 +181,14 @@ def load_resume_state(args):
             raise ValueError(f"{path}: {message}; choose a different --out")
         return None
     state = load_checkpoint(path)
-    before = state.get("args")
-    if not isinstance(before, dict):
+    if not isinstance(state.get("args"), dict):
         message = "not a train.py checkpoint, cannot resume"
         raise ValueError(f"{path}: {message}; to use its weights, pass it to --init")
-    now = vars(args)
+    before = {**defaults, **state["args"]}
     changes = []
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name) and name not in MAY_CHANGE_ON_RESUME:
-            changes.append(f"--{name} was {before.get(name)}, now {now.get(name)}")
+    for name, value in vars(args).items():
+        if before[name] != value and name not in MAY_CHANGE_ON_RESUME:
+            changes.append(f"--{name} was {before[name]}, now {value}")
     if changes:
         message = f"cannot resume with different flags ({', '.join(changes)})"
         raise ValueError(f"{path}: {message}; {RESUME_RULE}")

@@ -14,7 +14,7 @@ weights/encoder.pkl.
 
 Until their revision a45563a the authors pretrained on ImageNet, with the CNN frozen. The rows
 imagenet-* do so: link the images of ImageNet as data/imagenet, or leave these rows out with
-`--rows detr-`.
+`--rows detr-` (rows with "detr-" in their name, which are those of DETR and Deformable DETR).
 
 Two kinds of rows are absent, because the authors have none: their multi-task learning cannot run
 with mim-discrete, and Deformable DETR after pretraining exists in neither of their repositories.
