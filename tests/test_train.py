@@ -486,7 +486,7 @@ def test_half_precision(model, monkeypatch):
     for flags in ([], ["--amp", "bf16"]):
         run, args, _, batch = prepared(*TASK, "--model", model, *flags)
         criterion, linear = run.model.criterion, run.model.transformer.encoder.layers[0].linear1
-        owners = (criterion, "layer_losses"), (criterion, "costs"), (run.task, "patch_losses")
+        owners = (criterion, "layer_losses"), (criterion, "matching_costs"), (run.task, "patch_losses")
         given = spied(monkeypatch, *owners)
         linear.register_forward_hook(lambda layer, x, out: layers.append(out.dtype))
         losses.append(train.compute_losses(run.model, run.task, *batch, args))
