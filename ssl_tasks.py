@@ -138,8 +138,19 @@ class Task(nn.Module, abc.ABC):
     rotates = False  # True: patches are turned as `turn` says
     picture = None  # how util/plots.py draws it: "pixels", "classes", "tokens" or "positions"
 
-    def __init__(self, *, num_outputs, dim, strides, patch, ratio=0.5, on="features",
-                 loss_patches="corrupted", image_size=None, hidden_layer=False):  # fmt: skip
+    def __init__(
+        self,
+        *,
+        num_outputs,
+        dim,
+        strides,
+        patch,
+        ratio=0.5,
+        on="features",
+        loss_patches="corrupted",
+        image_size=None,
+        hidden_layer=False,
+    ):
         super().__init__()
         self.num_outputs = num_outputs
         self.dim = dim
