@@ -651,8 +651,8 @@ class DeformableDETR(Detector):
                 x, queries.position, level_reference, cells.features, cells.shapes, cells.padding
             )
             logits.append(self.class_embed[i](x))
-            # the head corrects the reference, before the sigmoid; a point has no size to correct:
-            # there the head starts at 0, or at -2.0 by its bias (see _add_heads)
+            # the head corrects the reference, before the sigmoid; a point has no width and height:
+            # theirs start at the bias of the head, -2.0 (see _add_heads)
             start = F.pad(inverse_sigmoid(reference), (0, 4 - n))  # (B, Q, 4)
             boxes.append((start + self.bbox_embed[i](x)).sigmoid())
             if self.with_box_refine:  # gradients do not flow back into the layer before
@@ -687,6 +687,7 @@ class DeformableDETR(Detector):
         x = self.transformer.enc_output(cells.features.masked_fill(unusable, 0))
         x = self.transformer.enc_output_norm(x)
         logits = self.class_embed[-1](x)
+        # an unusable anchor is a box of the whole image after the sigmoid: 1, 1, 1, 1
         boxes = self.bbox_embed[-1](x) + anchors.logit().masked_fill(unusable, math.inf)
         return logits, boxes
 
@@ -805,14 +806,9 @@ class Criterion:
         self.focal = focal
         self.aux_loss = aux_loss
         loss_class = LOSS_CLASS_FOCAL if focal else LOSS_CLASS
-        self.weights = {
-            "loss_ce": loss_class,
-            "loss_bbox": LOSS_BBOX,
-            "loss_giou": LOSS_GIOU,
-            "loss_ce_enc": loss_class,
-            "loss_bbox_enc": LOSS_BBOX,
-            "loss_giou_enc": LOSS_GIOU,
-        }
+        self.weights = {"loss_ce": loss_class, "loss_bbox": LOSS_BBOX, "loss_giou": LOSS_GIOU}
+        for name in list(self.weights):  # the losses of two-stage proposals weigh the same
+            self.weights[f"{name}_enc"] = self.weights[name]
 
     def __call__(self, outputs, targets, num_boxes=None):
         """Compute the unweighted losses of a decoder's outputs.
@@ -855,7 +851,8 @@ class Criterion:
         if num_boxes is None:
             num_boxes = sum(counts)
         num_boxes = max(num_boxes, 1)
-        labels, target_boxes = pad_targets(targets, logits.device)  # (B, T), (B, T, 4)
+        # (B, T) and (B, T, 4), padded to the T of the image with the most objects
+        labels, target_boxes = pad_targets(targets, logits.device)
         # index tensors (pairs,): query q of layer n and image b is matched to object t, …
         layer, image, query, obj = self.match(logits, boxes, labels, target_boxes, counts)
 

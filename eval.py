@@ -88,7 +88,8 @@ def postprocess(model, outputs, targets, max_dets, name):
 def detect_dataset(model, data, args, max_dets=100):
     """Run the detector on a dataset. Returns (COCO results of all images, mean loss or None).
 
-    The loss is that of training; it is None if the dataset has no annotations.
+    The loss is that of detection in training, without that of a task; it is None if the dataset has
+    no annotations.
     args: batch_size, workers, device. Of several processes each returns what all have found.
     """
     model.eval()
@@ -112,10 +113,10 @@ def detect_dataset(model, data, args, max_dets=100):
 
 
 def weighted_loss(criterion, outputs, targets):
-    """Return the loss of training, the weighted sum of all terms of all decoder layers."""
+    """Return the weighted sum of all losses of detection in all decoder layers."""
     loss = 0.0
-    for name, layer_losses in criterion(outputs, targets).items():
-        loss += criterion.weights[name] * layer_losses.sum().item()
+    for name, values in criterion(outputs, targets).items():
+        loss += criterion.weights[name] * values.sum().item()
     return loss
 
 
@@ -282,7 +283,8 @@ def ssl_metrics(model, task, data, args):
     Returns (metrics, panels of the first batch for plots.draw_ssl); the metrics are
         ssl_loss:     mean over all counted patches
         ssl_acc:      share of them that is predicted correctly; None if the task predicts pixels
-        ssl_baseline: score of the best constant prediction, computed from the first images
+        ssl_baseline: score of a constant prediction, the mean patch or the most frequent class,
+                      computed from the first images
         ssl_chance:   accuracy of a random guess; None for pixels
     Raises DataError if no patch is counted.
     """
@@ -415,7 +417,10 @@ def epoch_text(line, epochs):
     """Return a line of log.jsonl, {name: value}, as a line of text."""
     text = f"epoch {line['epoch']:>3}/{epochs}  loss {line['train_loss']:.3f}"
     if "ap" in line:
-        text += f" (held out {line['val_loss']:.3f})"
+        if "train_loss_ssl" in line:  # which is not part of the held-out loss
+            text += f" (held out, detection alone {line['val_loss']:.3f})"
+        else:
+            text += f" (held out {line['val_loss']:.3f})"
         for name in ("ap", "ap50", "ap75"):
             text += f"  {name.upper()} {format_metric(line[name])}"
     if "ssl_loss" in line:

@@ -284,7 +284,7 @@ def data_loader(data, workers, **options):
     )
 
 
-def batch_size(data, args):
+def actual_batch_size(data, args):
     """Return the number of images per batch: --batch_size, or all images if there are fewer."""
     return min(args.batch_size, len(data))
 
@@ -295,7 +295,7 @@ def epoch_batch_indices(data, args, epoch):
     They depend on (seed, epoch) alone. The last images, too few for an optimizer step, are left
     out.
     """
-    size = batch_size(data, args)
+    size = actual_batch_size(data, args)
     num_processes = distributed.world_size()
     step_size = size * args.grad_accum_steps * num_processes
     num_items = len(data)

@@ -109,7 +109,7 @@ def corrupt_map(x, corruption, cells, fill):
     return corrupted[..., :H, :W]
 
 
-def choose(rng, patches, ratio):
+def choose_patches(rng, patches, ratio):
     """Return a random share of the patches, in random order."""
     return rng.permutation(patches)[: round(ratio * len(patches))]
 
@@ -202,7 +202,8 @@ class Task(nn.Module, abc.ABC):
 
         rng:     random generator of this image (numpy)
         patches: (n,) the numbers of the patches inside this image, row by row
-        grid:    (h, w), the numbers of rows and columns of patches
+        grid:    (h, w), rows and columns of patches in the padded batch; patch number i is in row
+                 i // w and column i % w. An image that is smaller than its batch has only some
         """
         return []
 
@@ -454,7 +455,7 @@ class MaskedPixels(PixelTask):
     """Mask a share of the patches; predict their pixels."""
 
     def mask(self, rng, patches, grid):
-        return choose(rng, patches, self.ratio)
+        return choose_patches(rng, patches, self.ratio)
 
 
 class MaskedTokens(ClassTask):
@@ -475,7 +476,7 @@ class MaskedTokens(ClassTask):
         self.tokenizer = tokenizer
 
     def mask(self, rng, patches, grid):
-        return choose(rng, patches, self.ratio)
+        return choose_patches(rng, patches, self.ratio)
 
     def target(self, images, corruption):
         return self.tokenizer(images)  # (B, h, w)
@@ -485,7 +486,7 @@ class JigsawPixels(PixelTask):
     """Permute a share of the patches among themselves; predict the pixels that belong there."""
 
     def permute(self, rng, patches, grid):
-        places = choose(rng, patches, self.ratio)
+        places = choose_patches(rng, patches, self.ratio)
         return places, rng.permutation(places)
 
 
@@ -501,7 +502,7 @@ class JigsawPositions(ClassTask):
         super().__init__(num_outputs=num_positions, patch=patch, image_size=image_size, **config)
 
     def permute(self, rng, patches, grid):
-        places = choose(rng, patches, self.ratio)
+        places = choose_patches(rng, patches, self.ratio)
         return places, rng.permutation(places)
 
     def target(self, images, corruption):

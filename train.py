@@ -61,15 +61,15 @@ def compute_losses(model, task, images, padding, targets, args):
         corruption = task.sample_corruption(padding, seeds).to(images.device)
 
     with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-        levels = None  # stays None in a pretraining that corrupts the image: the CNN sees only that
-        if detects or not task.corrupts or task.on == "features":
-            levels = model.features(images, padding)  # the CNN sees the clean images
         if detects:
+            levels = model.features(images, padding)
             clean_memory = model.encode(levels)
-        if detects and task and not task.corrupts:  # reconstruction: the clean memory will do
-            task_memory = clean_memory
-        elif task:
+        if args.setting == "pretrain":
+            task_memory = task.encode(model, images, padding, corruption)
+        if args.setting == "multitask" and task.corrupts:
             task_memory = task.encode(model, images, padding, corruption, levels)
+        if args.setting == "multitask" and not task.corrupts:  # reconstruction
+            task_memory = clean_memory
 
     losses = {}
     if task:
@@ -123,9 +123,9 @@ def train(run, train_set, val_set, args):
     """
     model = run.model
     loss_module = parallel_loss_module(model, run.task, args)
-    weights = {**model.criterion.weights, "loss_ssl": 1.0}
+    loss_weights = {**model.criterion.weights, "loss_ssl": 1.0}
     if args.setting == "multitask":
-        weights["loss_ssl"] = args.ssl_weight
+        loss_weights["loss_ssl"] = args.ssl_weight
     parameters = []
     for group in run.optimizer.param_groups:
         parameters += group["params"]
@@ -134,7 +134,7 @@ def train(run, train_set, val_set, args):
     with checkpoint.GracefulStop() as stop, bar:
         for epoch in range(run.epoch, args.epochs + 1):
             set_train_mode(model, args)
-            batches_done = run.step * args.grad_accum_steps  # by the run that is resumed
+            batches_done = run.steps_done * args.grad_accum_steps  # 0, unless the run was resumed
             loader = isaid.epoch_loader(train_set, args, epoch, batches_done)
             step_targets = []  # of the images since the last step of the optimizer
             for i, (images, padding, targets) in enumerate(run.timed_batches(loader), 1):
@@ -144,7 +144,7 @@ def train(run, train_set, val_set, args):
                 completes_step = i % args.grad_accum_steps == 0
                 with gradient_sync(loss_module, completes_step):
                     losses = loss_module(images, padding, targets)
-                    terms = {name: weights[name] * x.sum() for name, x in losses.items()}
+                    terms = {name: loss_weights[name] * x.sum() for name, x in losses.items()}
                     loss = sum(terms.values())  # the log has the weighted terms, which add up to it
                     run.add_losses({**terms, "loss": loss}, 1 / args.grad_accum_steps)
                     (loss / args.grad_accum_steps).backward()
@@ -156,13 +156,14 @@ def train(run, train_set, val_set, args):
                 run.optimizer.step()
                 run.optimizer.zero_grad()
                 run.schedule.step()
-                run.step += 1
+                run.steps_done += 1
                 step_targets = []
                 bar.update()
                 if distributed.mean_over_ranks(stop.received) > 0:  # in any process
                     stop_training(run, bar, stop.received)
 
             check_finite(model.state_dict(), [])
+            # before the evaluation: a run that is killed in it will resume there
             checkpoint.save_resume_state(run.out / "last.pt", run)
             line = run.log_line()
             if epoch % args.eval_every == 0 or epoch == args.epochs:
@@ -179,13 +180,13 @@ def train(run, train_set, val_set, args):
                 plots.draw_curves(run.out / "curves.png", run.log)
             bar.write(epoch_text(line, args.epochs))
             run.next_epoch()
-        checkpoint.save_resume_state(run.out / "last.pt", run)
+        checkpoint.save_resume_state(run.out / "last.pt", run)  # with the last evaluation
     return metrics
 
 
 def progress_bar(run, args):
     """Return a bar of all steps of the run; it is shown in terminals, by the first process."""
-    done = (run.epoch - 1) * run.steps_per_epoch + run.step
+    done = (run.epoch - 1) * run.steps_per_epoch + run.steps_done
     disable = None if distributed.rank() == 0 else True  # None: shown unless piped to a file
     total = args.epochs * run.steps_per_epoch
     return tqdm(total=total, initial=done, desc="training", unit="step", disable=disable)
@@ -195,7 +196,7 @@ def stop_training(run, bar, signal_number):
     """Save the run after a signal, say how to resume it, and exit with the signal's status."""
     checkpoint.save_resume_state(run.out / "last.pt", run)
     bar.write(
-        f"stopped in epoch {run.epoch} after {run.step} of {run.steps_per_epoch} steps; "
+        f"stopped in epoch {run.epoch} after {run.steps_done} of {run.steps_per_epoch} steps; "
         f"to resume, run the same command with --out {shlex.quote(str(run.out))} --resume"
     )
     if signal_number == 0:  # another process received it
@@ -219,7 +220,7 @@ def check_finite(tensors, targets):
 
 
 def check_divergence(loss, run):
-    """Raise FloatingPointError if the loss is a hundred times that of the run's first step."""
+    """Raise FloatingPointError if the loss is a hundred times that of the first step, or 100."""
     if run.first_loss == 0:
         run.first_loss = max(loss.item(), 1.0)
     if loss > 100 * run.first_loss:
@@ -466,8 +467,8 @@ def build_parser():
     add(
         "--ssl_patch",
         type=cli.IMAGE_SIDE,
-        help="side of a patch in pixels; default: the largest stride (a smaller patch, if it is "
-        "corrupted, masks the whole cell of each coarser level)",
+        help="side of a patch in pixels; default: the largest stride; smaller patches mask whole "
+        "cells of coarser levels",
     )
     add(
         "--ssl_loss_patches",
@@ -806,7 +807,7 @@ def build_run(args, train_set):
     torch.manual_seed(args.seed + distributed.rank())  # dropout differs between processes
     if state:
         checkpoint.resume(run, state, args.device)
-        init = f"resumed in epoch {run.epoch} after {run.step} of {steps} steps"
+        init = f"resumed in epoch {run.epoch} after {run.steps_done} of {steps} steps"
     run.notes = {"init": init, "attention": attention}
     if args.compile:
         model.features = torch.compile(model.features)
@@ -817,7 +818,7 @@ def build_run(args, train_set):
 
 def images_per_step(args, train_set):
     """Return the number of images of an optimizer step, in all processes."""
-    batch_size = isaid.batch_size(train_set, args)
+    batch_size = isaid.actual_batch_size(train_set, args)
     return batch_size * args.grad_accum_steps * distributed.world_size()
 
 

@@ -524,7 +524,7 @@ def test_few_images(folder):
     train_set, val_set = isaid.load_train_and_val(args)
     assert vars(args) == before
     assert_same(train_set, val_set)
-    assert len(train_set) == isaid.batch_size(train_set, args) == 2
+    assert len(train_set) == isaid.actual_batch_size(train_set, args) == 2
     batches = isaid.epoch_batch_indices(train_set, args, epoch=0)
     assert len(batches) == 50
     assert sorted({i % 2 for i in batches[0] + batches[1]}) == [0, 1]

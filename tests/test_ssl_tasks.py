@@ -404,7 +404,7 @@ class Rotation(ssl_tasks.ClassTask):
         super().__init__(num_outputs=4, **config)
 
     def turn(self, rng, patches, grid):
-        places = ssl_tasks.choose(rng, patches, self.ratio)
+        places = ssl_tasks.choose_patches(rng, patches, self.ratio)
         return places, rng.integers(1, 4, len(places))
 
     def target(self, images, corruption):

@@ -42,11 +42,11 @@ class Run:
     notes: dict = dataclasses.field(default_factory=dict)  # lines of the summary: {title: text}
     out: Path | None = None  # the run folder
     epoch: int = 1
-    step: int = 0  # steps of this epoch that are done
+    steps_done: int = 0  # of this epoch
     loss_sums: dict = dataclasses.field(default_factory=dict)  # over these steps
     seconds: float = 0.0  # of these steps …
     data_seconds: float = 0.0  # … and how many of them were spent waiting for data
-    first_loss: float = 0.0  # of the first batch of the run
+    first_loss: float = 0.0  # of the first step of the run
     best_score: float = -math.inf
     log: list = dataclasses.field(default_factory=list)  # one dict per epoch
 
@@ -79,7 +79,7 @@ class Run:
 
     def next_epoch(self):
         self.epoch += 1
-        self.step = 0
+        self.steps_done = 0
         self.loss_sums = {}
         self.seconds = 0.0
         self.data_seconds = 0.0
@@ -89,7 +89,7 @@ class Run:
 PROGRESS = (
     "steps_per_epoch",
     "epoch",
-    "step",
+    "steps_done",
     "seconds",
     "data_seconds",
     "first_loss",

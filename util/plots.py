@@ -357,7 +357,8 @@ def pixel_panel(task, prediction, target, corruption):
     counted = task.counted_patches(corruption)
     in_frame = counted.unflatten(1, corruption.grid)  # (B, h, w)
     in_frame = patches_to_pixels(in_frame, task.patch, target.shape[-2:])[:, None]
-    return Panel("predicted in frames", torch.where(in_frame, prediction, target), counted)
+    shown = torch.where(in_frame, prediction, target)
+    return Panel("predicted (inside the frames)", shown, counted)
 
 
 def class_panel(task, images, prediction, target, corruption):
