@@ -486,13 +486,15 @@ def test_half_precision(model, monkeypatch):
     for flags in ([], ["--amp", "bf16"]):
         run, args, _, batch = prepared(*TASK, "--model", model, *flags)
         criterion, linear = run.model.criterion, run.model.transformer.encoder.layers[0].linear1
-        owners = (criterion, "layer_losses"), (criterion, "matching_costs"), (run.task, "patch_losses")
+        owners = [(criterion, "layer_losses"), (criterion, "matching_costs")]
+        owners.append((run.task, "patch_losses"))
         given = spied(monkeypatch, *owners)
         linear.register_forward_hook(lambda layer, x, out: layers.append(out.dtype))
         losses.append(train.compute_losses(run.model, run.task, *batch, args))
         kinds = {x.dtype for calls in given.values() for call in calls for x in call.args[:2]}
         assert all(given.values()) and kinds == {torch.float32}
-    assert layers == [torch.float32, torch.bfloat16]
+    # the encoder runs twice: on the clean images, then on the corrupted ones
+    assert layers == [torch.float32] * 2 + [torch.bfloat16] * 2
     sum(values.sum() for values in losses[1].values()).backward()
     for p in (*run.model.parameters(), *run.task.parameters()):
         assert p.dtype == torch.float32 and (p.grad is None or p.grad.isfinite().all())
