@@ -522,7 +522,7 @@ class DeformableDETR(Detector):
         divisor = 32  # the groups of the normalization in make_input_proj
         super().__init__(hidden_dim, nheads, divisor, aux_loss)
         if two_stage and not with_box_refine:
-            raise ValueError("two_stage needs with_box_refine")
+            raise ValueError("two_stage requires with_box_refine")
         self.num_queries = num_queries
         self.with_box_refine = with_box_refine
         self.two_stage = two_stage

@@ -871,7 +871,12 @@ def main(argv=None):
     add("experiment", nargs="?", help="name in results/, or a folder; default: list them")
     add("--data", type=os.path.abspath, help="dataset, for experiments that need one")
     add("--seeds", type=NON_NEGATIVE_INT, nargs="+", help="seeds to run (default: 0) and print")
-    add("--rows", nargs="+", metavar="TEXT", help="only rows with one of these texts in the name")
+    add(
+        "--rows",
+        nargs="+",
+        metavar="TEXT",
+        help="only rows with one of these texts in their names, and the rows they start from",
+    )
     add(
         "--jobs", type=int_range(1, 256), default=1, help="parallel runs, each on a GPU if possible"
     )

@@ -74,7 +74,7 @@ class Rotation(ClassTask):
         super().__init__(num_outputs=3, **config)
 
     def turn(self, rng, patches, grid):
-        places = choose(rng, patches, self.ratio)
+        places = choose_patches(rng, patches, self.ratio)
         return places, rng.integers(1, 4, len(places))
 
     def target(self, images, corruption):  # patches that are not turned do not count

@@ -402,7 +402,7 @@ MISTAKES = """
 --limit_train 3 --grad_accum_steps 2 | 3 training images are fewer than one optimizer step needs
 --model yolo | --model: invalid choice: 'yolo'
 --hidden_dim 100 | hidden_dim (100) must be divisible by nheads
---two_stage --no-with_box_refine | two_stage needs with_box_refine
+--two_stage --no-with_box_refine | two_stage requires with_box_refine
 --frozen_bn --init {run} --init_parts encoder | --frozen_bn would freeze randomly initialized
 --device cuda:99 | --device: device 'cuda:99' is not available
 --seed -1 | --seed: expected a whole number of at least 0, got '-1'
