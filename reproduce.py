@@ -297,7 +297,10 @@ class Runner:
             command.append(word.format(**folders))
         command += ["--seed", str(seed), "--out", folders[name], "--resume"]
         if self.shares_gpus:  # the runs share the CPU's cores
-            workers = max(1, (os.cpu_count() or 1) // self.args.jobs)
+            cores = os.cpu_count()
+            if cores is None:  # unknown
+                cores = 1
+            workers = max(1, cores // self.args.jobs)
             command += ["--workers", str(min(8, workers))]
         return command
 

@@ -593,7 +593,9 @@ def check_flags(parser, args):
     if args.backbone_weights == "imagenet":
         initialized.add("backbone")
     for _, parts in args.init:
-        initialized.update(parts or PARTS)
+        if parts is None:
+            parts = PARTS
+        initialized.update(parts)
     if args.frozen_bn and "backbone" not in initialized:
         parser.error(
             "--frozen_bn would freeze randomly initialized layers; "
@@ -730,11 +732,14 @@ def build_task(args, strides):
     """Return (the task or None, the arguments of ssl_tasks.build_task to build it again)."""
     if args.setting == "detect":
         return None, None
+    patch = args.ssl_patch
+    if patch is None:
+        patch = max(strides)
     config = {
         "name": args.ssl_task,
         "dim": args.hidden_dim,
         "strides": list(strides),
-        "patch": args.ssl_patch or max(strides),
+        "patch": patch,
         "image_size": args.image_size,
         "ratio": args.ssl_ratio,
         "on": args.ssl_on,

@@ -111,7 +111,8 @@ def compile_kernel(arch, dtype, channels):
         error = nvrtc().nvrtcCompileProgram(program, len(options), c_options)
         log = nvrtc_output("nvrtcGetProgramLog", program).decode(errors="replace").strip("\0\n ")
         if error:
-            raise RuntimeError(f"compiling {SOURCE.name} for {arch} failed: {log or error}")
+            reason = log if log else f"error {error}"
+            raise RuntimeError(f"compiling {SOURCE.name} for {arch} failed: {reason}")
         return nvrtc_output("nvrtcGetCUBIN", program), log
     finally:
         nvrtc().nvrtcDestroyProgram(ctypes.byref(program))

@@ -298,7 +298,10 @@ def flags_with_values():
             if action.nargs == 0:
                 result.append((flag,))
                 continue
-            for value in action.choices or WORDS:
+            values = WORDS
+            if action.choices:
+                values = action.choices
+            for value in values:
                 result.append((flag, value))
     return result
 

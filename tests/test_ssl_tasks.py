@@ -69,7 +69,9 @@ def make_task(name, model, patch=None, image_size=256, **config):
 def make_setting(model_name, task_name, model_options=None, **config):
     """Return (images, padding, a model, a task for it, a corruption of the images)."""
     images, padding = make_batch()
-    model = make_model(model_name, **(model_options or {}))
+    if model_options is None:
+        model_options = {}
+    model = make_model(model_name, **model_options)
     task = make_task(task_name, model, **config)
     corruption = task.sample_corruption(padding, [1, 2, 3])
     return images, padding, model, task, corruption

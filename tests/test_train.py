@@ -406,6 +406,8 @@ MISTAKES = """
 --frozen_bn --init {run} --init_parts encoder | --frozen_bn would freeze randomly initialized
 --device cuda:99 | --device: device 'cuda:99' is not available
 --seed -1 | --seed: expected a whole number of at least 0, got '-1'
+--seed 99999999999 | --seed: expected a whole number of at least 0 and at most 4294967296, got
+--lr nan | --lr: expected a number greater than 0, got 'nan'
 --lr fast | --lr: expected a number greater than 0, got 'fast'
 --dropout 1.5 | --dropout: expected a number of at least 0 and at most 1, got '1.5'
 --image_size 32 | --image_size must be at least 64

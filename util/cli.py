@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import math
 import os
 import shlex
 import sys
@@ -23,42 +22,48 @@ def one_line(error):
 
 
 # ---------------------------------------------------------------- types of flags
-def int_range(low, high=None):
+LARGEST = 2**32  # of any number; only smaller limits are part of every message
+
+
+def int_range(low, high=LARGEST):
     """Return an argparse type for whole numbers from `low` to `high`, both included."""
-    expected = f"a whole number of at least {low}"
-    if high is not None:
-        expected += f" and at most {high}"
+
+    def is_valid(value):
+        return low <= value <= high
+
+    return number_type(int, f"a whole number of at least {low}", high, is_valid)
+
+
+def float_range(low, high=LARGEST, open_low=False):
+    """Return an argparse type for numbers from `low` to `high`; open_low excludes `low` itself."""
+
+    def is_valid(value):  # False for NaN
+        if open_low:
+            return low < value <= high
+        return low <= value <= high
+
+    if open_low:
+        return number_type(float, f"a number greater than {low}", high, is_valid)
+    return number_type(float, f"a number of at least {low}", high, is_valid)
+
+
+def number_type(convert, expected, high, is_valid):
+    """Return an argparse type: `convert` (int or float), then a check by `is_valid`.
+
+    expected: what a valid number is, in words, without the limit `high`
+    """
 
     def parse(text):
+        message = f"expected {expected}"
         try:
-            value = int(text)
+            value = convert(text)
         except ValueError:
             value = None
-        if value is None or value < low or value > (high or 2**32):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return parse
-
-
-def float_range(low, high=None, open_low=False):
-    """Return an argparse type for numbers from `low` to `high`; open_low excludes `low` itself."""
-    if open_low:
-        expected = f"a number greater than {low}"
-    else:
-        expected = f"a number of at least {low}"
-    if high is not None:
-        expected += f" and at most {high}"
-
-    def parse(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        too_low = value <= low if open_low else value < low
-        if math.isnan(value) or too_low or value > (high or 2**32):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
+        if value is not None and is_valid(value):
+            return value
+        if high < LARGEST or (value is not None and value > high):
+            message += f" and at most {high}"
+        raise argparse.ArgumentTypeError(f"{message}, got {text!r}")
 
     return parse
 

@@ -1,6 +1,6 @@
 """Compare the speed of our detectors with that of the package transformers.
 
-    python -m results.cost.beside_transformers [--keep_memory]
+    python -m results.cost.beside_transformers
 
 Both are timed in one process in alternating calls: a training step and inference with two images of
 512 x 512 pixels with ten objects each. The models have their published architecture (ResNet-50, six
@@ -19,7 +19,6 @@ import transformers
 
 import detr
 import train
-from util import distributed
 from util.cli import Parser, cli_main
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -138,15 +137,7 @@ def compare(name, images, padding, boxes):
 
 @cli_main
 def main(argv=None):
-    parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--keep_memory",
-        action="store_true",
-        help="keep freed memory in the process, as train.py does",
-    )
-    args = parser.parse_args(argv)
-    if args.keep_memory:
-        distributed.keep_freed_memory()
+    Parser(description=__doc__).parse_args(argv)
     torch.manual_seed(0)
     boxes = torch.rand(10, 4) / 5 + 0.3
     images = torch.randn(2, 3, SIZE, SIZE)
