@@ -1,6 +1,6 @@
 """The dataset: images with boxes, their augmentation, and batches of them.
 
-    python isaid.py prepare RAW OUT                cut iSAID's raw release into patches
+    python isaid.py prepare RAW OUT                cut iSAID into patches, or arrange NWPU VHR-10
     python isaid.py check DATA                     report what a dataset contains, and its errors
     python isaid.py scenes OUT --train 20 --val 5  write synthetic scenes as a dataset
 
@@ -20,7 +20,7 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from util import coco, distributed, isaid_prepare, synthetic
+from util import coco, distributed, isaid_prepare, isaid_raw, synthetic, vhr10
 from util.cli import IMAGE_SIDE, NON_NEGATIVE_INT, POSITIVE_INT, Parser, cli_main, int_range
 from util.dataset_check import check_dataset
 from util.files import DataError, write_text
@@ -403,6 +403,26 @@ def random_int(low, high):
 
 
 # ---------------------------------------------------------------- commands
+def prepare(args):
+    """Prepare the dataset that args.raw contains; return the exit status. Raises DataError."""
+    raw = Path(args.raw)
+    has_isaid = len(isaid_raw.find_splits(raw)) > 0
+    has_vhr10 = vhr10.is_in(raw)
+    if has_isaid and has_vhr10:
+        problem = "contains both iSAID and NWPU VHR-10"
+        raise DataError(f"{raw}: {problem}; move one of them into a folder of its own")
+    if has_vhr10:
+        return vhr10.prepare(args)
+    if not has_isaid and not args.splits:
+        raise DataError(
+            f"{raw}: expected at least one of train/images, val/images, test/images of iSAID, or a "
+            "download: iSAID (13.7 GB, from https://hf.co/datasets/isaaccorley/dota and "
+            "https://hf.co/datasets/isaaccorley/isaid) or NWPU VHR-10 (78 MB, from "
+            "https://hf.co/datasets/isaaccorley/vhr10); README.md has the commands"
+        )
+    return isaid_prepare.prepare(args)
+
+
 def write_scenes(out, counts, size, seed):
     """Write synthetic scenes as a dataset in the layout of iSAID's patches.
 
@@ -429,26 +449,30 @@ def build_parser():
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    add = commands.add_parser("prepare", help="cut iSAID's raw release into patches").add_argument
-    add("raw", help="folder with {train,val,test}/images, the masks next to the images")
+    prepare_help = "turn iSAID or NWPU VHR-10, as downloaded, into a dataset"
+    prepare_parser = commands.add_parser("prepare", help=prepare_help)
+    add = prepare_parser.add_argument
+    add("raw", help="folder of what was downloaded; see util/isaid_raw.py and util/vhr10.py")
     add("out", help="folder to write; an interrupted call is continued")
     add(
         "--splits",
         nargs="+",
         choices=("train", "val", "test"),
-        help="splits to cut; default: those in RAW",
+        help="splits to prepare; default: those in RAW",
     )
-    add("--patch", type=POSITIVE_INT, default=800, help="pixels per side of a patch")
+    add("--limit", type=POSITIVE_INT, metavar="N", help="only the first N images of each split")
+    add = prepare_parser.add_argument_group("for iSAID only").add_argument
+    patch_help = "pixels per side of a patch"
+    add("--patch", type=POSITIVE_INT, default=isaid_prepare.PATCH, help=patch_help)
     add(
         "--overlap",
         type=NON_NEGATIVE_INT,
-        default=200,
+        default=isaid_prepare.OVERLAP,
         help="pixels that neighboring patches share",
     )
     workers = min(8, multiprocessing.cpu_count())
     workers_help = "processes; each needs up to 2 GB of memory for large images"
     add("--workers", type=int_range(1, 256), default=workers, help=workers_help)
-    add("--limit", type=POSITIVE_INT, metavar="N", help="only the first N images of each split")
     devkit_help = "exactly the patches of iSAID's devkit, see util/isaid_prepare.py"
     add("--devkit", action="store_true", help=devkit_help)
 
@@ -469,7 +493,7 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.command == "prepare":
-        sys.exit(isaid_prepare.prepare(args))
+        sys.exit(prepare(args))
     if args.command == "check":
         sys.exit(check_dataset(args.data))
     if Path(args.out).exists():

@@ -1,9 +1,11 @@
-"""isaid.py prepare: against full masks and the devkit's counts; errors; interruptions."""
+"""isaid.py prepare: full masks, the devkit's counts, layouts of RAW; errors; interruptions."""
 
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from pycocotools import mask as coco_mask
 from scipy import ndimage
 
 import isaid
-from util import coco, dataset_check, isaid_prepare
+from util import coco, dataset_check, isaid_prepare, isaid_raw
 from util.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -242,6 +244,138 @@ def test_bad_images_are_named(capsys):
     names = {image["file_name"] for image in annotations_of()["images"]}
     assert names == {path.name for path in OUT.glob("images/P0001_*.png")}  # kept
     assert len(names) == 4
+
+
+# ---------------------------------------------------------------- other layouts of RAW
+IMAGE_ARCHIVE = Path("raw/dotav1.0_images_train.tar.gz")
+MASK_ARCHIVE = Path("raw/isaid_annotations_train.tar.gz")
+
+
+def pack(archive, files):
+    """Write an archive as the mirror has them, with what a Mac adds; files: {name: path}."""
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, path in files.items():
+            hidden = tarfile.TarInfo(name.replace("P", "._P"))
+            hidden.size = 4
+            tar.addfile(hidden, io.BytesIO(b"junk"))
+            tar.add(path, name)
+
+
+def move_images(place):
+    """Move the images from raw/train/images into an archive, or into the folder raw/images."""
+    paths = sorted(path for path in RAW.glob("*.png") if not coco.is_mask(path))
+    if place == "archive":
+        pack(IMAGE_ARCHIVE, {f"./images/{path.name}": path for path in reversed(paths)})
+    for path in paths:
+        if place == "shared":
+            Path("raw/images").mkdir(exist_ok=True)
+            shutil.copy(path, "raw/images")
+        if place != "official":
+            path.unlink()
+
+
+def move_masks(place):
+    """Move the masks from raw/train/images into an archive, or into folders of their own."""
+    files = {}
+    for path in sorted(RAW.glob("*_instance_*.png")):
+        kind = "Instance_masks" if "_id_" in path.name else "Semantic_masks"
+        files[f"train/{kind}/images/{path.name}"] = path
+    if place == "archive":
+        pack(MASK_ARCHIVE, files)
+    for name, path in files.items():
+        target = Path("raw", name)
+        if place == "folders":
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+        path.unlink()
+
+
+def files_of(folder):
+    """Return the files below a folder, {relative path: content}."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in paths}
+
+
+LAYOUTS = [  # places of the images and of the masks
+    ("official", "folders"),
+    ("official", "archive"),
+    ("shared", "folders"),
+    ("archive", "folders"),
+    ("archive", "archive"),
+]
+
+
+def test_layouts_of_raw_give_the_same():
+    draw_raw("P2", 100, 90, 10)
+    draw_raw("P10", 100, 90, 10)
+    assert prepare("raw official --limit 1") == 0
+    expected = files_of("official")
+    assert len(expected) == 4 + 2  # patches; annotations and settings
+    shutil.move("raw", "original")
+    for images, masks in LAYOUTS:
+        shutil.copytree("original", "raw")
+        move_images(images)
+        move_masks(masks)
+        assert prepare("raw out --limit 1") == 0
+        assert files_of("out") == expected, (images, masks)
+        shutil.rmtree("raw")
+        shutil.rmtree("out")
+
+
+def test_damaged_archives(capsys):
+    """A download that ended early is named; with the whole one, finished images are kept."""
+    for i in (1, 2, 3):
+        draw_raw(f"P000{i}", 100, 90, 10, seed=i)
+    move_images("archive")
+    move_masks("archive")
+    details = {MASK_ARCHIVE: "159 MB", IMAGE_ARCHIVE: "10,183,034,823 bytes, MD5 363b"}
+    for archive, text in details.items():
+        content = archive.read_bytes()
+        for length in (0, len(content) // 2, len(content) - 4):
+            archive.write_bytes(content[:length])
+            message = prepare("raw out")
+            assert f"{archive}: incomplete or corrupted (" in message
+            assert f"{archive.name} ({text}" in message
+        archive.write_bytes(content)
+    assert not coco.split_files("out", "train")[1].exists()
+    finished = {path: path.stat().st_mtime_ns for path in OUT.glob("images/P0003_*.png")}
+    assert finished  # the archive's first
+    assert prepare("raw out") == 0
+    for path, time_before in finished.items():
+        assert path.stat().st_mtime_ns == time_before
+
+    Image.new("RGB", (90, 100)).save("black.png")
+    pack(IMAGE_ARCHIVE, {"images/P0002.png": "black.png", "images/P0004.png": "black.png"})
+    message = prepare("raw again")
+    assert f"{IMAGE_ARCHIVE}: 2 images that have masks not found (first: P0001.png)" in message
+    assert f"{IMAGE_ARCHIVE}: 1 images without masks left out" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_named():
+    """In one line, with its address: masks of all images; images."""
+    for i in (1, 2):
+        draw_raw(f"P000{i}", 30, 30, 2)
+    shutil.copytree("raw", "original")
+    image_address = f"{isaid_raw.DOTA}/{IMAGE_ARCHIVE.name} (10,183,034,823 bytes"
+    mask_address = f"{isaid_raw.MASKS}/{MASK_ARCHIVE.name} (159 MB"
+    move_masks("folders")
+    shutil.rmtree("raw/train/Instance_masks")
+    message = prepare("raw out")
+    assert "masks of 2 of 2 images not found (first: P0001_instance_id_RGB.png)" in message
+    assert mask_address in message
+    move_images("archive")
+    shutil.rmtree("raw/train")
+    message = prepare("raw out")
+    assert f"{IMAGE_ARCHIVE}: masks of its images not found" in message
+    assert mask_address in message
+    IMAGE_ARCHIVE.unlink()
+    shutil.copytree("original", "raw", dirs_exist_ok=True)
+    move_masks("archive")
+    move_images("archive")
+    IMAGE_ARCHIVE.unlink()
+    message = prepare("raw out")
+    assert f"{RAW}: contains no images" in message
+    assert image_address in message
 
 
 MISTAKES = [

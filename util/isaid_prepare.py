@@ -2,8 +2,8 @@
 
     python isaid.py prepare RAW OUT
 
-The patches, their names and their annotations are those of the official devkit
-(github.com/CAPTAIN-WHU/iSAID_Devkit), with these differences:
+isaid_raw.py says what RAW may contain. The patches, their names and their annotations are those of
+the official devkit (github.com/CAPTAIN-WHU/iSAID_Devkit), with these differences:
 - A mask is an exact run-length encoding. The devkit writes polygons through the centers of the
   pixels and fills holes.
 - Annotation ids start at 1, because to pycocotools 0 means "none".
@@ -18,7 +18,6 @@ import functools
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import sys
 import threading
@@ -29,7 +28,7 @@ from pycocotools import mask as coco_mask
 from scipy import ndimage
 from tqdm import tqdm
 
-from util import coco
+from util import coco, isaid_raw
 from util.files import DataError, read_json, write_text
 from util.images import check_size, read_image, read_size
 
@@ -54,8 +53,11 @@ CLASS_COLORS = {
 CATEGORIES = [{"id": i, "name": name} for i, name in enumerate(CLASS_COLORS, start=1)]
 FIRST_INSTANCE_ID = 1000  # lower numbers in the masks of instances are not objects
 MIN_PIXELS = 11  # the devkit ignores smaller objects
-DEVKIT_LEAVES_OUT = ("P1527", "P1530")
 ROWS_PER_CHUNK = 512  # to convert a whole mask at once would need gigabytes
+
+
+PATCH = 800  # pixels per side, and
+OVERLAP = 200  # pixels that neighboring patches share, by default
 
 
 # ---------------------------------------------------------------- windows
@@ -217,58 +219,44 @@ def smallest_part(mask):
 
 
 # ---------------------------------------------------------------- images
-def find_sources(folder, devkit, limit):
-    """Return the paths of the first `limit` images of a split of the raw release, in order.
-
-    Raises DataError if there are none.
-    """
-    sources = []
-    for path in folder.glob("*"):
-        is_image = path.suffix.lower() == ".png" and path.is_file() and not coco.is_mask(path)
-        if is_image and coco.is_user_file(path.name):
-            sources.append(path)
-    if devkit:
-        sources = [path for path in sources if path.stem not in DEVKIT_LEAVES_OUT]
-    if not sources:
-        raise DataError(f"{folder}: contains no images; expected iSAID files such as P0000.png")
-    return sorted(sources, key=lambda path: natural_sort_key(path.name))[:limit]
-
-
-def natural_sort_key(name):
-    """Return a key that sorts P2 before P10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def tile_image(source, out, has_masks, windowing):
+def tile_image(source, out, windowing):
     """Write the patches of an image, and then a record of them in the folder `parts`.
 
-    source:    path of the image, with its masks next to it
+    source:    isaid_raw.Source
     out:       folder of the split
-    has_masks: False for test images
     windowing: {"patch", "overlap", "devkit"} for tile_windows
     The record, [[file name, height, width, annotations] of each patch], tells the next call that
-    the image is finished. Raises DataError.
+    the image is finished. Temporary files are deleted. Raises DataError.
     """
-    width, height = read_size(source)
-    if has_masks:
-        instance_mask = source.with_name(f"{source.stem}_instance_id_RGB.png")
-        class_mask = source.with_name(f"{source.stem}_instance_color_RGB.png")
-        for path in (instance_mask, class_mask):
+    try:
+        record = write_patches(source, out, windowing)
+    finally:
+        for path in source.temporary:
+            path.unlink()
+    write_text(out / "parts" / f"{source.image.stem}.json", json.dumps(record))
+
+
+def write_patches(source, out, windowing):
+    """Write the patches of an image; returns their record. See tile_image."""
+    width, height = read_size(source.image)
+    if source.masks:
+        for path in source.masks:
             check_size({"width": width, "height": height}, path, read_size(path))
+        instance_mask, class_mask = source.masks
         labels = read_instances(instance_mask)
         class_map = read_class_map(class_mask)
-    image, _ = read_image(source)
+    image, _ = read_image(source.image)
     record = []
-    for name, (y0, y1, x0, x1) in tile_windows(source.stem, height, width, **windowing):
+    for name, (y0, y1, x0, x1) in tile_windows(source.image.stem, height, width, **windowing):
         annotations = []
-        if has_masks:
+        if source.masks:
             annotations = find_objects(labels[y0:y1, x0:x1], class_map[y0:y1, x0:x1])
         record.append([name, y1 - y0, x1 - x0, annotations])
         target = out / "images" / name
         temporary = target.with_name(f".{name}")
         image.crop((x0, y0, x1, y1)).save(temporary, format="PNG", compress_level=4)
         os.replace(temporary, target)
-    write_text(out / "parts" / f"{source.stem}.json", json.dumps(record))
+    return record
 
 
 def is_tiled(out, stem):
@@ -290,20 +278,37 @@ def exit_with_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
-def tile_images(sources, out, split, windowing, workers):
+def finished_jobs(pool, calls, limit):
+    """Submit calls to a pool of processes and yield them as they finish, in any order.
+
+    calls: tuples (function, arguments ...); the next one is taken when fewer than `limit` are left
+    """
+    jobs = set()
+    for call in calls:
+        jobs.add(pool.submit(*call))
+        if len(jobs) == limit:
+            is_first = concurrent.futures.FIRST_COMPLETED
+            finished, jobs = concurrent.futures.wait(jobs, return_when=is_first)
+            yield from finished
+    yield from concurrent.futures.as_completed(jobs)
+
+
+def tile_images(raw_split, out, windowing, workers):
     """Cut the images that no earlier call has finished, in several processes.
 
     Returns a message for each image that could not be processed. Raises DataError.
     """
-    todo = [path for path in sources if not is_tiled(out, path.stem)]
+    num_images = len(raw_split.stems)
+    todo = [stem for stem in raw_split.stems if not is_tiled(out, stem)]
+    sources = raw_split.sources(todo, out / "parts")
+    calls = ((tile_image, source, out, windowing) for source in sources)
     errors = []
     with concurrent.futures.ProcessPoolExecutor(workers, initializer=exit_with_parent) as pool:
-        jobs = [pool.submit(tile_image, path, out, split != "test", windowing) for path in todo]
         progress = tqdm(
-            concurrent.futures.as_completed(jobs),
-            desc=split,
-            total=len(sources),
-            initial=len(sources) - len(todo),
+            finished_jobs(pool, calls, workers + 2),
+            desc=raw_split.split,
+            total=num_images,
+            initial=num_images - len(todo),
             unit="image",
             disable=None,  # unless a terminal shows it
         )
@@ -319,16 +324,15 @@ def tile_images(sources, out, split, windowing, workers):
         except BaseException:  # a full disk, Ctrl-C: the waiting images would be cut first
             pool.shutdown(cancel_futures=True)
             raise
-    return sorted(errors, key=natural_sort_key)
+    return sorted(errors, key=isaid_raw.natural_sort_key)
 
 
 # ---------------------------------------------------------------- splits
-def init_split_folder(out, target, settings):
-    """Make the folder of a split, or accept that of an earlier call with the same settings.
+def check_split_folder(out, target, settings):
+    """Raise DataError unless a split's folder is new or of an earlier call with the same settings.
 
     out:    the folder
     target: the annotation file that will be written
-    Raises DataError.
     """
     note = out / "prepare.json"
     if note.exists():
@@ -343,9 +347,12 @@ def init_split_folder(out, target, settings):
     elif target.exists():
         problem = "exists but was not written by this command"
         raise DataError(f"{target}: {problem}; choose a different output folder")
-    for folder in ("images", "parts"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    write_text(note, json.dumps(settings))
+
+
+def make_split_folder(out, settings):
+    """Make the folder of a split, with a note of the settings."""
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    write_text(out / "prepare.json", json.dumps(settings))
 
 
 def merge_records(out, target, stems, devkit):
@@ -374,26 +381,30 @@ def merge_records(out, target, stems, devkit):
 
 def prepare_split(args, split):
     """Cut a split into patches, or continue an interrupted call; returns the exit status."""
-    folder = Path(args.raw) / split / "images"
-    out = Path(args.out) / split
+    folder = Path(args.raw, split, "images")
+    out = Path(args.out, split)
     if folder.resolve() == (out / "images").resolve():
         raise DataError(f"output folder {folder} is the input folder; choose a different one")
     windowing = {"patch": args.patch, "overlap": args.overlap, "devkit": args.devkit}
-    sources = find_sources(folder, args.devkit, args.limit)
+    settings = {**windowing, "limit": args.limit}
     _, target = coco.split_files(args.out, split)
-    init_split_folder(out, target, {**windowing, "limit": args.limit})
+    check_split_folder(out, target, settings)
     if target.exists():
         summary = "already exists, prepared with the same settings"
     else:
-        errors = tile_images(sources, out, split, windowing, args.workers)
+        raw_split = isaid_raw.RawSplit(Path(args.raw), split, args.devkit, args.limit)
+        make_split_folder(out, settings)
+        (out / "parts").mkdir(exist_ok=True)
+        errors = tile_images(raw_split, out, windowing, args.workers)
         if errors:
             print("\n".join(errors), file=sys.stderr)
             problem = f"{len(errors)} images in {split!r} could not be processed"
             remedy = "fix or remove them and rerun (finished images are kept)"
             print(f"error: {problem}; {remedy}", file=sys.stderr)
             return 1
-        summary = merge_records(out, target, [path.stem for path in sources], args.devkit)
-    shutil.rmtree(out / "parts")  # if the command is killed here, the next call does it
+        summary = merge_records(out, target, raw_split.stems, args.devkit)
+    if (out / "parts").exists():  # if the command is killed here, the next call removes it
+        shutil.rmtree(out / "parts")
     print(f"{target}: {summary}")
     return 0
 
@@ -409,9 +420,6 @@ def prepare(args):
         raise DataError(f"--overlap {args.overlap} must be smaller than --patch {args.patch}")
     splits = args.splits
     if not splits:
-        splits = [x for x in ("train", "val", "test") if (Path(args.raw) / x / "images").is_dir()]
-    if not splits:
-        expected = "at least one of train/images, val/images, test/images"
-        raise DataError(f"{args.raw}: expected {expected}")
+        splits = isaid_raw.find_splits(Path(args.raw))
     statuses = [prepare_split(args, split) for split in dict.fromkeys(splits)]  # each once
     return max(statuses)
