@@ -412,7 +412,8 @@ def prepare(args):
         problem = "contains both iSAID and NWPU VHR-10"
         raise DataError(f"{raw}: {problem}; move one of them into a folder of its own")
     if has_vhr10:
-        return vhr10.prepare(args)
+        vhr10.prepare(args)
+        return 0
     if not has_isaid and not args.splits:
         raise DataError(
             f"{raw}: expected at least one of train/images, val/images, test/images of iSAID, or a "

@@ -143,11 +143,11 @@ def prepare(args):
         make_split_folder(out, settings)
         images = splits[split][: args.limit]
         copy_images([positives[base_name(image)] for image in images], images_dir)
-        summary = f"{len(images):,} images"
-        if split == "train":
-            copy_images(negatives.values(), images_dir / UNLABELED)
-            summary += f", {len(negatives):,} unlabeled ones in {images_dir / UNLABELED}"
         ids = {image["id"] for image in images}
         annotations = [a for a in content["annotations"] if a["image_id"] in ids]
+        summary = f"{len(images):,} images, {len(annotations):,} objects"
+        if split == "train":
+            copy_images(negatives.values(), images_dir / UNLABELED)
+            summary += f"; {len(negatives):,} unlabeled images in {images_dir / UNLABELED}"
         write_text(target, json.dumps({**content, "images": images, "annotations": annotations}))
-        print(f"{target}: {summary}, {len(annotations):,} objects")
+        print(f"{target}: {summary}")
