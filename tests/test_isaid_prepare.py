@@ -351,8 +351,8 @@ def test_damaged_archives(capsys):
     assert f"{IMAGE_ARCHIVE}: 1 images without masks left out" in capsys.readouterr().err
 
 
-def test_what_is_missing_is_named():
-    """In one line, with its address: masks of all images; images."""
+def test_what_is_missing_is_named(capsys):
+    """In one line, with its address: masks of all images; images; a split."""
     for i in (1, 2):
         draw_raw(f"P000{i}", 30, 30, 2)
     shutil.copytree("raw", "original")
@@ -361,6 +361,10 @@ def test_what_is_missing_is_named():
     move_masks("folders")
     shutil.rmtree("raw/train/Instance_masks")
     message = prepare("raw out")
+    assert (
+        f"no 'val' split, which training needs; download {isaid_raw.DOTA}"
+        in capsys.readouterr().err
+    )
     assert "masks of 2 of 2 images not found (first: P0001_instance_id_RGB.png)" in message
     assert mask_address in message
     move_images("archive")

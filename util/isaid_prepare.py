@@ -421,5 +421,10 @@ def prepare(args):
     splits = args.splits
     if not splits:
         splits = isaid_raw.find_splits(Path(args.raw))
+        for split, images in isaid_raw.IMAGE_ARCHIVES.items():
+            if split not in splits:
+                files = f"{images} and {isaid_raw.MASK_ARCHIVES[split]}"
+                note = f"no {split!r} split, which training needs; download {files} into it"
+                print(f"note: {args.raw} has {note}", file=sys.stderr)
     statuses = [prepare_split(args, split) for split in dict.fromkeys(splits)]  # each once
     return max(statuses)

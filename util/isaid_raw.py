@@ -32,15 +32,14 @@ MASK_NAME = re.compile(r"(.+)_instance_(id|color)_RGB\.png")
 
 @dataclass
 class Download:
-    """A file that can be downloaded: its folder's address, its name, and how to know it by."""
+    """A file that can be downloaded: its folder's address, its name, its size and checksum."""
 
     address: str
     name: str
     details: str
 
-    def into(self, folder):
-        """Return what to do if the file is missing."""
-        return f"download {self.address}/{self.name} ({self.details}) into {folder}"
+    def __str__(self):
+        return f"{self.address}/{self.name} ({self.details})"
 
 
 DOTA = "https://hf.co/datasets/isaaccorley/dota/resolve/672e63236622f7da6ee37fca44c50ac368b77cab"
@@ -115,7 +114,7 @@ def report_damage(path, download):
         yield
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         problem = f"incomplete or corrupted ({one_line(error)})"
-        raise DataError(f"{path}: {problem}; {download.into('RAW')} again") from None
+        raise DataError(f"{path}: {problem}; download {download} again") from None
 
 
 def read_archive(path, download, split):
@@ -128,8 +127,9 @@ def read_archive(path, download, split):
     other_splits = set(SPLITS) - {split}
     with report_damage(path, download), tarfile.open(path, "r:gz") as tar:
         for member in tar:
-            *folders, name = re.split(r"[/\\]", member.name)
-            is_of_split = not other_splits.intersection(folders)
+            parts = re.split(r"[/\\]", member.name)
+            name = parts[-1]
+            is_of_split = not other_splits.intersection(parts)
             if is_of_split and is_png(name) and member.isfile():
                 yield name, tar.extractfile(member).read()
         tar.fileobj.read()  # the checksum is at the end
@@ -224,6 +224,7 @@ class RawSplit:
         if archive:
             files = dict(read_archive(archive, MASK_ARCHIVES[self.split], self.split))
         files.update(png_files(self.raw / self.split))
+        files.update(png_files(self.folder))  # next to the images: the official layout
         return {name: file for name, file in files.items() if MASK_NAME.fullmatch(name)}
 
     def find_images(self):
@@ -241,11 +242,11 @@ class RawSplit:
         if self.stems:
             return
         if self.archive:  # its images are those with masks
-            remedy = MASK_ARCHIVES[self.split].into(self.raw)
+            remedy = f"download {MASK_ARCHIVES[self.split]} into {self.raw}"
             raise DataError(f"{self.archive}: masks of its images not found; {remedy}")
         remedy = "expected iSAID files such as P0000.png"
         if self.split in IMAGE_ARCHIVES:
-            remedy += f"; {IMAGE_ARCHIVES[self.split].into(self.raw)}"
+            remedy += f"; download {IMAGE_ARCHIVES[self.split]} into {self.raw}"
         raise DataError(f"{self.folder}: contains no images; {remedy}")
 
     def check_masks(self):
@@ -260,8 +261,8 @@ class RawSplit:
         count = f"{len(self.stems):,} of {len(self.stems):,}"
         problem = f"masks of {count} images not found (first: {first_missing})"
         places = f"expected next to the images or in other folders of {self.raw / self.split}"
-        remedy = MASK_ARCHIVES[self.split].into(self.raw)
-        raise DataError(f"{self.folder}: {problem}, {places}; or {remedy}")
+        remedy = f"download {MASK_ARCHIVES[self.split]} into {self.raw}"
+        raise DataError(f"{self.folder}: {problem}, {places}; {remedy}")
 
     def sources(self, stems, spool):
         """Yield a Source for each of some images: those in folders, then those in the archive.
@@ -296,7 +297,7 @@ class RawSplit:
         if in_archive:
             first = min(in_archive, key=natural_sort_key)
             problem = f"{len(in_archive):,} images that have masks not found (first: {first}.png)"
-            raise DataError(f"{self.archive}: {problem}; {download.into(self.raw)} again")
+            raise DataError(f"{self.archive}: {problem}; download {download} again")
 
     def source(self, image, spool):
         """Return the Source of an image, given its path; see `sources`."""

@@ -73,7 +73,7 @@ def find_images(raw):
             file = zipfile.ZipFile(archive)
         paths = [zipfile.Path(file, name) for name in file.namelist()]
     else:
-        raise DataError(f"{raw}: images of NWPU VHR-10 not found; {IMAGES.into(raw)}")
+        raise DataError(f"{raw}: images of NWPU VHR-10 not found; download {IMAGES} into {raw}")
     images = {POSITIVES: {}, NEGATIVES: {}}
     for path in sorted(paths, key=str):
         is_image = Path(path.name).suffix.lower() in coco.IMAGE_SUFFIXES
@@ -123,14 +123,14 @@ def prepare(args):
         raise DataError(f"output folder {raw} is the input folder; choose a different one")
     annotation_file = find_file(raw, ANNOTATIONS.name)
     if not annotation_file:
-        raise DataError(f"{raw}: {ANNOTATIONS.name} not found; {ANNOTATIONS.into(raw)}")
+        raise DataError(f"{raw}: {ANNOTATIONS.name} not found; download {ANNOTATIONS} into {raw}")
     content = coco.load_json(annotation_file)
     positives, negatives = find_images(raw)
     names = [base_name(image) for image in content["images"]]
     missing = [name for name in names if name not in positives]
     if missing:
         problem = f"{len(missing):,} of {len(names):,} images not found (first: {missing[0]})"
-        raise DataError(f"{annotation_file}: {problem}; {IMAGES.into(raw)} again")
+        raise DataError(f"{annotation_file}: {problem}; download {IMAGES} again")
 
     splits = split_images(content["images"])
     for split in args.splits or ("train", "val"):
