@@ -21,7 +21,7 @@ import ssl_tasks
 import train
 from eval import main as eval_main
 from tools import predict
-from util import cli, coco, dataset_check, isaid_prepare, plots
+from util import cli, coco, dataset_check, isaid_prepare, isaid_raw, plots
 from util.files import DataError, read_json
 from util.images import read_image, read_size
 from util.weights import init_from_checkpoint
@@ -363,11 +363,12 @@ def test_files_of_the_system_are_no_images(tmp_path):
 
 
 def test_images_of_the_raw_release(tmp_path):
-    (tmp_path / "P9.png").mkdir()
+    folder = tmp_path / "test/images"
+    (folder / "P9.png").mkdir(parents=True)
     for name in ("P2.png", "P10.PNG", "._P1.png", "P2_instance_id_RGB.png", "notes.txt"):
-        draw_image().save(tmp_path / name, format="PNG")
-    paths = isaid_prepare.find_sources(tmp_path, devkit=False, limit=None)
-    assert [path.name for path in paths] == ["P2.png", "P10.PNG"]
+        draw_image().save(folder / name, format="PNG")
+    raw_split = isaid_raw.RawSplit(tmp_path, "test", devkit=False, limit=None)
+    assert raw_split.stems == ["P2", "P10"]
 
 
 # ---------------------------------------------------------------- command lines
