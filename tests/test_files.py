@@ -230,6 +230,18 @@ def test_megabytes_of_text_in_a_png_are_accepted(data, capsys):
     assert "errors   0" in capsys.readouterr().out
 
 
+def test_damaged_pixels_are_noticed(tmp_path):
+    """Also in the middle of a PNG file, which is loaded when its orientation is looked up."""
+    path = tmp_path / "noise.png"
+    noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="noise.png: not a readable image, or corrupted"):
+        read_image(path)
+
+
 # ---------------------------------------------------------------- annotations
 def test_negative_sides_are_corrected(data):
     x, y, w, h = BOX

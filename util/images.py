@@ -55,6 +55,8 @@ def read_size(path):
 
 def orientation(image):
     """Return the EXIF orientation of an opened image, 1 to 8; 1 is upright or unknown."""
+    if image.format == "PNG":  # getexif would load it, and damaged pixels must not pass unnoticed
+        image.load()
     try:
         value = image.getexif().get(EXIF_ORIENTATION)
     except Exception:  # the pixels may be readable all the same
