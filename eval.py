@@ -11,9 +11,11 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import io
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -170,7 +172,7 @@ def predictions_collapsed(data, results):
 def coco_metrics(data, results, evaluator=None, max_dets=100, size_ranges="coco"):
     """Compute the box metrics of COCO results; None stands where there is no ground truth.
 
-    evaluator:   "pycocotools" or "faster-coco-eval"; None: the latter if it is installed
+    evaluator:   "pycocotools" or "faster-coco-eval"; None: the latter if it can be imported
     max_dets:    detections per image that count
     size_ranges: key of SIZE_RANGES, the meaning of small, medium and large
     Returns {each of METRICS, "per_class": [{"id", "name", "boxes", "ap", "ap50"}], "images",
@@ -180,8 +182,7 @@ def coco_metrics(data, results, evaluator=None, max_dets=100, size_ranges="coco"
     check_ids(data.name, results, "image_id", data.images)
     check_ids(data.name, results, "category_id", data.categories)
     if evaluator is None:
-        installed = importlib.util.find_spec("faster_coco_eval") is not None
-        evaluator = "faster-coco-eval" if installed else "pycocotools"
+        evaluator = default_evaluator()
     sides = SIZE_RANGES[size_ranges]
     arrays = run_evaluator(evaluator, data, results, max_dets, sides)
 
@@ -212,6 +213,20 @@ def coco_metrics(data, results, evaluator=None, max_dets=100, size_ranges="coco"
     return metrics
 
 
+@functools.cache  # so that a warning is printed once
+def default_evaluator():
+    """Return "faster-coco-eval" if it can be imported, else "pycocotools"."""
+    if importlib.util.find_spec("faster_coco_eval") is None:
+        return "pycocotools"
+    try:
+        importlib.import_module("faster_coco_eval")
+    except Exception as error:  # of the package, or of a library that it needs
+        text = "warning: faster-coco-eval cannot be imported"
+        print(f"{text} ({cli.one_line(error)}); using pycocotools", file=sys.stderr)
+        return "pycocotools"
+    return "faster-coco-eval"
+
+
 def check_ids(name, results, key, entries):
     """Raise DataError if a result has an image or category id that no entry of the dataset has."""
     unknown = {result[key] for result in results} - {entry["id"] for entry in entries}
@@ -234,18 +249,24 @@ def run_evaluator(evaluator, data, results, max_dets, sides):
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
 
-    ground_truth = [dict(annotation) for annotation in data.annotations]  # evaluators change them
-    detections = []
-    for i, result in enumerate(results, start=1):
-        _, _, w, h = result["bbox"]
-        detections.append({**result, "id": i, "area": w * h})
+    # The evaluators read ids beyond 64 bits, or of both signs, wrongly or not at all. Numbers take
+    # their place, which sort the images, and so detections of equal score, in the same way.
+    image_ids = sorted(image["id"] for image in data.images)
+    image_numbers = {image_id: i for i, image_id in enumerate(image_ids)}
+    class_numbers = {category["id"]: i for i, category in enumerate(data.categories)}
+    ground_truth = with_numbers(data.annotations, image_numbers, class_numbers)
+    detections = with_numbers(results, image_numbers, class_numbers)
+    for i, detection in enumerate(detections, start=1):
+        _, _, w, h = detection["bbox"]
+        detection["id"] = i
+        detection["area"] = w * h
     areas = [[0, 1e10]]
     for smallest, largest in zip(sides[:-1], sides[1:]):
         areas.append([smallest**2, largest**2])
 
     with contextlib.redirect_stdout(io.StringIO()):  # both evaluators print their progress
-        truth_index = coco_index(COCO, data, ground_truth)
-        detection_index = coco_index(COCO, data, detections)
+        truth_index = coco_index(COCO, image_numbers, class_numbers, ground_truth)
+        detection_index = coco_index(COCO, image_numbers, class_numbers, detections)
         coco_eval = COCOeval(truth_index, detection_index, "bbox")
         coco_eval.params.maxDets = [max_dets]
         coco_eval.params.areaRng = areas
@@ -254,12 +275,22 @@ def run_evaluator(evaluator, data, results, max_dets, sides):
     return coco_eval.eval
 
 
-def coco_index(COCO, data, annotations):
-    """Return an evaluator's index of annotations of the dataset's images."""
+def with_numbers(annotations, image_numbers, class_numbers):
+    """Return copies of annotations or results with numbers from 0 in place of ids, {id: number}."""
+    numbered = []
+    for annotation in annotations:
+        image_id = image_numbers[annotation["image_id"]]
+        category_id = class_numbers[annotation["category_id"]]
+        numbered.append({**annotation, "image_id": image_id, "category_id": category_id})
+    return numbered
+
+
+def coco_index(COCO, image_numbers, class_numbers, annotations):
+    """Return an evaluator's index of annotations; see with_numbers."""
     index = COCO()
     index.dataset = {
-        "images": data.images,
-        "categories": data.categories,
+        "images": [{"id": number} for number in image_numbers.values()],
+        "categories": [{"id": number} for number in class_numbers.values()],
         "annotations": annotations,
     }
     index.createIndex()
@@ -509,10 +540,7 @@ def parse(argv):
     out_help = "folder for metrics.json and figures; default: RUN, if its own images are evaluated"
     add("--out", type=Path, help=out_help)
     add("--export", type=Path, help="file for the detections, in COCO's result format")
-    args = parser.parse_args(argv)
-    if args.split == "test" and not args.export:
-        parser.error("--split test has no ground truth; add --export FILE to save the detections")
-    return args
+    return parser.parse_args(argv)
 
 
 def evaluation_flags(run, args, split):

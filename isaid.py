@@ -4,15 +4,16 @@
     python isaid.py check DATA                     report what a dataset contains, and its errors
     python isaid.py scenes OUT --train 20 --val 5  write synthetic scenes as a dataset
 
-DATA is a folder in the layout of iSAID's patches, of COCO or of Roboflow (see coco.find_split).
+DATA is a folder in the layout of iSAID's patches, of COCO, of Roboflow, or with train.json and
+val.json or valid.json beside folders of the same names (see coco.find_split_files).
 iSAID: Waqas Zamir et al., "iSAID: A Large-scale Dataset for Instance Segmentation in Aerial
 Images" (arXiv 1905.12886).
 """
 
 import json
 import multiprocessing
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -178,16 +179,20 @@ def load_coco(images_dir, json_path, transform, limit=None, seed=0, require_anno
     images = content["images"][:limit]
     if not images:
         raise DataError(f"{json_path}: contains no images")
-    paths = [coco.find_image(Path(images_dir), image["file_name"]) for image in images]
+    images_dir = Path(images_dir)
+    paths = [coco.find_image(images_dir, image["file_name"]) for image in images]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         share = f"{len(missing)} of {len(paths)}"
         raise DataError(f"{json_path}: {share} images not found (first: {missing[0]})")
+    warnings = coco.file_warnings(images_dir, images, paths)
     for image, path in zip(images, paths):
         if not image.get("width") or not image.get("height"):  # as in some of iSAID's own files
             image["width"], image["height"] = read_size(path)
     content["images"] = images
-    return DetectionDataset(str(json_path), content, paths, transform, seed)
+    data = DetectionDataset(str(json_path), content, paths, transform, seed)
+    data.warnings += warnings
+    return data
 
 
 def load_folder(root, split, transform, limit=None, seed=0):
@@ -237,12 +242,10 @@ def load_train_and_val(args):
     else:
         train_set = load_split("train", args, train=True)
         val_set = load_split("val", args, train=False)
-    train_classes = coco.class_names(train_set.categories)
-    val_classes = coco.class_names(val_set.categories)
-    if train_classes != val_classes:
+    if train_set.categories != val_set.categories:
         raise DataError(
-            f"class mismatch: {train_set.name} has {train_classes}, "
-            f"{val_set.name} has {val_classes}"
+            f"class mismatch: {train_set.name} has {coco.class_names(train_set.categories)}, "
+            f"{val_set.name} has {coco.class_names(val_set.categories)}"
         )
     if args.setting != "pretrain" and sum(len(labels) for labels in train_set.labels) == 0:
         message = f"{train_set.name}: contains no boxes to train on"
@@ -429,21 +432,23 @@ def write_scenes(out, counts, size, seed):
 
     counts: {"train": number of scenes, "val": number of scenes}
     """
-    partial = Path(f"{Path(out)}.partial")  # renamed at the end: the folder `out` is complete
-    shutil.rmtree(partial, ignore_errors=True)
-    for split, n in counts.items():
-        images_dir, json_path = coco.split_files(partial, split)
-        images_dir.mkdir(parents=True)
-        data = synthetic_dataset(split, n, size, transform=None, seed=seed)
-        for i, image in enumerate(data.images):
-            data.load_image(i).save(images_dir / image["file_name"])
-        content = {
-            "images": data.images,
-            "categories": data.categories,
-            "annotations": data.annotations,
-        }
-        write_text(json_path, json.dumps(content))
-    partial.rename(out)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="scenes-", dir=out.parent) as temporary:
+        partial = Path(temporary, "data")
+        for split, n in counts.items():
+            images_dir, json_path = coco.split_files(partial, split)
+            images_dir.mkdir(parents=True)
+            data = synthetic_dataset(split, n, size, transform=None, seed=seed)
+            for i, image in enumerate(data.images):
+                data.load_image(i).save(images_dir / image["file_name"])
+            content = {
+                "images": data.images,
+                "categories": data.categories,
+                "annotations": data.annotations,
+            }
+            write_text(json_path, json.dumps(content))
+        partial.rename(out)  # at the end: the folder `out` is complete or not there
 
 
 def build_parser():

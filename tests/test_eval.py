@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from argparse import Namespace
 from unittest.mock import Mock
 
@@ -22,6 +23,7 @@ from eval import (
     checkpoint_file,
     coco_metrics,
     coco_results,
+    default_evaluator,
     detect,
     detect_dataset,
     eval_loader,
@@ -29,7 +31,7 @@ from eval import (
     metrics_table,
 )
 from eval import main as eval_main
-from util import plots
+from util import coco, plots
 from util.files import DataError, read_json
 
 PERFECT = [*[pytest.approx(1)] * 5, None, pytest.approx(1)]  # of METRICS, without large objects
@@ -192,6 +194,64 @@ def test_the_devkits_ranges_and_a_class_without_truth(evaluator):
     assert usual["ar"] == pytest.approx(100 / 151)  # the 151st does not count
 
 
+LARGE = 2**63
+IDS = {  # three ids of images
+    "negative": [-1, -(2**40), 0],
+    "over 31 bits": [2**31, 2**31 - 1, 2**33],
+    "around 63 bits": [LARGE - 1, LARGE + 5, LARGE // 2],
+    "of both signs": [-(2**80), 2**80, 2**80 + 1],
+}
+
+
+@pytest.mark.parametrize("kind", IDS)
+def test_ids_of_any_size(kind, evaluator):
+    """The metrics are those of small ids, and the dataset and the results keep their own ids."""
+    boxes = [[5, 5, 20, 20], [10, 40, 30, 20], [50, 50, 40, 40]]
+
+    def metrics_with(image_ids, class_ids):
+        images = [{"id": i, "file_name": "", "width": 99, "height": 99} for i in image_ids]
+        truth = []
+        for i, box in zip(image_ids, boxes):
+            truth.append({"image_id": i, "category_id": class_ids[0], "bbox": box})
+        truth.append({"image_id": image_ids[0], "category_id": class_ids[1], "bbox": boxes[2]})
+        categories = [{"id": k, "name": f"class {k}"} for k in class_ids]
+        content = {"images": images, "categories": categories, "annotations": truth}
+        data = isaid.DetectionDataset("", content, None, None)
+        results = [{**annotation, "score": 0.5} for annotation in truth]
+        results[1] = {**results[1], "bbox": boxes[0]}
+        metrics = coco_metrics(data, results, evaluator)
+        assert {result["image_id"] for result in results} == set(image_ids)
+        assert [row["id"] for row in metrics["per_class"]] == sorted(class_ids)
+        aps = [row["ap"] for row in metrics["per_class"]]
+        if class_ids[0] > class_ids[1]:
+            aps.reverse()
+        return values_of(metrics), aps
+
+    ranks = [sorted(IDS[kind]).index(image_id) for image_id in IDS[kind]]
+    expected, aps = metrics_with(ranks, [1, 2])
+    assert 0.5 < expected[0] < 1
+    assert metrics_with(IDS[kind], IDS[kind][:2]) == (expected, aps)
+
+
+def test_a_broken_evaluator_is_replaced(data, perfect_results, tmp_path, monkeypatch, capsys):
+    """faster-coco-eval is optional: if it cannot be imported, a line says why, once."""
+    broken = tmp_path / "faster_coco_eval"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise ImportError('libGL.so.1: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in list(sys.modules):
+        if name.startswith("faster_coco_eval"):
+            monkeypatch.delitem(sys.modules, name)
+    default_evaluator.cache_clear()
+    for _ in range(2):
+        metrics = coco_metrics(data, perfect_results)
+        assert values_of(metrics) == PERFECT
+        assert metrics["evaluator"] == "pycocotools"
+    default_evaluator.cache_clear()
+    text = capsys.readouterr().err
+    assert text.count("warning: faster-coco-eval cannot be imported (libGL.so.1: cannot open)") == 1
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("eval")
@@ -230,6 +290,21 @@ def test_metrics_of_other_images_are_not_written_into_the_run(run, tmp_path):
     assert metrics["other"]["size_ranges"] == "isaid"
     assert (tmp_path / "detections.png").exists()
     assert modification_times(run) == before
+
+
+def test_a_test_split_with_annotations_is_evaluated(run, tmp_path, capsys):
+    """Its metrics are those of the same images as another split."""
+    folder = tmp_path / "test"
+    shutil.copytree(run / "../data/train", folder)
+    (folder / "instancesonly_filtered_train.json").rename(coco.split_files(tmp_path, "test")[1])
+    tables = []
+    for flags in (["--split", "train"], ["--split", "test", "--data", str(tmp_path)]):
+        eval_main([str(run), *flags])
+        name, table = capsys.readouterr().out.split("\n", 1)
+        assert name.endswith(f"_{flags[1]}.json")
+        tables.append(table)
+    assert "\n8 images, " in tables[0]
+    assert tables[0] == tables[1]
 
 
 def test_a_closed_pipe_loses_nothing(run, tmp_path, monkeypatch):
@@ -288,7 +363,7 @@ def test_errors_have_one_line(run, tmp_path, capsys):
         ("{tmp}/none", {}, "none: no such run folder or checkpoint file"),
         ("{run}/..", {}, "no best.pt or last.pt found"),
         ("{run} --export {tmp}/none/x", {}, "none/x: cannot write"),
-        ("{run} --split test", {}, "--split test has no ground truth; add --export"),
+        ("{run} --split test", {}, "data: no annotated 'test' split found"),
     ):
         torch.save({**state, **changes}, tmp_path / "a.pt")
         with pytest.raises(SystemExit) as stop:

@@ -316,13 +316,53 @@ def test_names_from_other_machines(tmp_path):
         loaded[i]
 
 
+def test_one_picture_for_two_entries_is_an_error(data, capsys):
+    """Of two cameras' pictures in one folder, or of names in upper and lower case, one is left."""
+    folder = data / "train/images"
+    for names in (["cam1/0.png", "cam2/0.png"], ["0.png", "cam2\\0.png"], ["0.PNG", "0.png"]):
+        save_coco(data, ["1.png", *names])
+        if names[0] == "0.PNG":  # where case is ignored, both names are of one file
+            os.link(folder / "0.png", folder / "0.PNG")
+        first, second = [name.replace("\\", "/") for name in names]
+        message = f"0.png: read for {first} and for {second}, so one has the boxes of another"
+        with pytest.raises(DataError, match=message):
+            load_train(data)
+        assert isaid.check_dataset(data) == 1
+        printed = capsys.readouterr().out
+        assert "errors   1\n" in printed
+        assert message in printed
+
+
+def test_guesses_about_files_are_warnings(data, capsys):
+    """A picture found by its base name alone, and a link to the picture of another entry."""
+    folder = save_coco(data, ["cam1/0.png", "1.png", "2.png", "sub\\3.png"])
+    (folder / "2.png").unlink()
+    (folder / "2.png").symlink_to(folder / "1.png")
+    (folder / "sub").mkdir()
+    (folder / "3.png").rename(folder / "sub/3.png")
+    texts = [
+        "image files listed under several ids: 1 (first: 2.png)",
+        "images found by the last part of their file_name: 1 (first: cam1/0.png)",
+    ]
+    assert isaid.check_dataset(data) == 0
+    printed = capsys.readouterr().out
+    summary = dataset_check.summary(load_train(data), 9, 64)
+    for text in texts:
+        assert printed.count(text) == 1
+        assert text in summary
+
+
 @pytest.mark.parametrize("categories", [isaid_prepare.CATEGORIES, [], None])
 def test_test_images_without_annotations(data, run, tmp_path, categories):
     """Their file has no annotations, and its categories may be empty or absent."""
     folder = save_coco(data, ["0.png"], "test", annotations=None, categories=categories)
     draw_image().save(folder / "0.png")
     out = tmp_path / "results.json"
-    eval_main([str(run), "--data", str(data), "--split", "test", "--export", str(out)])
+    command = [str(run), "--data", str(data), "--split", "test"]
+    message = error_of(eval_main, *command)
+    assert "instancesonly_filtered_test.json: no ground truth" in message
+    assert "--export FILE" in message
+    eval_main([*command, "--export", str(out)])
     assert {result["image_id"] for result in read_json(out)} == {0}
 
 

@@ -1,4 +1,4 @@
-"""Synthetic scenes, datasets in three layouts, broken files, augmentation and batches."""
+"""Synthetic scenes, datasets in four layouts, broken files, augmentation and batches."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -121,6 +122,22 @@ def test_scenes_are_cached_up_to_a_limit(monkeypatch):
     assert drawn == []  # the worker process has drawn them
 
 
+def test_scenes_delete_no_folder(tmp_path, monkeypatch, capsys):
+    """Neither one that is named like something temporary, nor is anything left after an error."""
+    (tmp_path / "new/data.partial").mkdir(parents=True)
+    (tmp_path / "new/data.partial/labels.txt").write_text("precious")
+    flags = ["scenes", f"{tmp_path}/new/data", "--train", "1", "--val", "1"]
+    monkeypatch.setattr(isaid, "write_text", Mock(side_effect=OSError(28, "No space left")))
+    with pytest.raises(SystemExit, match="No space left"):
+        isaid.main(flags)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["data.partial"]
+    monkeypatch.undo()
+    isaid.main(flags)
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"data", "data.partial"}
+    assert (tmp_path / "new/data.partial/labels.txt").read_text() == "precious"
+    assert (tmp_path / "new/data").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
 # ---------------------------------------------------------------- datasets on disk
 @pytest.fixture
 def folder(tmp_path):
@@ -157,34 +174,42 @@ def check(folder, capsys):
     return stop.value.code, capsys.readouterr().out
 
 
-LAYOUTS = [
-    "SPLIT/images SPLIT/instancesonly_filtered_SPLIT.json",  # iSAID's
-    "SPLIT2017 annotations/instances_SPLIT2017.json",  # COCO's, in two ways
-    "images/SPLIT annotations/instances_SPLIT.json",
-    "SPLIT SPLIT/_annotations.coco.json",  # Roboflow's
-]
+LAYOUTS = {
+    "SPLIT/images SPLIT/instancesonly_filtered_SPLIT.json": "iSAID patches",
+    "SPLIT2017 annotations/instances_SPLIT2017.json": "COCO",
+    "images/SPLIT annotations/instances_SPLIT.json": "COCO",
+    "SPLIT SPLIT/_annotations.coco.json": "Roboflow",
+    "SPLIT SPLIT.json": "a file beside each folder",
+}
+
+
+def copy_split(folder, source, root, images_name, json_name):
+    """Copy a split of a dataset to another place, given by names in a folder `root`."""
+    source_images, source_json = coco.split_files(folder, source)
+    shutil.copytree(source_images, root / images_name)
+    (root / json_name).parent.mkdir(exist_ok=True)
+    shutil.copy(source_json, root / json_name)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(folder, tmp_path, layout, capsys):
+@pytest.mark.parametrize("val_name", ["val", "valid"])
+def test_layouts(folder, tmp_path, layout, val_name, capsys):
     """A dataset is the same in memory and on disk, in every layout; also without annotations."""
+    if val_name == "valid" and LAYOUTS[layout] == "iSAID patches":
+        pytest.skip("iSAID's is named val")
     root = tmp_path / "other"
     for split, source in (("train", "train"), ("val", "val"), ("test", "val")):
         name = split
-        if split == "val" and "_annotations" in layout:
-            name = "valid"
+        if split == "val":
+            name = val_name
         text = layout.replace("SPLIT", name)
         if split == "test":
             text = text.replace("instances_", "image_info_")
         images_name, json_name = text.split()
-        images_dir = root / images_name
-        json_path = root / json_name
-        source_images, source_json = coco.split_files(folder, source)
-        shutil.copytree(source_images, images_dir)
-        json_path.parent.mkdir(exist_ok=True)
-        shutil.copy(source_json, json_path)
-        (json_path.parent / f"captions_{split}2017.json").write_text("{}")  # not of objects
-        assert coco.find_split(root, split) == (images_dir, json_path)
+        copy_split(folder, source, root, images_name, json_name)
+        captions = (root / json_name).with_name(f"captions_{split}2017.json")
+        captions.write_text("{}")  # not of objects
+        assert coco.find_split(root, split) == (root / images_name, root / json_name)
 
     for split, n in (("train", 6), ("val", 3)):
         in_memory = isaid.synthetic_dataset(split, n, SIZE, EVAL_TRANSFORM)
@@ -195,10 +220,49 @@ def test_layouts(folder, tmp_path, layout, capsys):
         for (image, _), (expected_image, _) in zip(bare, in_memory):
             assert torch.equal(image, expected_image)
     assert_same(load(root, "test"), load(root, "val"))
+    assert len(load(root, "test", "pretrain")) == 3
     assert len(load(root, limit_train=2)) == 2
     status, out = check(root, capsys)
     assert status == 0
     assert "images   6," in out
+    images_name, json_name = layout.replace("SPLIT", "train").split()
+    assert f"  layout   {LAYOUTS[layout]} ({json_name} with {images_name}/)\n" in out
+
+
+def test_several_splits_of_a_name_are_an_error(folder, tmp_path, capsys):
+    """Which one is meant is not guessed; trainval is no train; a link is not another split."""
+    root = tmp_path / "coco"
+    copy_split(folder, "train", root, "trainval2017", "annotations/instances_trainval2017.json")
+    copy_split(folder, "train", root, "train2017", "annotations/instances_train2017.json")
+    copy_split(folder, "val", root, "valid", "valid.json")
+    (root / "images").mkdir()
+    (root / "images/train2017").symlink_to(root / "train2017")
+    (root / "val").symlink_to("valid")
+    (root / "val.json").symlink_to("valid.json")
+    assert check(root, capsys)[0] == 0
+
+    copy_split(folder, "train", root, "train2014", "annotations/instances_train2014.json")
+    message = r"coco: contains several 'train' splits \(annotations/instances_train2014.json with "
+    message += "train2014/; annotations/instances_train2017.json with train2017/"
+    for setting in ("detect", "pretrain"):
+        with pytest.raises(DataError, match=message):
+            load(root, "train", setting)
+    status, out = check(root, capsys)
+    assert status == 1
+    assert re.search(message, out)
+
+
+def test_the_folder_that_is_meant_is_named(folder, tmp_path):
+    """Of a dataset: one above or below, or the part that is missing."""
+    json_name = "data/val/instancesonly_filtered_val.json"
+    for name in ("data/train", "data/train/images", json_name, ""):
+        with pytest.raises(DataError, match=rf"split found; did you mean {folder}\?"):
+            load(tmp_path / name)
+    (folder / "train/images").rename(tmp_path / "images")
+    with pytest.raises(DataError, match=f"_train.json is there, but not .*{folder}/train/images"):
+        load(folder)
+    with pytest.raises(DataError, match="none: folder not found"):
+        load(tmp_path / "none")
 
 
 def test_any_folder_of_images(tmp_path):
@@ -224,19 +288,25 @@ def test_any_folder_of_images(tmp_path):
     with pytest.raises(DataError, match="contains only one image"):
         coco.find_images(tmp_path / "one", "val")
 
+    with pytest.raises(DataError, match="any: no test images found"):
+        coco.find_images(root, "test")
     (root / "a").rename(root / "train")  # as ImageNet and iSAID's patches have them
     (root / "b").rename(root / "val")
-    for split in ("train", "val"):
-        _, paths = coco.find_images(root, split)
-        assert len(paths) == 21
+    for name in ("val", "valid"):
+        for split in ("train", "val"):
+            _, paths = coco.find_images(root, split)
+            assert len(paths) == 21
+        if name == "val":
+            (root / "val").rename(root / "valid")
 
 
-def test_an_unknown_layout_is_answered_with_the_three_layouts(folder, capsys):
+def test_an_unknown_layout_is_answered_with_the_layouts(folder, capsys):
     (folder / "val/images").rename(folder / "val/pictures")
     status, out = check(folder, capsys)
     assert status == 1
     message = rf"(?m)^error: {folder}: no annotated 'val' split .*iSAID.*/instances_val\*\.json .*"
-    message += r"\(COCO\).*valid/_annotations.coco.json \(Roboflow\)$"
+    message += r"\(COCO\); val.json beside val/ or valid.json beside valid/; "
+    message += r".*valid/_annotations.coco.json \(Roboflow\)$"
     assert re.search(message, out)
     assert "images   6," in out  # of the other split
 

@@ -8,6 +8,7 @@ import collections
 import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from util.files import DataError, read_json
@@ -20,6 +21,7 @@ REQUIRED_FIELDS = {
 }
 OPTIONAL_NUMBERS = ("width", "height", "area", "iscrowd")
 TYPE_NAMES = {int: "an integer", str: "a string", list: "a list"}
+SPLIT_NAMES = {"train": ["train"], "val": ["val", "valid", "validation"], "test": ["test"]}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -143,16 +145,11 @@ def count_ids(entries):
 def dataset_warnings(content):
     """Return what is valid in a COCO file but probably a mistake, as a list of messages.
 
+    file_warnings looks at the images' files.
+
     content: without validation errors; images with annotations have "width" and "height"
     """
     warnings = []
-    files = collections.Counter(os.path.normpath(image["file_name"]) for image in content["images"])
-    repeated = [name for name, count in files.items() if count > 1]
-    if repeated:
-        warnings.append(
-            f"image files listed under several ids: {len(repeated):,} (first: {repeated[0]}); "
-            "each entry is trained with its own annotations only, so merge the entries"
-        )
     names = collections.Counter(c["name"].strip().lower() for c in content["categories"])
     for name, count in names.items():
         if count > 1:
@@ -255,51 +252,172 @@ def class_names(categories):
     return ", ".join(f"{category['id']} {category['name']}" for category in categories)
 
 
-# ---------------------------------------------------------------- find files
+# ---------------------------------------------------------------- find a split
+@dataclass
+class SplitFiles:
+    """Where a split of a dataset is: the name of the layout, its images and its annotations."""
+
+    layout: str
+    images_dir: Path
+    json_path: Path
+
+    def exist(self):
+        """Return True if there are both."""
+        return self.json_path.is_file() and self.images_dir.is_dir()
+
+    def text(self, root):
+        """Return the names of both, relative to the dataset's folder."""
+        return f"{self.json_path.relative_to(root)} with {self.images_dir.relative_to(root)}/"
+
+
 def split_files(root, split):
     """Return the (folder of images, annotation file) of a split of iSAID's patches."""
     folder = Path(root, split)
     return folder / "images", folder / f"instancesonly_filtered_{split}.json"
 
 
-def find_split(root, split):
-    """Find a split of a dataset in the layout of iSAID's patches, of COCO or of Roboflow.
+def possible_splits(root, split):
+    """Return where a split can be in the supported layouts, as a list of SplitFiles."""
+    images_dir, json_path = split_files(root, split)
+    places = [SplitFiles("iSAID patches", images_dir, json_path)]
+    for json_path in sorted((root / "annotations").glob("*.json")):
+        match = re.fullmatch("(instances|image_info)_(.+)", json_path.stem)  # the latter: test
+        if match and splits_named_in(match[2]) == [split]:
+            for images_dir in (root / match[2], root / "images" / match[2]):
+                places.append(SplitFiles("COCO", images_dir, json_path))
+    for name in SPLIT_NAMES[split]:
+        folder = root / name
+        places.append(SplitFiles("Roboflow", folder, folder / "_annotations.coco.json"))
+        places.append(SplitFiles("a file beside each folder", folder, root / f"{name}.json"))
+    return places
 
+
+def splits_named_in(text):
+    """Return the splits whose names are words of a text: "val" of val2017, none of trainval."""
+    words = set(re.findall("[a-z]+", text.lower()))
+    return [split for split, names in SPLIT_NAMES.items() if words.intersection(names)]
+
+
+def existing_splits(root, split):
+    """Return those of the possible_splits that exist; a link to another one counts once."""
+    splits = {}
+    for place in possible_splits(root, split):
+        if place.exist():
+            splits.setdefault((place.images_dir.resolve(), place.json_path.resolve()), place)
+    return list(splits.values())
+
+
+def find_split_files(root, split):
+    """Find a split of a dataset.
+
+    root:  folder of a dataset in the layout of iSAID's patches, of COCO, of Roboflow, or with
+           train.json and val.json or valid.json beside folders of the same names
     split: "train", "val" or "test"
-    Returns (folder of images, annotation file). Raises DataError that lists the layouts.
+    Returns its SplitFiles. Raises DataError that lists the layouts, or names several such splits.
     """
     root = Path(root)
-    candidates = [split_files(root, split)]
-    for path in sorted((root / "annotations").glob(f"*_{split}*.json")):
-        if path.name.startswith(("instances_", "image_info_")):  # the latter: test, no annotations
-            name = re.sub("^(instances|image_info)_", "", path.stem)
-            candidates.append((root / name, path))
-            candidates.append((root / "images" / name, path))
-    roboflow = root / split
-    if split == "val":
-        roboflow = root / "valid"
-    candidates.append((roboflow, roboflow / "_annotations.coco.json"))
-    for images, annotations in candidates:
-        if annotations.is_file() and images.is_dir():
-            return images, annotations
-    if not root.is_dir():
+    splits = existing_splits(root, split)
+    if len(splits) == 1:
+        return splits[0]
+    if splits:
+        texts = "; ".join(place.text(root) for place in splits)
+        remedy = "keep one, or link one into another folder"
+        raise DataError(f"{root}: contains several {split!r} splits ({texts}); {remedy}")
+    if not root.exists():
         raise DataError(f"{root}: folder not found")
+    roboflow = split
+    beside = f"{split}.json beside {split}/"
+    if split == "val":
+        roboflow = "valid"
+        beside += " or valid.json beside valid/"
     raise DataError(
-        f"{root}: no annotated {split!r} split found. Supported layouts: "
+        f"{root}: no annotated {split!r} split found{advice(root, split)}. Supported layouts: "
         f"{split}/images with {split}/instancesonly_filtered_{split}.json (iSAID patches); "
         f"{split}*/ or images/{split}*/ with annotations/instances_{split}*.json (COCO); "
-        f"images next to {roboflow.name}/_annotations.coco.json (Roboflow)"
+        f"{beside}; images next to {roboflow}/_annotations.coco.json (Roboflow)"
     )
 
 
+def find_split(root, split):
+    """Return (folder of images, annotation file) of a split; see find_split_files."""
+    files = find_split_files(root, split)
+    return files.images_dir, files.json_path
+
+
+def advice(root, split):
+    """Return what may be wrong with a folder in which there is no such split, or ""."""
+    for place in possible_splits(root, split):
+        if place.json_path.is_file():
+            return f" ({place.json_path} is there, but not the folder {place.images_dir})"
+    neighbors = list(Path(os.path.abspath(root)).parents[:2])
+    neighbors += sorted(path for path in root.glob("*") if os.access(path, os.X_OK))
+    for folder in neighbors:
+        if folder.is_dir() and existing_splits(folder, split):
+            return f"; did you mean {folder}?"
+    return ""
+
+
+# ---------------------------------------------------------------- find images
+def portable_name(name):
+    """Return a `file_name`, which may come from Windows, as a path of this machine."""
+    return os.path.normpath(name.replace("\\", "/"))
+
+
 def find_image(folder, name):
-    """Return the path of an image by its `file_name`, which may come from another machine."""
-    portable = name.replace("\\", "/")
-    candidates = [folder / name, folder / portable, folder / portable.rsplit("/", 1)[-1]]
+    """Return the path of an image by its `file_name`, which may come from another machine.
+
+    The last resort is its base name. If there is no such file, its path is returned all the same.
+    """
+    portable = portable_name(name)
+    candidates = [folder / name, folder / portable, folder / os.path.basename(portable)]
     for path in candidates:
         if path.is_file():
             return path
     return candidates[0]
+
+
+def file_warnings(folder, images, paths):
+    """Return what is probably a mistake about the files of images, as a list of messages.
+
+    folder: of the images
+    images: entries of a COCO file
+    paths:  of their files, which exist, as find_image returns them
+    Raises DataError if entries of different names are read from the same file: then the boxes of
+    some of them belong to another picture.
+    """
+    first_entry = {}  # {the file: (name, path) of the first entry that is read from it}
+    repeated = {}
+    guessed = []
+    for image, path in zip(images, paths):
+        name = portable_name(image["file_name"])
+        if path not in (folder / image["file_name"], folder / name):
+            guessed.append(image["file_name"])
+        status = path.stat()
+        file_id = (status.st_dev, status.st_ino)  # the same through links, and in upper case
+        if file_id not in first_entry:
+            first_entry[file_id] = (name, path)
+            continue
+        first_name, first_path = first_entry[file_id]
+        is_link = os.path.normpath(path).lower() != os.path.normpath(first_path).lower()
+        if name != first_name and not is_link:
+            raise DataError(
+                f"{path}: read for {first_name} and for {name}, so one has the boxes of another "
+                "picture; store each image under its own file_name"
+            )
+        repeated[file_id] = name
+    warnings = []
+    if repeated:
+        names = list(repeated.values())
+        warnings.append(
+            f"image files listed under several ids: {len(names):,} (first: {names[0]}); "
+            "each entry is trained with its own annotations only, so merge the entries"
+        )
+    if guessed:
+        warnings.append(
+            f"images found by the last part of their file_name: {len(guessed):,} "
+            f"(first: {guessed[0]})"
+        )
+    return warnings
 
 
 def image_files(folder):
@@ -340,20 +458,36 @@ def is_mask(path):
     return re.search("_instance_(color|id)_RGB", path.stem) is not None
 
 
+def image_folder(root, split):
+    """Return the folder of a split's images, annotated or not; None if there is none.
+
+    Raises DataError if there are several annotated ones.
+    """
+    root = Path(root)
+    if existing_splits(root, split):
+        return find_split_files(root, split).images_dir
+    for name in SPLIT_NAMES[split]:
+        if (root / name).is_dir():
+            return root / name
+    return None
+
+
 def find_images(root, split):
     """Find the images of a split for pretraining, which needs no annotations.
 
-    root:  a dataset in one of the layouts of find_split; a folder with the subfolders train and
-           val, as ImageNet has them; or any folder of images, of which every twentieth is val
-    split: "train" or "val"
+    root:  a dataset in one of the layouts of find_split_files; a folder with the subfolders train
+           and val, as ImageNet has them; or any folder of images, of which every twentieth is val
+    split: "train", "val" or "test"
     Returns (name, paths). Raises DataError.
     """
-    try:
-        folders = {name: find_split(root, name)[0] for name in ("train", "val")}
-    except DataError:
-        folders = {name: Path(root, name) for name in ("train", "val")}
-    if all(folder.is_dir() for folder in folders.values()):
+    needed = ["train", "val"]  # one of them alone may be a class of images
+    if split == "test":
+        needed = ["test"]
+    folders = {name: image_folder(root, name) for name in needed}
+    if all(folders.values()):
         return folders[split], image_files(folders[split])
+    if split == "test":
+        raise DataError(f"{root}: no test images found; expected a folder {Path(root, 'test')}")
     paths = image_files(root)
     if len(paths) < 2:
         raise DataError(

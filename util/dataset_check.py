@@ -69,8 +69,10 @@ def check_dataset(root):
     classes = {}
     for split in ("train", "val"):
         try:
-            images_dir, json_path = coco.find_split(root, split)
-            report, classes[split] = check(images_dir, json_path, train=split == "train")
+            files = coco.find_split_files(root, split)
+            layout = f"{files.layout} ({files.text(root)})"
+            is_train = split == "train"
+            report, classes[split] = check(files.images_dir, files.json_path, is_train, layout)
         except DataError as error:
             report = f"error: {error}"
             classes[split] = None
@@ -83,10 +85,11 @@ def check_dataset(root):
     return 0
 
 
-def check(images_dir, json_path, train=False):
+def check(images_dir, json_path, train=False, layout=None):
     """Check the COCO file of a split, and read all of its images.
 
-    train: True if the split must have boxes to train on
+    train:  True if the split must have boxes to train on
+    layout: name of the dataset's layout, for the report
     Returns (the report as text, the classes as text or None if there are errors). Raises DataError
     if the file is not JSON.
     """
@@ -98,6 +101,7 @@ def check(images_dir, json_path, train=False):
         if not content["images"]:
             errors.append("contains no images")
     details = []
+    warnings = []
     if images:  # the statistics are of the readable ones
         categories = sorted(content["categories"], key=lambda category: category["id"])
         content = {**content, "images": images, "categories": categories}
@@ -105,15 +109,24 @@ def check(images_dir, json_path, train=False):
         if train and not errors and all(a["iscrowd"] for a in annotations):
             errors.append("contains no boxes to train on")
         details = statistics(content, annotations, cleaning_counts)
-        for warning in coco.dataset_warnings(content):
-            details.append(f"  warning: {warning}")
+        try:
+            paths = [coco.find_image(images_dir, image["file_name"]) for image in images]
+            warnings += coco.file_warnings(images_dir, images, paths)
+        except DataError as error:
+            errors.append(str(error))
+        warnings += coco.dataset_warnings(content)
 
-    lines = [str(json_path), f"  errors   {len(errors):,}"]
+    lines = [str(json_path)]
+    if layout:
+        lines.append(f"  layout   {layout}")
+    lines.append(f"  errors   {len(errors):,}")
     for error in errors[:MAX_PRINTED_ERRORS]:
         lines.append(f"    {error}")
     if len(errors) > MAX_PRINTED_ERRORS:
         lines.append(f"    … and {len(errors) - MAX_PRINTED_ERRORS:,} more")
-    report = "\n".join(lines + details)
+    lines += details
+    lines += [f"  warning: {warning}" for warning in warnings]
+    report = "\n".join(lines)
     if errors:
         return report, None
     return report, coco.class_names(content["categories"])

@@ -9,10 +9,9 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
-from PIL import Image
-
 from util import coco
 from util.cli import Parser, cli_main
+from util.images import read_image
 
 
 def clipped_annotations(annotations, left, top, right, bottom):
@@ -39,17 +38,16 @@ def quarters(split, data, out):
     new_images = []
     new_annotations = []
     for record in content["images"]:
-        image = Image.open(Path(images_dir) / record["file_name"]).convert("RGB")
-        W, H = image.size
+        image, (W, H) = read_image(coco.find_image(images_dir, record["file_name"]))
         annotations = [a for a in content["annotations"] if a["image_id"] == record["id"]]
         for top, bottom in pairwise([0, H // 2, H]):
             for left, right in pairwise([0, W // 2, W]):
                 inside = clipped_annotations(annotations, left, top, right, bottom)
                 if not inside:
                     continue
-                name = f"{Path(record['file_name']).stem}_{left}_{top}.webp"
-                image.crop((left, top, right, bottom)).save(folder / "images" / name, quality=95)
                 image_id = len(new_images)
+                name = f"{image_id:06}.webp"
+                image.crop((left, top, right, bottom)).save(folder / "images" / name, quality=95)
                 new_images.append(
                     {
                         "id": image_id,
