@@ -602,17 +602,25 @@ def test_few_images(folder):
 
 # ---------------------------------------------------------------- results/tiles
 def test_quarters_of_odd_sides(tmp_path):
-    """Boxes are where the white is, in the quarter of their center, down to the last row."""
+    """Boxes are where the white is, in the quarter of their center, down to the last row.
+
+    Images of the same base name have quarters of their own.
+    """
     split_dir = tmp_path / "data/val"
-    (split_dir / "images").mkdir(parents=True)
+    (split_dir / "images/sub").mkdir(parents=True)
     picture = Image.new("RGB", (71, 51))
     annotations = []
     for i, (x, y, w, h) in enumerate([(2, 3, 20, 10), (30, 30, 41, 21)]):
         picture.paste("white", (x, y, x + w, y + h))
         annotations.append({"id": i, "image_id": 7, "category_id": 1, "bbox": [x, y, w, h]})
     picture.save(split_dir / "images/a.png")
+    Image.new("RGB", (71, 51)).save(split_dir / "images/sub/a.png")
+    annotations.append({"id": 2, "image_id": 8, "category_id": 1, "bbox": [2, 3, 20, 10]})
     content = {
-        "images": [{"id": 7, "file_name": "a.png", "width": 71, "height": 51}],
+        "images": [
+            {"id": 7, "file_name": "a.png", "width": 71, "height": 51},
+            {"id": 8, "file_name": "sub/a.png", "width": 71, "height": 51},
+        ],
         "annotations": annotations,
         "categories": [{"id": 1, "name": "box"}],
     }
@@ -622,8 +630,10 @@ def test_quarters_of_odd_sides(tmp_path):
     script["quarters"]("val", tmp_path / "data", tmp_path / "out")
     content = read_json(tmp_path / "out/val/instancesonly_filtered_val.json")
     sizes = [(image["width"], image["height"]) for image in content["images"]]
-    assert sizes == [(35, 25), (36, 26)]
+    assert sizes == [(35, 25), (36, 26), (35, 25)]
     for image, annotation in zip(content["images"], content["annotations"], strict=True):
+        if image["id"] == 2:  # of the black one
+            break
         assert annotation["image_id"] == image["id"]
         quarter = Image.open(tmp_path / "out/val/images" / image["file_name"]).convert("L")
         left, top, right, bottom = quarter.point(lambda v: 255 * (v > 127)).getbbox()
