@@ -2,9 +2,10 @@
 
     python eval.py RUN [--data DIR] [--split val] [--limit_val N] [--out DIR] [--export FILE]
 
-RUN is a run folder of train.py (its best.pt, else its last.pt) or a checkpoint file. Metrics on the
-run's own held-out images are written to metrics.json in the run folder; metrics on other images
-only to the folder given by --out. For images of any size see tools/predict.py.
+RUN is a run folder of train.py (its best.pt, else its last.pt), a checkpoint file, or the name of a
+COCO model (see util/pretrained.py) for a dataset with the classes of COCO. Metrics on the run's own
+held-out images are written to metrics.json in the run folder; metrics on other images only to the
+folder given by --out. For images of any size see tools/predict.py.
 """
 
 import argparse
@@ -31,7 +32,8 @@ import ssl_tasks
 from util import checkpoint, cli, coco, distributed, plots
 from util.files import DataError, check_writable, write_text
 from util.images import unnormalize
-from util.weights import load_checkpoint
+from util.pretrained import MODELS, coco_categories, is_model_name, keep_coco_classes
+from util.weights import PARTS, load_checkpoint, load_parts, read_state_dict
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
 METRIC_TITLES = ("AP", "AP50", "AP75", "small", "medium", "large", "AR")
@@ -41,6 +43,9 @@ LOGGED = METRICS + ("val_loss",) + SSL_METRICS + ("collapsed", "eval_seconds")  
 # Square roots of areas in pixels: an object is small from the first to the second number, medium
 # to the third, large to the last. "isaid" are the ranges of iSAID's devkit.
 SIZE_RANGES = {"coco": (0, 32, 96, 1e5), "isaid": (10, 144, 512, 1e5)}
+RUN_HELP = f"run folder of train.py, its checkpoint file, or a COCO model: {', '.join(MODELS)}"
+# in folders of train.py; the last two in those of transformers
+CHECKPOINT_NAMES = ("best.pt", "last.pt", "model.safetensors", "pytorch_model.bin")
 MAX_BASELINE_VALUES = 2**24  # pixels or classes of the targets that the baseline is computed from
 
 
@@ -471,16 +476,18 @@ class TrainedRun:
     task: torch.nn.Module | None
     args: argparse.Namespace  # flags of train.py
     categories: list  # [{"id", "name"}] in the order of the labels
-    window: int  # pixels per side of the images trained on
+    window: int | None  # pixels per side of the images trained on; None: those of COCO
     path: Path  # of the checkpoint
+    folder: Path  # where figures and metrics are written by default
 
 
 def checkpoint_file(run):
-    """Return the checkpoint of a run folder, best.pt or else last.pt.
+    """Return the checkpoint of a folder, the first of CHECKPOINT_NAMES that exists.
 
-    A file or a URL is returned as it is. Raises ValueError if the folder has no checkpoint.
+    A file, a URL or the name of a published model is returned as it is. Raises ValueError if the
+    folder has no checkpoint.
     """
-    for name in ("best.pt", "last.pt"):
+    for name in CHECKPOINT_NAMES:
         if Path(run, name).is_file():
             return Path(run, name)
     if Path(run).is_dir():
@@ -489,7 +496,12 @@ def checkpoint_file(run):
 
 
 def load_run(run, device):
-    """Return the TrainedRun of a run folder or checkpoint file. Raises ValueError."""
+    """Return the TrainedRun of a run folder, a checkpoint file or a published model.
+
+    Raises ValueError.
+    """
+    if is_model_name(run):
+        return load_published_model(run, device)
     path = Path(checkpoint_file(run))
     state = load_checkpoint(path)
     checkpoint.require_train_checkpoint(state, path)
@@ -498,6 +510,7 @@ def load_run(run, device):
         args = argparse.Namespace(**state["args"])
         model = detr.build_detector(**state["detector"])
         if state["task"]:
+            require_tokenizer(state["task"])
             task = ssl_tasks.build_task(**state["task"]).to(device)
         checkpoint.load(model, task, state)
         attn_backend = "auto"  # the kernel that the run was trained with may not exist here
@@ -510,7 +523,45 @@ def load_run(run, device):
         ) from None
     deformable_attn.set_attention_backend(model, device, attn_backend)
     model.to(device, memory_format=torch.channels_last)  # convolutions are faster in this layout
-    return TrainedRun(model, task, args, state["categories"], state["window"], path)
+    return TrainedRun(
+        model, task, args, state["categories"], state["window"], path, folder=path.parent
+    )
+
+
+def require_tokenizer(task_config):
+    """Raise ValueError if the file of a run's visual tokens is not where the run had it."""
+    path = task_config.get("tokenizer_weights")
+    if path and not Path(path).exists():
+        raise ValueError(f"{path}: DALL-E's encoder of this run was not found; put it back there")
+
+
+def load_published_model(name, device):
+    """Return a detector trained on COCO, see util/pretrained.py, as a TrainedRun.
+
+    Raises ValueError.
+    """
+    config = MODELS[name].config
+    categories = coco_categories()
+    model = detr.build_detector(num_classes=len(categories), **config)
+    state = keep_coco_classes(read_state_dict(name), config)
+    not_loaded = load_parts(model, state, name, PARTS)
+    if not_loaded:
+        raise ValueError(f"{name}: its file lacks {not_loaded[0]}")
+    deformable_attn.set_attention_backend(model, device, "auto")
+    model.to(device, memory_format=torch.channels_last)
+    args = argparse.Namespace(  # the flags that an evaluation needs
+        setting="detect",
+        data=None,
+        image_size=None,
+        augment="none",
+        batch_size=4,
+        overfit=None,
+        limit_train=None,
+        limit_val=None,
+        seed=0,
+    )
+    folder = Path("runs", name)
+    return TrainedRun(model, None, args, categories, window=None, path=Path(name), folder=folder)
 
 
 def require_detector(run):
@@ -526,7 +577,7 @@ def require_detector(run):
 def parse(argv):
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
-    add("run", help="run folder of train.py, or a checkpoint file")
+    add("run", help=RUN_HELP)
     add("--data", help="dataset folder; default: the run's")
     add("--split", choices=("train", "val", "test"), help="default: val, the held-out images")
     add("--limit_val", type=cli.POSITIVE_INT, help="use only the first N images")
@@ -564,6 +615,11 @@ def load_images(run, flags, split, export):
         require_detector(run)
     if split == "test" and not flags.data:
         raise ValueError("--split test requires --data (synthetic scenes have no test split)")
+    if run.window is None and not flags.data:
+        raise ValueError(f"{run.path}: requires --data DIR, a dataset with the classes of COCO")
+    if flags.data and flags.data == run.args.data and not Path(flags.data).exists():
+        message = "the folder of the run's data was not found; if it has moved, name it with --data"
+        raise DataError(f"{flags.data}: {message}")
     data = isaid.load_split(split, flags, train=False)
     if not data.annotations and not run.task and not export:
         raise DataError(
@@ -595,7 +651,7 @@ def main(argv=None):
     out = args.out
     is_own_data = split == own_split and args.data is None and args.limit_val is None
     if out is None and is_own_data:
-        out = run.path.parent
+        out = run.folder
     if out:
         out.mkdir(parents=True, exist_ok=True)
         distributed.run_on_rank0(check_writable, out / "metrics.json")

@@ -39,6 +39,7 @@ from util import checkpoint, cli, plots
 from util.cli import NON_NEGATIVE_INT, Parser, cli_main, int_range
 from util.experiments import dependencies, load_experiment
 from util.files import check_writable, read_json, write_text
+from util.pretrained import MODELS
 
 ROOT = Path(__file__).resolve().parent
 RUNS = ROOT / "runs"
@@ -386,7 +387,7 @@ class Runner:
         for name in names:
             words = shlex.split(self.rows[name])
             for flag, path in zip(words, words[1:]):
-                if flag not in FLAGS_WITH_FILES or "{" in path or "://" in path:
+                if flag not in FLAGS_WITH_FILES or "{" in path or "://" in path or path in MODELS:
                     continue
                 if not Path(self.args.code, path).exists():
                     lines.append(f"{name}: {flag}: {path} not found")

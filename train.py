@@ -36,6 +36,7 @@ import isaid
 import ssl_tasks
 from eval import LOGGED, checkpoint_file, epoch_text, evaluate, metrics_table
 from util import checkpoint, cli, dataset_check, distributed, plots
+from util.pretrained import MODELS, fetch_imagenet_weights
 from util.synthetic import MAX_SCENES
 from util.weights import PARTS, init_from_checkpoint, part_of
 
@@ -342,7 +343,8 @@ def build_parser():
         action=cli.InitAction,
         default=[],
         metavar="RUN",
-        help="initial weights: a run folder, an official checkpoint or its URL",
+        help="initial weights: a run folder, a checkpoint file or its URL, or a COCO model: "
+        + ", ".join(MODELS),
     )
     add(
         "--init_parts",
@@ -681,13 +683,9 @@ def build_model(config, args):
     origin = {}  # {part: where its weights come from}
     if args.backbone_weights == "imagenet" and "backbone_weights" not in ignored_flags(args):
         weights = "IMAGENET1K_V1"
+        fetch_imagenet_weights(config["backbone"])
         origin["backbone"] = weights
-    try:
-        model = detr.build_detector(**config, backbone_weights=weights)
-    except OSError as error:  # URLError is one
-        message = f"failed to download ImageNet weights for {config['backbone']} ({error})"
-        folder = Path(torch.hub.get_dir(), "checkpoints")
-        raise ValueError(f"{message}; place the file in {folder}") from None
+    model = detr.build_detector(**config, backbone_weights=weights)
     reinitialized = []
     for path, parts in args.init:
         taken, names = init_from_checkpoint(model, checkpoint_file(path), parts)

@@ -1,6 +1,7 @@
 """Draw what the best queries of a detector attend to, and what the encoder does in their place.
 
-    python -m tools.attention RUN [IMAGE] [--queries N] [--out FILE]
+    python -m tools.attention RUN [IMAGE] [--data DIR] [--queries N] [--out FILE]
+    python -m tools.attention deformable-detr photo.jpg
 
 Each row of the picture is one query. Its columns are the query's box; the attention of the query in
 the last decoder layer, with a cross at the mean; and the attention of the cell in the center of the
@@ -9,10 +10,12 @@ shows a map, the mean over its heads. Deformable DETR attends to points on all l
 shows the points of all heads, larger and redder with their weight.
 
 Without IMAGE the first held-out image with objects is drawn, and the run's metrics.json gets an
-entry "attention", see `pointing_game`. IMAGE is seen whole, resized as the run's images are; of a
-large image, pass a crop.
+entry "attention", see `pointing_game`. With --data the image is one of that dataset, and
+metrics.json stays as it is. IMAGE is seen whole, resized as the run's images are; of a large image,
+pass a crop. RUN may be the name of a COCO model, see util/pretrained.py.
 """
 
+import argparse
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +27,7 @@ from torchvision.ops import nms
 
 import detr
 import isaid
-from eval import coco_results, eval_loader, load_run, require_detector
+from eval import RUN_HELP, coco_results, eval_loader, load_images, load_run, require_detector
 from util import cli, plots
 from util.files import DataError, check_writable, read_json, write_text
 from util.images import read_image
@@ -216,7 +219,7 @@ def overlay_of(model, attention, query, cross):
 def parse(argv):
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
-    add("run", help="run folder of train.py, or a checkpoint file")
+    add("run", help=RUN_HELP)
     add(
         "image",
         nargs="?",
@@ -224,7 +227,10 @@ def parse(argv):
         help="image file; default: the first held-out image with objects",
     )
     add("--queries", type=cli.POSITIVE_INT, default=4, help="number of queries to draw")
-    out_help = "picture to write; default: attention.png, or attention-IMAGE.png, in RUN"
+    add("--data", help="dataset to take the image from; default: the run's")
+    out_help = (
+        "picture to write; default: attention.png, or attention-IMAGE.png, in RUN or runs/RUN"
+    )
     add("--out", type=Path, help=out_help)
     add("--device", type=cli.parse_device, default="auto", help="device: cpu, cuda, mps …")
     return parser.parse_args(argv)
@@ -235,22 +241,27 @@ def main(argv=None):
     args = parse(argv)
     run = load_run(args.run, args.device)
     require_detector(run)
-    folder = run.path.parent
     name = f"attention-{args.image.stem}.png" if args.image else "attention.png"
-    out = args.out if args.out else folder / name
+    out = args.out
+    if out is None:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        out = run.folder / name
     check_writable(out)
     if args.image:
         image = read_whole_image(args.image, run.window)
     else:
-        image = play_pointing_game(run, args.device, folder / "metrics.json")
+        image = play_pointing_game(run, args.data, args.device)
     draw_best_queries(out, run, image, args.queries)
     print(f"written: {out}")
 
 
 def read_whole_image(path, window):
-    """Return a PIL image; print a note if it is larger than the training images, window."""
+    """Return a PIL image; print a note if it is larger than the training images.
+
+    window: pixels per side of these; None: they had all sizes
+    """
     image, (width, height) = read_image(path)
-    if max(width, height) > window:
+    if window is not None and max(width, height) > window:
         print(
             f"{path}: {width} x {height} pixels, more than the {window} of the images trained on; "
             f"objects may be too small after resizing; try a crop"
@@ -258,29 +269,37 @@ def read_whole_image(path, window):
     return image
 
 
-def play_pointing_game(run, device, metrics_path):
-    """Add the pointing game on a run's held-out images to its metrics.json.
+def play_pointing_game(run, data_folder, device):
+    """Print the result of the pointing game on held-out images, and add it to metrics.json.
 
+    data_folder: dataset to use; None: the run's own, and only then metrics.json is changed
     Returns the first of these images that contains objects, a PIL image.
     """
-    metrics = {}
-    if metrics_path.exists():
-        metrics = read_json(metrics_path)
-    if not isinstance(metrics, dict):
-        raise ValueError(f"{metrics_path}: not written by eval.py; delete or move it")
-    check_writable(metrics_path)
     split = "train" if run.args.overfit else "val"
-    data = isaid.load_split(split, run.args, train=False)
+    flags = argparse.Namespace(**vars(run.args))
+    if data_folder:
+        flags.data = data_folder
+    data = load_images(run, flags, split, export=None)
     with_objects = [i for i, labels in enumerate(data.labels) if len(labels) > 0]
     if not with_objects:
         raise DataError(f"{data.name}: contains no objects; pass an image file")
+    metrics_path = run.folder / "metrics.json"
+    metrics = {}
+    if metrics_path.exists() and not data_folder:
+        metrics = read_json(metrics_path)
+    if not isinstance(metrics, dict):
+        raise ValueError(f"{metrics_path}: not written by eval.py; delete or move it")
 
-    game = pointing_game(run.model, data, run.args.batch_size, device)
-    write_text(metrics_path, json.dumps({**metrics, "attention": game}, indent=1))
+    game = pointing_game(run.model, data, flags.batch_size, device)
     print(
         f"pointing-game accuracy: {game['accuracy']:.1%} of {game['objects']:,} held-out objects "
         f"(chance: {game['chance']:.1%})"
     )
+    if not data_folder:
+        try:
+            write_text(metrics_path, json.dumps({**metrics, "attention": game}, indent=1))
+        except DataError as error:  # the picture may still be written, to --out
+            print(f"not written: {error}")
     return data.load_image(with_objects[0])
 
 

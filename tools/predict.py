@@ -3,8 +3,9 @@
     python -m tools.predict RUN IMAGE_OR_FOLDER … [--out DIR] [--score 0.3]
 
 The detector runs on overlapping windows as large as the training images, and duplicate detections
-of an object are merged. Writes a picture with boxes for each image, and for all images together
-predictions.json (COCO's format, with scores) and predictions.csv.
+of an object are merged. A COCO model, which RUN may name (see util/pretrained.py), sees each image
+whole unless --window is given. Writes a picture with boxes for each image, and for all images
+together predictions.json (COCO's format, with scores) and predictions.csv.
 """
 
 import csv
@@ -21,7 +22,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import isaid
-from eval import coco_results, detect, load_run, require_detector
+from eval import RUN_HELP, coco_results, detect, load_run, require_detector
 from util import cli, coco, distributed, isaid_prepare, plots
 from util.files import DataError, check_writable, write_text
 from util.images import read_image
@@ -36,14 +37,18 @@ class Windows(torch.utils.data.Dataset):
     """The windows of an image. Item i: (pixels (3, h, w) normalized, {"size": (height, width)
     in the image, "window": xyxy}).
 
-    window, overlap: pixels per side in the image
-    image_size:      pixels per side that a window is resized to
+    window, overlap: pixels per side in the image; window None: the whole image is the only one
+    image_size:      pixels per side that a window is resized to; None: see isaid.resize
     """
 
     def __init__(self, image, window, overlap, image_size):
         self.image = image
-        self.scale = image_size / window
         self.windows = []
+        if window is None:
+            self.scale = None
+            self.windows.append((0, 0, image.width, image.height))
+            return
+        self.scale = image_size / window
         for y0, y1 in isaid_prepare.tile_intervals(image.height, window, overlap):
             for x0, x1 in isaid_prepare.tile_intervals(image.width, window, overlap):
                 self.windows.append((x0, y0, x1, y1))
@@ -55,8 +60,11 @@ class Windows(torch.utils.data.Dataset):
         x0, y0, x1, y1 = self.windows[i]
         height = y1 - y0
         width = x1 - x0
-        size = [max(1, round(height * self.scale)), max(1, round(width * self.scale))]
-        crop = v2.functional.resize(self.image.crop(self.windows[i]), size)
+        if self.scale is None:
+            crop = isaid.resize()(self.image)
+        else:
+            size = [max(1, round(height * self.scale)), max(1, round(width * self.scale))]
+            crop = v2.functional.resize(self.image.crop(self.windows[i]), size)
         return isaid.to_tensor(crop), {"size": (height, width), "window": self.windows[i]}
 
 
@@ -74,8 +82,7 @@ def detect_in_windows(
 ):
     """Detect the objects in a PIL image.
 
-    window, overlap: pixels per side in the image
-    image_size:      pixels per side that a window is resized to
+    window, overlap, image_size: see Windows
     score:           smallest score that is kept
     max_dets:        largest number of detections per window
     Returns {"boxes" (n, 4) xyxy, "labels" (n,), "scores" (n,)} as numpy arrays, best first.
@@ -99,7 +106,10 @@ def detect_in_windows(
     labels = torch.cat(labels).numpy()
     scores = torch.cat(scores).numpy()
     windows = torch.cat(windows).numpy()
-    merged, best = merge_windows(boxes, labels, scores, windows, image.size, margin=window / 64)
+    margin = 0  # a whole image cuts no objects
+    if window is not None:
+        margin = window / 64
+    merged, best = merge_windows(boxes, labels, scores, windows, image.size, margin)
     return {"boxes": merged, "labels": labels[best], "scores": scores[best]}
 
 
@@ -258,16 +268,19 @@ def write_predictions(out, images, categories, results):
 def parse(argv):
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
-    add("run", help="run folder of train.py, or a checkpoint file")
+    add("run", help=RUN_HELP)
     add(
         "images",
         type=os.path.abspath,
         nargs="+",
         help="images, or folders that are searched for images",
     )
-    add("--out", type=Path, help="folder to write; default: predictions in the run folder")
+    add("--out", type=Path, help="folder to write; default: predictions in RUN, or runs/RUN")
     add("--score", type=cli.FRACTION, default=0.3, help="smallest score that is kept")
-    window_help = "pixels per side of a window; default: as large as the training images"
+    window_help = (
+        "pixels per side of a window; default: as large as the training images, or with a COCO "
+        "model the whole image"
+    )
     add("--window", type=cli.POSITIVE_INT, help=window_help)
     overlap_help = "pixels that neighboring windows share; default: a quarter of a window"
     add("--overlap", type=cli.NON_NEGATIVE_INT, help=overlap_help)
@@ -287,20 +300,24 @@ def main(argv=None):
     run = load_run(args.run, args.device)
     require_detector(run)
     window = run.window if args.window is None else args.window
-    overlap = window // 4 if args.overlap is None else args.overlap
-    if overlap >= window:
+    overlap = args.overlap
+    if window is None and overlap is not None:
+        raise ValueError(f"--overlap {overlap} requires --window: {run.path} sees whole images")
+    if window is not None and overlap is None:
+        overlap = window // 4
+    if window is not None and overlap >= window:
         raise ValueError(f"--overlap {overlap} must be smaller than the window of {window} pixels")
     image_size = 800 if run.args.image_size is None else run.args.image_size
     files, folder = find_input_images(args.images)
-    out = run.path.parent / "predictions" if args.out is None else args.out
+    out = run.folder / "predictions" if args.out is None else args.out
     out.mkdir(parents=True, exist_ok=True)
     check_writable(out / "predictions.json")
     check_writable(out / "predictions.csv")
 
-    text = [
-        f"{run.path} in windows of {window} pixels that overlap by {overlap}, "
-        f"resized to {image_size}"
-    ]
+    seen = "on whole images"
+    if window is not None:
+        seen = f"in windows of {window} pixels that overlap by {overlap}, resized to {image_size}"
+    text = [f"{run.path} {seen}"]
     images = []
     results = []
     errors = []
@@ -342,7 +359,7 @@ def main(argv=None):
 
 def window_advice(n, image, window):
     """Return a remark if there are very few detections, n, for the number of windows, else ""."""
-    one_window = max(image.size) <= window
+    one_window = window is None or max(image.size) <= window
     if one_window or n * window**2 >= image.width * image.height / 10:
         return ""
     return (

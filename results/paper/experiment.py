@@ -5,9 +5,8 @@
 DIR holds the patches that python isaid.py prepare makes. The settings are those of the authors'
 code, with its bugs fixed (see RESULTS.md). The authors corrupt the image, not the feature maps.
 
-Deformable DETR starts from the official COCO model, which its repository links: save it as
-weights/r50_deformable_detr-checkpoint.pth. v0 is detection, v1 is multi-task learning with
-reconstruction.
+Both detectors start from the official COCO models, which are downloaded. Of Deformable DETR, v0 is
+detection, v1 is multi-task learning with reconstruction.
 
 The visual tokens are those of DALL-E: save https://cdn.openai.com/dall-e/encoder.pkl as
 weights/encoder.pkl.
@@ -32,7 +31,7 @@ TASKS = ["mim-continuous", "mim-discrete", "jigsaw-continuous", "jigsaw-discrete
 TASKS_WITHOUT_TOKENS = ["mim-continuous", "jigsaw-continuous", "jigsaw-discrete"]
 MULTITASK_TASKS = ["reconstruct", "mim-continuous", "jigsaw-continuous", "jigsaw-discrete"]
 
-coco = "--init https://dl.fbaipublicfiles.com/detr/detr-r50-e632da11.pth"
+coco = "--init detr-r50"
 coco_cnn = f"{coco} --init_parts backbone"
 dalle = "--tokenizer_weights weights/encoder.pkl"
 
@@ -41,10 +40,7 @@ pretrain = "@recipes/paper_detr.txt @recipes/paper_pretrain.txt --data {data}"
 pretrain_on_imagenet = (
     "@recipes/paper_detr.txt @recipes/paper_pretrain.txt --data data/imagenet --freeze backbone"
 )
-deformable_detr = (
-    "@recipes/paper_deformable_detr.txt --data {data}"
-    " --init weights/r50_deformable_detr-checkpoint.pth"
-)
+deformable_detr = "@recipes/paper_deformable_detr.txt --data {data} --init deformable-detr"
 
 # ---------------------------------------------------------------- rows
 rows = {}

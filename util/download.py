@@ -1,0 +1,171 @@
+"""Download files of weights into torch's cache: whole or not at all, resumed and compared."""
+
+import contextlib
+import hashlib
+import http.client
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+TIMEOUT = 60  # seconds without a byte
+CHUNK = 2**20  # bytes
+DELETE = "delete this file to download it again"
+
+
+def cache_folder():
+    """Return the folder in which torch, torchvision and this module keep weights."""
+    return Path(torch.hub.get_dir(), "checkpoints")
+
+
+def cached_url(url):
+    """Return the path of any URL's file in the cache, see `cached_file`."""
+    key = hashlib.sha256(url.encode()).hexdigest()[:8]  # many files are called checkpoint.pth
+    name = Path(urllib.parse.urlsplit(url).path).name
+    return cached_file(url, cache_folder() / f"{key}-{name}")
+
+
+def cached_file(url, target, sha256=None):
+    """Return the path of a URL's file in the cache, `target`; download it if it is not there.
+
+    sha256: the file's hash or its first digits, if known. It is compared at each call, since files
+            are also copied into the cache by hand.
+    Raises ValueError that says what to do.
+    """
+    if not target.exists():
+        download(url, target, sha256)
+        return target
+    problem = file_problem(target, sha256)
+    if problem:
+        raise ValueError(f"{target}: {problem}; {DELETE}")
+    return target
+
+
+def download(url, target, sha256=None):
+    """Write a URL's file to `target`; the arguments are those of `cached_file`.
+
+    What an interrupted call has received is kept next to it, and the next call continues there.
+    Several processes may call this at once: one downloads, the others wait for it.
+    """
+    partial = target.with_name(f"{target.name}.partial")
+    lock = target.with_name(f"{target.name}.lock")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(lock):
+            if not target.exists():
+                receive(url, partial)
+                problem = file_problem(partial, sha256)
+                if problem:
+                    partial.unlink()
+                    raise OSError(problem)
+                os.replace(partial, target)
+            lock.unlink(missing_ok=True)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        remedy = f"repeat the command to continue, or save this file yourself as {target}"
+        raise ValueError(f"{url}: download failed ({error}); {remedy}") from None
+
+
+@contextlib.contextmanager
+def exclusive(lock):
+    """Let one process at a time run this block; the system releases the lock of a dead process."""
+    if fcntl is None:
+        yield
+        return
+    with open(lock, "w") as file:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def receive(url, partial):
+    """Append to the file `partial` what it lacks of a URL's file. Raises OSError if it ends early.
+
+    Where the server cannot continue, the file is received from its start.
+    """
+    size = 0
+    if partial.exists():
+        size = partial.stat().st_size
+    headers = {"User-Agent": "torch.hub"}  # some servers refuse Python's own
+    if size > 0:
+        headers["Range"] = f"bytes={size}-"
+    request = urllib.request.Request(url, headers=headers)
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if size == 0 or error.code != 416:  # 416: there is no such range
+            raise
+        partial.unlink()
+        receive(url, partial)
+        return
+    with response:
+        if response.headers.get_content_type() == "text/html":
+            raise OSError("the address answers with a web page, such as a network's sign-in page")
+        mode = "ab"
+        if response.status != 206:  # the server sends the whole file
+            mode = "wb"
+            size = 0
+        total = None
+        if "Content-Length" in response.headers:
+            total = size + int(response.headers["Content-Length"])
+        bar = tqdm(
+            desc=partial.stem, initial=size, total=total, unit="B", unit_scale=True, disable=None
+        )
+        with bar, open(partial, mode) as file:
+            chunk = response.read(CHUNK)
+            while chunk:
+                file.write(chunk)
+                size += len(chunk)
+                bar.update(len(chunk))
+                chunk = response.read(CHUNK)
+            file.flush()
+            os.fsync(file.fileno())
+    if total is not None and size != total:
+        raise OSError(f"it ended after {size:,} of {total:,} bytes")
+
+
+def file_problem(path, sha256=None):
+    """Return why a file cannot be the weights that were asked for, in words, or None.
+
+    sha256: the first digits of its hash, if known
+    """
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "is a web page, such as a network's sign-in page, not weights"
+    if sha256 is not None:
+        if not file_sha256(path).startswith(sha256):
+            return "is damaged or another file (its SHA-256 differs from the published one)"
+    elif start.startswith(b"pk"):
+        try:
+            check_zip(path)
+        except zipfile.BadZipFile:
+            return "is damaged or incomplete"
+    return None
+
+
+def file_sha256(path):
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        chunk = file.read(CHUNK)
+        while chunk:
+            digest.update(chunk)
+            chunk = file.read(CHUNK)
+    return digest.hexdigest()
+
+
+def check_zip(path):
+    """Compare the checksums in a file of torch.save, as torch.load does not. Raises BadZipFile."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() is not None:
+            raise zipfile.BadZipFile
