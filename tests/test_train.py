@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import Mock
@@ -248,14 +249,20 @@ def test_recipes_have_the_official_models_and_rates(name, lr):
 def test_imagenet_weights(tmp_path, monkeypatch):
     """Torchvision's file is cached or downloaded; offline one line says what to do."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "urlopen", Mock(side_effect=URLError("offline")))
+    monkeypatch.setattr(urllib.request, "urlopen", Mock(side_effect=URLError("offline")))
     flags = ["--backbone_weights", "imagenet"]
-    message = r"error: failed to download ImageNet weights for resnet18 \(.*offline.*\); place "
-    with pytest.raises(SystemExit, match=f"^{message}the file in {tmp_path}/checkpoints$"):
+    file = f"{tmp_path}/checkpoints/resnet18-f37072fd.pth"
+    message = r"error: https://download.pytorch.org/models/resnet18-f37072fd.pth: download failed "
+    with pytest.raises(
+        SystemExit, match=rf"^{message}\(.*offline.*\); .* this file yourself as {file}$"
+    ):
+        train.main(TINY + flags)
+    Path(file).write_text("<html>Please sign in")
+    with pytest.raises(SystemExit, match=f"^error: {file}: is a web page, .*; delete this file to"):
         train.main(TINY + flags)
 
     resnet = torchvision.models.resnet18()
-    torch.save(resnet.state_dict(), tmp_path / "checkpoints/resnet18-f37072fd.pth")
+    torch.save(resnet.state_dict(), file)
     for flag, is_trained in (("--frozen_bn", False), ("--no-frozen_bn", True)):
         body = built(flags + [flag]).model.backbone[0].body
         assert torch.equal(body.layer3[1].conv2.weight, resnet.layer3[1].conv2.weight)

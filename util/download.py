@@ -31,7 +31,7 @@ def cache_folder():
 def cached_url(url):
     """Return the path of any URL's file in the cache, see `cached_file`."""
     key = hashlib.sha256(url.encode()).hexdigest()[:8]  # many files are called checkpoint.pth
-    name = Path(urllib.parse.urlsplit(url).path).name
+    name = Path(urllib.parse.urlsplit(url).path).name[-100:]
     return cached_file(url, cache_folder() / f"{key}-{name}")
 
 
@@ -58,33 +58,35 @@ def download(url, target, sha256=None):
     Several processes may call this at once: one downloads, the others wait for it.
     """
     partial = target.with_name(f"{target.name}.partial")
-    lock = target.with_name(f"{target.name}.lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(lock):
-            if not target.exists():
-                receive(url, partial)
-                problem = file_problem(partial, sha256)
-                if problem:
-                    partial.unlink()
-                    raise OSError(problem)
-                os.replace(partial, target)
-            lock.unlink(missing_ok=True)
+        with exclusive(target.parent):
+            if target.exists():  # another process has downloaded it
+                return
+            receive(url, partial)
+            problem = file_problem(partial, sha256)
+            if problem:
+                partial.unlink()
+                raise OSError(problem)
+            os.replace(partial, target)
     except (OSError, http.client.HTTPException, ValueError) as error:
         remedy = f"repeat the command to continue, or save this file yourself as {target}"
         raise ValueError(f"{url}: download failed ({error}); {remedy}") from None
 
 
 @contextlib.contextmanager
-def exclusive(lock):
+def exclusive(folder):
     """Let one process at a time run this block; the system releases the lock of a dead process."""
     if fcntl is None:
         yield
         return
-    with open(lock, "w") as file:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
         with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def receive(url, partial):
