@@ -463,6 +463,8 @@ def epoch_text(line, epochs):
         text += f"  held-out task: {ssl_text(line)}"
     if line.get("collapsed"):
         text += "  (warning: identical detections in every image)"
+    if "skipped_steps" in line:
+        text += f"  ({line['skipped_steps']} steps skipped: gradient too large for fp16)"
     text += f"  {line['seconds']:.0f} s"
     return f"{text}, {line['images_per_second']:.1f} images/s, {line['data_wait']:.0%} waiting"
 

@@ -11,7 +11,6 @@ Images" (arXiv 1905.12886).
 """
 
 import json
-import multiprocessing
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +21,15 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from util import coco, distributed, isaid_prepare, isaid_raw, synthetic, vhr10
-from util.cli import IMAGE_SIDE, NON_NEGATIVE_INT, POSITIVE_INT, Parser, cli_main, int_range
+from util.cli import (
+    IMAGE_SIDE,
+    NON_NEGATIVE_INT,
+    POSITIVE_INT,
+    Parser,
+    cli_main,
+    int_range,
+    usable_cores,
+)
 from util.dataset_check import check_dataset
 from util.files import DataError, write_text
 from util.images import MEAN, STD, check_size, read_image, read_size
@@ -476,7 +483,7 @@ def build_parser():
         default=isaid_prepare.OVERLAP,
         help="pixels that neighboring patches share",
     )
-    workers = min(8, multiprocessing.cpu_count())
+    workers = min(8, usable_cores())
     workers_help = "processes; each needs up to 2 GB of memory for large images"
     add("--workers", type=int_range(1, 256), default=workers, help=workers_help)
     devkit_help = "exactly the patches of iSAID's devkit, see util/isaid_prepare.py"

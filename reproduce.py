@@ -35,8 +35,8 @@ import torch
 from matplotlib.figure import Figure
 
 import train
-from util import checkpoint, cli, plots
-from util.cli import NON_NEGATIVE_INT, Parser, cli_main, int_range
+from util import checkpoint, plots
+from util.cli import NON_NEGATIVE_INT, Parser, cli_main, int_range, usable_cores
 from util.experiments import dependencies, load_experiment
 from util.files import check_writable, read_json, write_text
 from util.pretrained import MODELS
@@ -214,8 +214,12 @@ def provenance(result):
 
 def report_provenance(results, experiment, data):
     """Print how many results have a different revision, device or dataset than this call."""
-    device = checkpoint.device_name(cli.parse_device("auto"))
-    here = {"revision": checkpoint.revision(), "device": device, "dataset": data}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    here = {
+        "revision": checkpoint.revision(),
+        "device": checkpoint.device_name(device),
+        "dataset": data,
+    }
     for key, value in here.items():
         counts = collections.Counter()
         for name, runs in results.items():
@@ -298,10 +302,7 @@ class Runner:
             command.append(word.format(**folders))
         command += ["--seed", str(seed), "--out", folders[name], "--resume"]
         if self.shares_gpus:  # the runs share the CPU's cores
-            cores = os.cpu_count()
-            if cores is None:  # unknown
-                cores = 1
-            workers = max(1, cores // self.args.jobs)
+            workers = max(1, usable_cores() // self.args.jobs)
             command += ["--workers", str(min(8, workers))]
         return command
 

@@ -40,6 +40,8 @@ from util.pretrained import MODELS, fetch_imagenet_weights
 from util.synthetic import MAX_SCENES
 from util.weights import PARTS, init_from_checkpoint, part_of
 
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of --amp
+
 
 # ---------------------------------------------------------------- losses
 def compute_losses(model, task, images, padding, targets, args):
@@ -61,7 +63,8 @@ def compute_losses(model, task, images, padding, targets, args):
         seeds = [target["seed"] for target in targets]
         corruption = task.sample_corruption(padding, seeds).to(images.device)
 
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+    amp_dtype = AMP_DTYPES.get(args.amp)
+    with torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype is not None):
         if detects:
             levels = model.features(images, padding)
             clean_memory = model.encode(levels)
@@ -77,6 +80,7 @@ def compute_losses(model, task, images, padding, targets, args):
         num_patches = distributed.mean_over_ranks(task.counted_patches(corruption).sum())
         memory = detr.to_float32(task_memory)
         loss_ssl = task.loss(memory, images, corruption, num_patches)
+        check_finite({"loss_ssl": loss_ssl}, targets)
         losses["loss_ssl"] = loss_ssl[None]  # (1,): like the others, it has an axis of layers
     if detects:
         outputs = model.decode(detr.to_float32(clean_memory))
@@ -148,13 +152,18 @@ def train(run, train_set, val_set, args):
                     terms = {name: loss_weights[name] * x.sum() for name, x in losses.items()}
                     loss = sum(terms.values())  # the log has the weighted terms, which add up to it
                     run.add_losses({**terms, "loss": loss}, 1 / args.grad_accum_steps)
-                    (loss / args.grad_accum_steps).backward()
+                    run.scaler.scale(loss / args.grad_accum_steps).backward()
                 if not completes_step:
                     continue
+                run.scaler.unscale_(run.optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_max_norm)
-                check_finite({**losses, "the gradient": norm}, step_targets)
+                must_be_finite = dict(losses)
+                if not run.scaler.is_enabled():  # in fp16 it skips the step instead
+                    must_be_finite["the gradient"] = norm
+                check_finite(must_be_finite, step_targets)
                 check_divergence(loss, run)
-                run.optimizer.step()
+                run.scaler.step(run.optimizer)
+                update_loss_scale(run)
                 run.optimizer.zero_grad()
                 run.schedule.step()
                 run.steps_done += 1
@@ -205,6 +214,21 @@ def stop_training(run, bar, signal_number):
     sys.exit(128 + signal_number)
 
 
+def update_loss_scale(run):
+    """Choose the factor of the next loss, which keeps small gradients from vanishing in fp16.
+
+    The scaler has skipped this step if the gradient was infinite or NaN; now it halves the factor.
+    Raises FloatingPointError if that does not help.
+    """
+    scale = run.scaler.get_scale()  # always 1, unless --amp is fp16
+    run.scaler.update()
+    if run.scaler.get_scale() < scale:
+        run.skipped_steps += 1
+    if run.scaler.get_scale() < 1:
+        message = "the gradient became NaN or Inf in many steps of fp16"
+        raise FloatingPointError(f"{message}. Restart with --amp no or a lower --lr")
+
+
 def check_finite(tensors, targets):
     """Raise FloatingPointError if a tensor of {name: tensor} contains NaN or infinity.
 
@@ -216,7 +240,7 @@ def check_finite(tensors, targets):
         message = f"{' and '.join(bad[:4])} became NaN or Inf"
         if targets:
             images = ", ".join(target["file_name"] for target in targets)
-            message += f" on images {images}; the optimizer step was skipped"
+            message += f" on images {images}; training ended before the optimizer step"
         raise FloatingPointError(f"{message}. Restart with a lower --lr")
 
 
@@ -384,7 +408,7 @@ def build_parser():
     add(
         "--workers",
         type=cli.NUM_WORKERS,
-        help="data loading processes; default: 0 on a CPU, else up to 8",
+        help="data loading processes; default: 0 on a CPU, else one per usable core, up to 8",
     )
     add(
         "--augment",
@@ -524,9 +548,10 @@ def build_parser():
     )
     add(
         "--amp",
-        choices=("auto", "no", "bf16"),
+        choices=("auto", "no", "bf16", "fp16"),
         default="auto",
-        help="mixed precision; auto: bf16 on CPUs that have instructions for it",
+        help="mixed precision; auto: bf16 on CPUs and GPUs with instructions for it, fp16 on older "
+        "GPUs, else no",
     )
     add(
         "--compile",
@@ -577,11 +602,10 @@ def parse(argv=None):
 
 
 def default_workers(device):
-    """Return the number of data loading processes: on a GPU as many as there are cores, up to 8."""
-    cores = os.cpu_count()  # None if unknown
-    if device == "cpu" or cores is None:
+    """Return the number of data loading processes: on a GPU one per usable core, up to 8."""
+    if device == "cpu":
         return 0
-    return min(8, cores)
+    return min(8, cli.usable_cores())
 
 
 def check_flags(parser, args):
@@ -797,6 +821,7 @@ def build_run(args, train_set):
         task=task,
         optimizer=optimizer,
         schedule=build_schedule(optimizer, args, steps),
+        scaler=torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16"),
         metadata={
             "args": vars(args),
             "detector": config,
@@ -844,8 +869,9 @@ def print_summary(args, run, train_set, val_set, ignored):
         f"{run.images_per_step} images per step, {run.steps_per_epoch} steps per epoch, "
         f"{args.epochs} epochs: {images:,} images in total",
     )
-    if args.amp == "bf16":
-        show("precision", "bf16 in the CNN and encoder, fp32 in the decoder, tasks and losses")
+    if args.amp != "no":
+        text = f"{args.amp} in the CNN and encoder, fp32 in the decoder, tasks, losses, evaluation"
+        show("precision", text)
     if run.task:
         show("task", f"{args.ssl_task}, patches of {run.task.patch} pixels")
     if ignored:

@@ -17,6 +17,7 @@ THREADS = 128  # per block
 TILE = 64  # neighboring queries that are worked on together, head by head
 MAX_LEVELS = 16
 WINDOWS = sys.platform == "win32"
+LIBRARY_FOLDERS = ["torch/lib", "nvidia/*/lib", "nvidia/*/bin", "nvidia/*/bin/*"]  # of packages
 Pointer = ctypes.c_void_p
 
 
@@ -25,14 +26,26 @@ Pointer = ctypes.c_void_p
 def nvrtc():
     """Return NVRTC of the CUDA version that torch was built with.
 
-    Raises RuntimeError if torch was built without CUDA, OSError if the library is not found.
+    The name alone is enough if torch has loaded it or CUDA is installed. Otherwise it is in torch
+    or in NVIDIA's packages beside it.
+    Raises RuntimeError if torch was built without CUDA, OSError if the library cannot be loaded.
     """
     if not torch.version.cuda:
         raise RuntimeError("PyTorch was built without CUDA; install a CUDA-enabled build")
     major = torch.version.cuda.split(".")[0]
+    name = f"libnvrtc.so.{major}"
     if WINDOWS:
-        return ctypes.CDLL(f"nvrtc64_{major}0_0.dll")
-    return ctypes.CDLL(f"libnvrtc.so.{major}")
+        name = f"nvrtc64_{major}0_0.dll"
+    paths = [name]
+    packages = Path(torch.__file__).parents[1]
+    for folder in LIBRARY_FOLDERS:
+        paths += sorted(packages.glob(f"{folder}/{name}"))
+    for path in paths:
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            reason = str(error)
+    raise OSError(f"NVIDIA's compiler NVRTC cannot be loaded ({reason}); reinstall torch")
 
 
 @functools.cache

@@ -408,6 +408,34 @@ def test_cuda_kernel_compiles(arch, dtype):
             cuda.compile_kernel(arch, dtype, D)
 
 
+NVRTC_PLACES = [  # CUDA version of torch, system, file in the folder of packages
+    ("12.8", "linux", "nvidia/cuda_nvrtc/lib/libnvrtc.so.12"),
+    ("13.0", "linux", "nvidia/cu13/lib/libnvrtc.so.13"),
+    ("12.8", "linux", "torch/lib/libnvrtc.so.12"),
+    ("12.8", "win32", "torch/lib/nvrtc64_120_0.dll"),
+    ("13.0", "win32", "nvidia/cu13/bin/x86_64/nvrtc64_130_0.dll"),
+]
+
+
+@pytest.mark.parametrize("version, system, place", NVRTC_PLACES)
+def test_nvrtc_is_found_where_nothing_has_loaded_it(version, system, place, tmp_path, monkeypatch):
+    def load(path):
+        if not Path(path).exists():
+            raise OSError(f"{path}: cannot open shared object file")
+        return path
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(cuda, "WINDOWS", system == "win32")
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setattr(torch.version, "cuda", version)
+    library = tmp_path / place
+    with pytest.raises(OSError, match=f"NVRTC cannot be loaded .{library.name}: .*install torch"):
+        cuda.nvrtc.__wrapped__()
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert cuda.nvrtc.__wrapped__() == str(library)
+
+
 @needs_nvrtc
 def test_cuda_kernel_that_does_not_compile():
     with pytest.raises(RuntimeError, match="compiling cuda.cu for sm_1 failed:"):

@@ -40,10 +40,23 @@ def test_a_run_is_the_same_on_the_gpu(tmp_path, flags, monkeypatch):
     assert (tmp_path / "cuda" / "curves.png").stat().st_size > 0
 
 
+@pytest.mark.parametrize("flags", RUNS)
+def test_fp16_is_near_fp32(tmp_path, flags):
+    """After the steps that are skipped until the scaler has found a factor for the loss."""
+    flags += " --limit_train 100 --epochs 3"
+    log = train_run(tmp_path / "fp32", flags, "cuda")
+    half_log = train_run(tmp_path / "fp16", f"{flags} --amp fp16", "cuda")
+    assert half_log[0].get("skipped_steps", 0) < 12
+    assert "skipped_steps" not in half_log[-1]
+    assert half_log[-1]["train_loss"] < half_log[0]["train_loss"]
+    assert half_log[-1]["train_loss"] == pytest.approx(log[-1]["train_loss"], rel=0.1)
+
+
+@pytest.mark.parametrize("amp", train.AMP_DTYPES)
 @pytest.mark.parametrize("flags", RUNS[:2])
-def test_a_run_is_resumed_and_evaluated(tmp_path, flags, monkeypatch):
+def test_a_run_is_resumed_and_evaluated(tmp_path, flags, amp, monkeypatch):
     run = tmp_path / "run"
-    flags = f"{flags} --epochs 2 --amp bf16"
+    flags = f"{flags} --epochs 2 --amp {amp}"
     monkeypatch.setattr(train, "evaluate", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(SystemExit):  # after the first epoch
         train_run(run, flags, "cuda")

@@ -19,7 +19,7 @@ import torch
 import isaid
 import reproduce
 import train
-from util import checkpoint
+from util import checkpoint, cli
 from util.experiments import dependencies, load_experiment, start_from
 
 TINY = "--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 1 --dim_feedforward 32 --epochs 1"
@@ -519,6 +519,16 @@ def test_mistakes_of_names(experiment, capsys):
         experiment.write_text(f"rows = {rows}\ngoals = [(*{pair}, 80)]")
         error = error_of([str(experiment.parent)], capsys)
         assert "is compared, but is not a row with detection" in error
+
+
+@pytest.mark.parametrize("path", sorted(reproduce.RESULTS.glob("*/experiment.py")), ids=str)
+def test_published_figures_do_not_depend_on_the_processor_s_precision(path, monkeypatch):
+    """Every row names its --amp; the default differs between processors."""
+    monkeypatch.chdir(reproduce.ROOT)
+    monkeypatch.setattr(cli, "default_amp", Mock(side_effect=AssertionError))
+    for flags in load_experiment(path).rows.values():
+        args, _ = train.parse(flags.split())
+        assert args.amp in ("no", "bf16")
 
 
 def test_missing_files_are_named(experiment, capsys):

@@ -25,7 +25,7 @@ import detr
 import isaid
 import train
 from eval import METRICS
-from util import checkpoint, plots, synthetic
+from util import checkpoint, cli, distributed, plots, synthetic
 from util.cli import cli_main
 from util.weights import PARTS, part_of
 
@@ -451,9 +451,18 @@ def test_mistakes_get_one_line(line, dataset, run, tmp_path, capsys, monkeypatch
     assert list(tmp_path.iterdir()) == [file]  # the error came before a run folder was made
 
 
-@pytest.mark.parametrize("culprit", ["the gradient", "boxes", "loss_ce and the gradient"])
-def test_nan_stops_before_the_step_with_one_line(culprit, monkeypatch):
-    run, args, _, batch = prepared([])
+CULPRITS = [  # and the precision
+    ("the gradient", "no"),
+    ("boxes", "no"),
+    ("loss_ce and the gradient", "no"),
+    ("boxes", "fp16"),
+    ("loss_ce", "fp16"),
+]
+
+
+@pytest.mark.parametrize("culprit, amp", CULPRITS)
+def test_nan_stops_before_the_step_with_one_line(culprit, amp, monkeypatch):
+    run, args, _, batch = prepared(["--amp", amp])
     if culprit == "the gradient":
         run.model.query_embed.weight.register_hook(lambda gradient: gradient * math.nan)
     elif culprit == "boxes":
@@ -463,8 +472,8 @@ def test_nan_stops_before_the_step_with_one_line(culprit, monkeypatch):
     before = [parameter.detach().clone() for parameter in run.model.parameters()]
     monkeypatch.setattr(isaid, "epoch_loader", lambda *_: [batch])
     images = ", ".join(target["file_name"] for target in batch[2])
-    message = f"{culprit} became NaN or Inf on images {images}; the optimizer step was skipped"
-    with pytest.raises(SystemExit, match=f"^error: {message}. Restart with a lower --lr$"):
+    message = f"{culprit} became NaN or Inf on images {images}; training ended before the optimizer"
+    with pytest.raises(SystemExit, match=f"^error: {message} step. Restart with a lower --lr$"):
         cli_main(lambda _: train.train(run, None, None, args))()
     for parameter, value in zip(run.model.parameters(), before, strict=True):
         assert torch.equal(parameter, value)
@@ -479,6 +488,72 @@ def test_all_images_of_a_step_are_named_if_its_gradient_is_nan(monkeypatch):
     images = ", ".join(target["file_name"] for target in targets)
     with pytest.raises(FloatingPointError, match=f"the gradient .* on images {images};"):
         train.train(run, None, None, args)
+
+
+# ---------------------------------------------------------------- the machine
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_gpu_that_is_too_old(device, monkeypatch, capsys):
+    """It is tried with a kernel; a copy to it would work."""
+    error = RuntimeError("CUDA error: no kernel image is available for execution on the device\nAs")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda name: (6, 0))
+    monkeypatch.setattr(torch, "ones", Mock(side_effect=error))
+    with pytest.raises(SystemExit):
+        train.main(["--device", device])
+    message = "this GPU cannot run torch's kernels (compute capability 6.0); choose another or"
+    assert capsys.readouterr().err.startswith(f"error: argument --device: {message} --device cpu")
+
+
+LAUNCHES = [  # environment variables, the device, the error
+    ({"WORLD_SIZE": ""}, "cpu", "WORLD_SIZE: expected a whole number, got ''; .* torchrun"),
+    ({"WORLD_SIZE": "two"}, "cuda:1", "WORLD_SIZE: expected a whole number, got 'two';"),
+    ({"WORLD_SIZE": "2"}, "cpu", "cannot join the others .*RANK.* torchrun"),
+    ({"WORLD_SIZE": "2", "RANK": "one"}, "cpu", "cannot join the others .*'one'.* torchrun"),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "cpu", "cannot join the others .*MASTER_ADDR.* torchrun"),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "cuda", "LOCAL_RANK: expected .* got ''; .* torchrun"),
+]
+
+
+@pytest.mark.parametrize("variables, device, message", LAUNCHES)
+def test_an_incomplete_launch(variables, device, message, monkeypatch, capsys):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit) as stop:
+        train.main(TINY + ["--device", device])
+    text = stop.value.code
+    if not isinstance(text, str):
+        text = capsys.readouterr().err.removesuffix("\n")
+    assert re.fullmatch(f"error: .*{message}.*", text)
+
+
+def test_the_gpu_of_a_process(monkeypatch):
+    """That of its number on the machine; the first where there is only one of them."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert distributed.local_rank() == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert distributed.local_rank() == 1
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert distributed.local_rank() == 0
+
+
+def test_loader_processes_follow_the_usable_cores(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for cores, workers in (({3}, 1), (set(range(20)), 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", Mock(return_value=cores), raising=False)
+        assert train.default_workers("cuda:0") == workers
+        assert train.default_workers("cpu") == 0
+        flags = isaid.build_parser().parse_args(["prepare", "raw", "out"])
+        assert flags.workers == workers
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cli.usable_cores() == 64
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cli.usable_cores() == 1
 
 
 # ---------------------------------------------------------------- the code as a whole
@@ -640,11 +715,12 @@ def test_schedules(epochs, steps):
 
 
 @pytest.mark.parametrize("model", detr.DETECTORS)
-def test_half_precision(model, monkeypatch):
+@pytest.mark.parametrize("half", train.AMP_DTYPES)
+def test_half_precision(model, half, monkeypatch):
     """Losses are near those of fp32; matching, losses and weights stay in fp32."""
     losses = {}
     layer_dtypes = []
-    for amp in ("no", "bf16"):
+    for amp in ("no", half):
         run, args, _, batch = prepared(MULTITASK + ["--model", model, "--amp", amp])
         criterion = run.model.criterion
         methods = [
@@ -661,18 +737,82 @@ def test_half_precision(model, monkeypatch):
             for call in calls:
                 assert [x.dtype for x in call.args[:2]] == [torch.float32] * 2
     # the encoder runs twice: on the clean images, then on the corrupted ones
-    assert layer_dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert layer_dtypes == [torch.float32] * 2 + [train.AMP_DTYPES[half]] * 2
 
-    sum(loss.sum() for loss in losses["bf16"].values()).backward()
+    sum(loss.sum() for loss in losses[half].values()).backward()
     for parameter in list(run.model.parameters()) + list(run.task.parameters()):
         assert parameter.dtype == torch.float32
         assert parameter.grad is None or parameter.grad.isfinite().all()
     are_equal = []
     for name, expected in losses["no"].items():
-        loss = losses["bf16"][name]
+        loss = losses[half][name]
         torch.testing.assert_close(loss, expected, rtol=0.1, atol=0.05)
         are_equal.append(torch.equal(loss, expected))
     assert not all(are_equal)
+
+
+def test_fp16_steps_that_overflow_are_skipped_and_counted(tmp_path, capsys, monkeypatch, recwarn):
+    """From too large a factor of the loss the scaler halves it, one step after the other."""
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**40)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    flags = f"--amp fp16 --limit_train 400 --epochs 1 --out {tmp_path}/run"
+    train.main(TINY + flags.split())
+    state = torch.load(tmp_path / "run" / "last.pt")
+    (line,) = log_of(tmp_path / "run")
+    skipped = line["skipped_steps"]
+    assert 10 < skipped < 40
+    assert state["scaler"]["scale"] == 2.0 ** (40 - skipped)
+    assert state["schedule"]["last_epoch"] == 100
+    for parameter_state in state["optimizer"]["state"].values():
+        assert parameter_state["step"] == 100 - skipped
+    printed = capsys.readouterr().out
+    assert "precision   fp16 in the CNN and encoder" in printed
+    assert f"({skipped} steps skipped: gradient too large for fp16)" in printed
+    assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]
+
+
+def test_gradients_of_fp16_are_clipped_without_the_factor(monkeypatch):
+    """Apart from rounding they are those of fp32, also of several batches per step."""
+    norms = {}
+    for amp in ("no", "fp16"):
+        run, args, batches = some_batches(f"--grad_accum_steps 2 --amp {amp}", 2)
+        run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=amp == "fp16")
+        computed = gradients_of_a_step(run, args, batches)
+        norms[amp] = torch.nn.utils.get_total_norm([g for g in computed.values() if g is not None])
+    torch.testing.assert_close(norms["fp16"], norms["no"], rtol=0.05, atol=0)
+
+
+def test_endless_overflow_of_fp16_ends_with_one_line(monkeypatch):
+    run, args, _, batch = prepared(["--amp", "fp16"])
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    run.model.query_embed.weight.register_hook(lambda gradient: gradient * math.inf)
+    monkeypatch.setattr(isaid, "epoch_loader", lambda *_: [batch] * 9)
+    with pytest.raises(SystemExit, match="^error: the gradient .* of fp16. Restart with --amp no"):
+        cli_main(lambda _: train.train(run, None, None, args))()
+    assert run.skipped_steps == 2
+
+
+def test_the_task_s_loss_of_every_batch_must_be_finite(monkeypatch):
+    """A step of fp16 that overflows is skipped, but not one whose loss is NaN already."""
+    flags = "--setting pretrain --ssl_patch 16 --amp fp16 --grad_accum_steps 2"
+    run, args, data, _ = prepared(flags.split())
+    batches = list(isaid.epoch_loader(data, args, 1))
+    losses = [torch.tensor(math.nan), torch.tensor(1.0, requires_grad=True)]
+    monkeypatch.setattr(run.task, "loss", Mock(side_effect=losses))
+    monkeypatch.setattr(isaid, "epoch_loader", lambda *_: batches)
+    images = ", ".join(target["file_name"] for target in batches[0][2])
+    with pytest.raises(FloatingPointError, match=f"^loss_ssl became NaN or Inf on images {images}"):
+        train.train(run, None, None, args)
+
+
+CAPABILITIES = [((6, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")]
+
+
+@pytest.mark.parametrize("capability, amp", CAPABILITIES)
+def test_the_precision_of_a_gpu(capability, amp, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda name: capability)
+    assert cli.default_amp("cuda:0") == amp
+    assert cli.default_amp("mps") == "no"
 
 
 @pytest.mark.parametrize("model", detr.DETECTORS)

@@ -36,6 +36,7 @@ class Run:
     task: torch.nn.Module | None
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler  # of the loss in fp16; otherwise it does nothing
     metadata: dict  # of the checkpoint: "args", "detector", "task", "categories", "window"
     steps_per_epoch: int
     images_per_step: int  # in all processes
@@ -43,6 +44,7 @@ class Run:
     out: Path | None = None  # the run folder
     epoch: int = 1
     steps_done: int = 0  # of this epoch
+    skipped_steps: int = 0  # of these steps, since the gradient was infinite in fp16
     loss_sums: dict = dataclasses.field(default_factory=dict)  # over these steps
     seconds: float = 0.0  # of these steps …
     data_seconds: float = 0.0  # … and how many of them were spent waiting for data
@@ -70,6 +72,8 @@ class Run:
         line = {"epoch": self.epoch}
         for name, total in self.loss_sums.items():
             line[f"train_{name}"] = distributed.mean_over_ranks(total) / self.steps_per_epoch
+        if self.skipped_steps:
+            line["skipped_steps"] = self.skipped_steps
         seconds = max(self.seconds, 1e-9)
         line["seconds"] = round(self.seconds, 2)
         line["data_wait"] = round(self.data_seconds / seconds, 4)
@@ -80,6 +84,7 @@ class Run:
     def next_epoch(self):
         self.epoch += 1
         self.steps_done = 0
+        self.skipped_steps = 0
         self.loss_sums = {}
         self.seconds = 0.0
         self.data_seconds = 0.0
@@ -90,6 +95,7 @@ PROGRESS = (
     "steps_per_epoch",
     "epoch",
     "steps_done",
+    "skipped_steps",
     "seconds",
     "data_seconds",
     "first_loss",
@@ -118,6 +124,7 @@ def save_resume_state(path, run):
         state = inference_state(run)
         state["optimizer"] = run.optimizer.state_dict()
         state["schedule"] = run.schedule.state_dict()
+        state["scaler"] = run.scaler.state_dict()
         state["processes"] = processes
         for name in PROGRESS:
             state[name] = getattr(run, name)
@@ -206,10 +213,13 @@ def resume(run, state, device):
         if before != now:
             message = f"cannot resume from last.pt: {name} was {before}, is now {now}"
             raise ValueError(f"{message}; {RESUME_RULE}")
+    # absent from checkpoints of versions without fp16
+    state = {"scaler": {}, "skipped_steps": 0, **state}
     try:
         load(run.model, run.task, state)
         run.optimizer.load_state_dict(state["optimizer"])
         run.schedule.load_state_dict(state["schedule"])
+        run.scaler.load_state_dict(state["scaler"])
         for name in PROGRESS:
             if not isinstance(state[name], type(getattr(run, name))):
                 raise TypeError(f"{name!r} is {state[name]!r:.60}")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from util import distributed
+
 
 def one_line(error):
     """Return the message of an error in one line, without a worker process's traceback."""
@@ -80,30 +82,55 @@ FRACTION = float_range(0, 1)
 def parse_device(name):
     """Return the name of a device that works here; an argparse type.
 
-    "auto" is the GPU if there is one, else the CPU. "cuda" is the GPU of this process.
+    "auto" is the GPU if there is one, else the CPU. "cuda" is the GPU of this process. The device
+    is tried with a kernel of torch: a copy also works on a GPU that is too old for them.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    several_processes = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if name == "cuda" or (name.startswith("cuda") and several_processes):
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.empty(1, device=name).tolist()
+        if name == "cuda" or (name.startswith("cuda") and distributed.launched_processes() > 1):
+            name = f"cuda:{distributed.local_rank()}"
+        (torch.ones(1, device=name) + 1).tolist()
+    except ValueError as error:  # of the variables that torchrun sets
+        raise argparse.ArgumentTypeError(str(error)) from None
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         message = f"device {name!r} is not available ({reason})"
+        if "no kernel image" in reason:
+            major, minor = torch.cuda.get_device_capability(name)
+            message = f"this GPU cannot run torch's kernels (compute capability {major}.{minor})"
+            message += "; choose another or --device cpu"
         raise argparse.ArgumentTypeError(message) from None
     return name
 
 
 def default_amp(device):
-    """Return "bf16" for a CPU with instructions for it (AVX-512 BF16, AMX), else "no"."""
+    """Return the precision that is fast on a device: "bf16", "fp16" or "no".
+
+    bf16:  CPUs with instructions for it (AVX-512 BF16, AMX), GPUs of compute capability 8.0 or more
+    fp16:  older GPUs
+    """
+    if device.startswith("cuda"):
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return "bf16"
+        return "fp16"
     if device != "cpu":
         return "no"
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         if hasattr(torch.cpu, name) and getattr(torch.cpu, name)():  # missing in some versions
             return "bf16"
     return "no"
+
+
+def usable_cores():
+    """Return the number of cores that this process may use; a batch system may allow it only a few.
+
+    macOS and Windows know no such limits.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    cores = os.cpu_count()  # None if unknown
+    return 1 if cores is None else cores
 
 
 # ---------------------------------------------------------------- parsing

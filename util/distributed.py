@@ -13,18 +13,54 @@ import torch.distributed as dist
 
 
 def init(device):
-    """Join the other processes if torchrun started this one. Only the first process prints."""
+    """Join the other processes if torchrun started this one. Only the first process prints.
+
+    Raises ValueError if it cannot join them.
+    """
     is_cuda = device.startswith("cuda")
     if is_cuda:
         torch.cuda.set_device(device)
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if several and not dist.is_initialized():
-        dist.init_process_group("nccl" if is_cuda else "gloo")
+    if launched_processes() > 1 and not dist.is_initialized():
+        try:
+            dist.init_process_group("nccl" if is_cuda else "gloo")
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            message = f"this process cannot join the others ({reason})"
+            raise ValueError(f"{message}; start all of them with torchrun") from None
         atexit.register(shutdown)
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
     if device == "cpu":
         keep_freed_memory()
+
+
+def read_number(name):
+    """Return the number in an environment variable that torchrun sets. Raises ValueError."""
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        raise ValueError(
+            f"environment variable {name}: expected a whole number, got {text!r}; start several "
+            "processes with torchrun, which sets it, or unset WORLD_SIZE for a single one"
+        )
+    return int(text)
+
+
+def launched_processes():
+    """Return the number of processes that torchrun has started: 1 without it."""
+    if "WORLD_SIZE" not in os.environ:
+        return 1
+    return read_number("WORLD_SIZE")
+
+
+def local_rank():
+    """Return the number of this process on its machine, which is that of its GPU.
+
+    Some launchers do not set it. It is 0 if there is a single process or a single GPU.
+    """
+    is_single = launched_processes() == 1 or torch.cuda.device_count() == 1
+    if is_single and "LOCAL_RANK" not in os.environ:
+        return 0
+    return read_number("LOCAL_RANK")
 
 
 def shutdown():
