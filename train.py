@@ -225,7 +225,7 @@ def update_loss_scale(run):
     if run.scaler.get_scale() < scale:
         run.skipped_steps += 1
     if run.scaler.get_scale() < 1:
-        message = "the gradient became NaN or Inf in many steps of fp16"
+        message = "the gradient became NaN or Inf in too many steps of fp16"
         raise FloatingPointError(f"{message}. Restart with --amp no or a lower --lr")
 
 
