@@ -872,6 +872,8 @@ def print_summary(args, run, train_set, val_set, ignored):
     if args.amp != "no":
         text = f"{args.amp} in the CNN and encoder, fp32 in the decoder, tasks, losses, evaluation"
         show("precision", text)
+    if args.amp == "fp16" and args.device == "cpu":
+        show("expect", "convolutions in fp16 are many times slower on a CPU; it is for GPUs")
     if run.task:
         show("task", f"{args.ssl_task}, patches of {run.task.patch} pixels")
     if ignored:

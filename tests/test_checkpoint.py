@@ -203,7 +203,7 @@ KINDS = {
         [Stop(Strike(CLIP, 3, [SIGINT]), 130, "resumed in epoch 2 after 1 of 2")],
     ),
     "two processes": Kind(
-        "--setting multitask --workers 1 --amp fp16",
+        "--setting multitask --workers 1",
         [Stop(Strike(CLIP, 3, [SIGTERM]), 143, "resumed in epoch 2 after 1 of 2")],
         processes=2,
     ),
