@@ -32,7 +32,6 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 import torch
-from matplotlib.figure import Figure
 
 import train
 from util import checkpoint, plots
@@ -717,7 +716,7 @@ def draw_comparisons(path, results, comparisons):
         return
     num_columns = min(5, num_panels)
     num_rows = math.ceil(num_panels / num_columns)
-    figure = Figure(figsize=(3 * num_columns, 2.6 * num_rows), layout="constrained")
+    figure = plots.Figure(figsize=(3 * num_columns, 2.6 * num_rows), layout="constrained")
     panels = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
     for axes in panels[num_panels:]:
         axes.remove()
@@ -732,7 +731,7 @@ def draw_comparisons(path, results, comparisons):
             draw_row(axes, results[name], color=f"C{i}", linestyle="", label=label)
         finish_panel(axes, "the authors'")
         axes.legend(fontsize=5)
-    figure.savefig(path, dpi=110)
+    plots.save_figure(path, figure)
 
 
 def draw_row(axes, runs, color, linestyle="-", label=None):

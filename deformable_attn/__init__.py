@@ -30,7 +30,7 @@ def _build_kernel(device_type):
     """
     try:
         return True, KERNELS[device_type].description()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # ValueError: CXX has an open quote
         return False, str(error)
 
 

@@ -1,5 +1,6 @@
 """The CPU kernel: cpu.cpp, built at first use by a C++ compiler and called through ctypes."""
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -19,8 +20,8 @@ NATIVE_FLAGS = [["-march=native"], ["-mcpu=native"], []]  # for this processor; 
 
 
 # ---------------------------------------------------------------- build
-def compiler():
-    """Return the command of the C++ compiler, a list of words: $CXX, else c++, g++ or clang++.
+def compilers():
+    """Return the commands of C++ compilers, lists of words: $CXX, else c++, g++ and clang++.
 
     CXX may be several words, as in CXX="ccache g++". Raises RuntimeError if there is no compiler.
     """
@@ -28,74 +29,128 @@ def compiler():
     if command:
         if not shutil.which(command[0]):
             raise RuntimeError(f"C++ compiler not found: CXX={command[0]}")
-        return command
+        return [command]
+    commands = {}  # by the file that is run: c++ and g++ are often the same
     for name in ("c++", "g++", "clang++"):
-        if shutil.which(name):
-            return [name]
-    raise RuntimeError("C++ compiler not found: no c++, g++ or clang++ on PATH")
+        path = shutil.which(name)
+        if path:
+            commands.setdefault(os.path.realpath(path), [name])
+    if not commands:
+        raise RuntimeError("C++ compiler not found: no c++, g++ or clang++ on PATH")
+    return list(commands.values())
 
 
 def run(command):
-    """Run a compiler and return its output.
-
-    Raises RuntimeError with its first error message, or OSError if it cannot be started.
-    """
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, errors="replace")
+    """Run a compiler and return its output. Raises RuntimeError with its first error message."""
+    name = Path(command[0]).name
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "errors": "replace"}
+    try:
+        done = subprocess.run(command, **options)
+    except OSError as error:
+        raise RuntimeError(f"{name} cannot be started ({error.strerror})") from None
     if done.returncode == 0:
         return done.stdout
     message = done.stderr.strip()[:200]
     for line in done.stderr.splitlines():
-        if "error" in line:
+        if "error" in line.lower():
             message = line
             break
-    raise RuntimeError(f"{Path(command[0]).name} failed: {message}")
+    raise RuntimeError(f"{name} failed: {message}")
 
 
-def find_flags(cxx):
-    """Return (flags, macros) for a compiler: the first NATIVE_FLAGS that it accepts are included.
+def build_key(command):
+    """Return a key of what a command builds: it depends on the source, the flags, the compiler's
+    version and the processor. The macros that the compiler defines tell the last two.
 
-    The macros, which it defines with these flags, tell its version and the processor.
-    Raises RuntimeError if it accepts none.
+    Raises RuntimeError if the compiler does not accept the flags.
     """
-    for native in NATIVE_FLAGS:
-        flags = FLAGS + native
+    macros = run(command + ["-dM", "-E", "-x", "c++", os.devnull])
+    return hashlib.sha256(SOURCE.read_bytes() + f"{macros}{command}".encode()).hexdigest()[:16]
+
+
+def checksum(content):
+    """Return a checksum of bytes."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def find_built(folder, key):
+    """Return the built kernel with this key in a folder, or None. Its name ends with its checksum.
+
+    A damaged file is removed, since loading it may kill the process.
+    """
+    for file in sorted(folder.glob(f"cpu-{key}-*.so")):
+        if file.stem.endswith(checksum(file.read_bytes())):
+            return file
+        file.unlink(missing_ok=True)
+    return None
+
+
+def compile_into(folder, command, key):
+    """Compile the kernel (seconds) and return its file in a folder.
+
+    Other processes, also after a power loss, find all of the file or nothing.
+    Raises RuntimeError if it cannot be compiled, OSError if the folder cannot be written.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        built = Path(temporary) / "cpu.so"
+        run(command + [str(SOURCE), "-o", str(built)])
+        content = built.read_bytes()
+    file = folder / f"cpu-{key}-{checksum(content)}.so"
+    unfinished = folder / f".{file.name}.{os.getpid()}"
+    try:
+        with open(unfinished, "wb") as output:
+            output.write(content)
+            output.flush()
+            os.fsync(output.fileno())
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return file
+
+
+def build(folder):
+    """Return the file of the kernel in a folder, compiled now if it is not there.
+
+    Raises RuntimeError if it cannot be compiled, OSError if the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    commands = {}  # by key, best first
+    for compiler in compilers():
+        for native in NATIVE_FLAGS:
+            command = compiler + FLAGS + native
+            try:
+                key = build_key(command)
+            except RuntimeError as error:
+                last_error = error
+                continue
+            file = find_built(folder, key)
+            if file:
+                return file
+            commands[key] = command
+    for key, command in commands.items():
         try:
-            return flags, run(cxx + flags + ["-dM", "-E", "-x", "c++", os.devnull])
-        except RuntimeError as error:
+            return compile_into(folder, command, key)
+        except RuntimeError as error:  # an old assembler may not know what -march=native emits
             last_error = error
     raise last_error
 
 
+@functools.cache
+def temporary_folder():
+    """Return a folder that is removed when the process ends."""
+    folder = tempfile.mkdtemp(prefix="deformable_attn-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 def cache_folder():
-    """Return the folder of built kernels; if it is read-only, one for this process alone."""
+    """Return the folder of built kernels; it need not exist."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
     if not cache:
-        cache = Path.home() / ".cache"
-    folder = Path(cache) / "deformable_attn"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="deformable_attn"))
-
-
-def build():
-    """Return the file of the built kernel, compiled now (seconds) if it is not in the cache.
-
-    Raises RuntimeError or OSError if it cannot be built.
-    """
-    cxx = compiler()
-    flags, macros = find_flags(cxx)
-    key = hashlib.sha256(SOURCE.read_bytes() + f"{macros}{flags}".encode()).hexdigest()[:16]
-    file = cache_folder() / f"cpu-{key}.so"
-    if not file.exists():
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            unfinished = Path(folder) / file.name
-            run(cxx + flags + [str(SOURCE), "-o", str(unfinished)])
-            os.replace(unfinished, file)  # atomic: other processes find all of the file or nothing
-    return file
+        cache = os.path.expanduser("~/.cache")
+    if cache.startswith("~"):  # a user without a home
+        return temporary_folder()
+    return Path(cache) / "deformable_attn"
 
 
 @functools.cache
@@ -104,18 +159,16 @@ def load():
 
     Raises RuntimeError or OSError if it cannot be built.
     """
-    file = build()
     try:
-        return ctypes.CDLL(str(file))
-    except OSError:  # the file in the cache is corrupted
-        file.unlink(missing_ok=True)
-        return ctypes.CDLL(str(build()))
+        return ctypes.CDLL(str(build(cache_folder())))
+    except OSError:  # the cache cannot be written, or nothing in it may be executed
+        return ctypes.CDLL(str(build(temporary_folder())))
 
 
 def description():
     """Build the kernel and describe it. Raises RuntimeError or OSError if it cannot be built."""
     load()
-    return f"cpu.cpp, built by {Path(compiler()[0]).name}, {torch.get_num_threads()} threads"
+    return f"cpu.cpp, {torch.get_num_threads()} threads"
 
 
 # ---------------------------------------------------------------- call

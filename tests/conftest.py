@@ -7,6 +7,7 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("MPLBACKEND", None)  # of a notebook, whose backend may not be installed here
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -180,8 +180,8 @@ KINDS = {
     "detect": Kind(
         "--workers 2",
         [
-            # within its first last.pt
-            Stop(Strike("os.fsync", 1, [SIGKILL]), -SIGKILL, "random weights"),
+            # within its first last.pt, after config.json
+            Stop(Strike("os.fsync", 2, [SIGKILL]), -SIGKILL, "random weights"),
             Stop(Strike(CLIP, 2, [SIGTERM]), 143, "resumed in epoch 1 after 2 of 4"),
         ],
     ),
@@ -194,8 +194,8 @@ KINDS = {
                 -SIGKILL,
                 "resumed in epoch 1 after 4 of 4",
             ),
-            # within last.pt of the second epoch
-            Stop(Strike("os.fsync", 3, [SIGKILL]), -SIGKILL, "resumed in epoch 1 after 4 of 4"),
+            # within last.pt of the second epoch, after last.pt, best.pt and the log of the first
+            Stop(Strike("os.fsync", 4, [SIGKILL]), -SIGKILL, "resumed in epoch 1 after 4 of 4"),
         ],
     ),
     "multitask": Kind(
@@ -312,11 +312,12 @@ def test_a_damaged_checkpoint_is_not_resumed(complete_run):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_leaves_the_last_checkpoint(complete_run):
+def test_a_full_disk_leaves_the_last_checkpoint(complete_run, monkeypatch):
     last = complete_run / "last.pt"
-    temporary = complete_run / "last.tmp"
+    temporary = complete_run / "temporary"
     content = last.read_bytes()
     temporary.symlink_to("/dev/full")
+    monkeypatch.setattr("util.files.temporary_name", lambda target: temporary)
     message = f"{last}: cannot write checkpoint .*is the disk full?"
     assert_error(complete_run, message, "--resume")
     assert last.read_bytes() == content

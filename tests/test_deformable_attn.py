@@ -377,17 +377,43 @@ def test_processes_build_at_once_and_share_the_result(tmp_path):
     time = built.stat().st_mtime_ns
     assert start("cpu", XDG_CACHE_HOME=cache).communicate() == FINE
     assert built.stat().st_mtime_ns == time  # used as it was
-    built.write_bytes(b"corrupted")  # built again
+    os.truncate(built, 40_000)  # as after a power loss: built again
     assert start("cpu", XDG_CACHE_HOME=cache).communicate() == FINE
-    assert built.stat().st_size > 10_000
+    (built,) = (tmp_path / "deformable_attn").iterdir()
+    assert built.stat().st_size > 40_000
 
 
 @needs_compiler
 def test_compiler_with_flags_and_cache_that_cannot_be_written(tmp_path):
     """$CXX may be a command line, as with ccache."""
     (tmp_path / "deformable_attn").write_text("a file in the way")
-    command = f"env {cpu.compiler()[0]} -DNOTHING"
+    command = f"env {cpu.compilers()[0][0]} -DNOTHING"
     assert start("cpu", CXX=command, XDG_CACHE_HOME=str(tmp_path)).communicate() == FINE
+
+
+@needs_compiler
+def test_an_old_assembler(tmp_path, monkeypatch):
+    """It does not know what the compiler emits for a new processor, but other flags remain."""
+    script = tmp_path / "c++"
+    script.write_text(
+        "#!/bin/sh\n"
+        'case "$* " in *-E*) ;; *"-march=native "*) echo "Error: no such instruction" >&2; exit 1 ;; '
+        f'esac\nexec {cpu.compilers()[0][0]} "$@"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setattr(cpu, "FLAGS", ["-std=c++17", "-O0", "-shared", "-fPIC", "-pthread"])
+    built = cpu.build(tmp_path / "cache")
+    assert ctypes.CDLL(str(built)).forward_f32
+    monkeypatch.setattr(cpu, "compile_into", None)
+    assert cpu.build(tmp_path / "cache") == built  # found without another attempt
+
+
+def test_without_a_home_the_kernel_is_temporary(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert cpu.cache_folder() == cpu.temporary_folder()
+    assert cpu.cache_folder().is_dir()
 
 
 @needs_nvrtc
@@ -485,7 +511,7 @@ def cuda_on_cpu(tmp_path, monkeypatch):
         flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC"]
         flags += cuda.compile_defines(dtype, channels)
         flags += [f'-DKERNEL="{cuda.SOURCE}"', str(HARNESS), "-o", str(built)]
-        subprocess.run(cpu.compiler() + flags, check=True)
+        subprocess.run(cpu.compilers()[0] + flags, check=True)
         harness = ctypes.CDLL(str(built))
         return {
             "forward": functools.partial(harness.launch, 0),

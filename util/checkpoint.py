@@ -21,7 +21,7 @@ import torchvision
 
 from util import distributed
 from util.cli import one_line
-from util.files import check_writable, write_text
+from util.files import check_writable, replace_file, write_text
 from util.weights import load_checkpoint, part_of
 
 MAY_CHANGE_ON_RESUME = {"resume", "out", "workers", "device", "data", "tokenizer_weights"}
@@ -133,15 +133,13 @@ def save_resume_state(path, run):
 
 def save(path, state):
     """Write a checkpoint whole or not at all. Raises OSError."""
-    temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replace_file(path) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch raises a RuntimeError if the disk is full
-        temporary.unlink(missing_ok=True)
         message = f"{path}: cannot write checkpoint ({error}); is the disk full?"
         raise OSError(message) from None
 
@@ -317,12 +315,19 @@ def remove_if_unused(out):
 
 
 def revision():
-    """Return the commit of this code and whether it has been changed since."""
+    """Return the commit of this code and whether it has been changed since.
+
+    It is "unknown" unless the folder of the code is the top of a repository: git must not look for
+    one further up, or where its variables point.
+    """
     command = ["git", "describe", "--always", "--exclude=*", "--dirty= with changes"]
-    folder = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parents[1]
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("GIT_")}
+    environment["GIT_CEILING_DIRECTORIES"] = str(folder.parent)
+    options = {"cwd": folder, "env": environment, "stdin": subprocess.DEVNULL, "timeout": 60}
     try:
-        done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command, check=True, capture_output=True, text=True, **options)
+    except (OSError, subprocess.SubprocessError):
         return "unknown"
     return done.stdout.strip()
 

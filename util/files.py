@@ -3,6 +3,9 @@
 import contextlib
 import json
 import os
+import secrets
+import shutil
+import time
 from pathlib import Path
 
 from util.cli import one_line
@@ -39,18 +42,60 @@ def read_json(path):
         return json.loads(Path(path).read_bytes())
 
 
-def write_text(path, text):
-    """Write a text file completely or not at all, even if the process is killed.
+# ---------------------------------------------------------------- writing
+UNFINISHED = ".unfinished-"  # begins the names of temporary files
 
-    A symbolic link stays, and the file that it points to is written. Raises DataError.
+
+@contextlib.contextmanager
+def replace_file(path):
+    """Yield a temporary path to write to; afterwards this file takes the place of `path`.
+
+    So the file is written completely or not at all, even if the process is killed. A symbolic link
+    stays, and the file that it points to is replaced. The name is short, since `path` may have the
+    longest name possible, and has the same suffix, which tells the format.
+    Raises OSError, which names `path`, or DataError if a device, a pipe or a folder is there.
     """
     target = resolve_regular_file(path)
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = temporary_name(target)
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
+        yield temporary
+        with contextlib.suppress(OSError):  # there is no file yet, or files have no permissions
+            shutil.copymode(target, temporary)
+        try:
+            os.replace(temporary, target)
+        except OSError:  # a single file mounted into a container can only be overwritten
+            shutil.copyfile(temporary, target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if error.filename is not None:
+            error.filename = str(path)
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # usually it has been renamed
+            temporary.unlink()
+
+
+def temporary_name(target):
+    """Return a path next to a file that no other file and no other process has."""
+    return target.with_name(f"{UNFINISHED}{secrets.token_hex(8)}{target.suffix[-8:]}")
+
+
+def remove_unfinished(folder):
+    """Remove the temporary files of processes that were killed at least an hour ago."""
+    for file in Path(folder).glob(f"{UNFINISHED}*"):
+        with contextlib.suppress(FileNotFoundError):  # its process has finished it just now
+            if time.time() - file.stat().st_mtime > 3600:
+                file.unlink()
+
+
+def write_text(path, text):
+    """Write a text file completely or not at all, see `replace_file`. Raises DataError."""
+    try:
+        with replace_file(path) as temporary:
+            with open(temporary, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # or else a power loss may leave an empty file
+    except OSError as error:
         raise DataError(f"{path}: cannot write file ({error.strerror})") from None
 
 
@@ -66,12 +111,18 @@ def resolve_regular_file(path):
 
 
 def check_writable(path):
-    """Raise DataError unless a file can be written; called before a long computation."""
+    """Raise DataError unless `replace_file` can write a file; called before a long computation."""
     target = resolve_regular_file(path)
+    temporary = temporary_name(target)
     existed = target.exists()
     try:
+        temporary.touch()
         open(target, "a").close()
     except OSError as error:
-        raise DataError(f"{path}: cannot write file ({error.strerror})") from None
+        message = f"{path}: cannot write file ({error.strerror})"
+        raise DataError(f"{message}; choose a different path") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     if not existed:
         target.unlink()

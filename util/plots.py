@@ -14,6 +14,8 @@ from pycocotools.mask import iou
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from util.files import replace_file
+
 GREEN = (0, 200, 0)
 RED = (230, 0, 0)
 TITLE_HEIGHT = 18  # pixels above each row of a figure
@@ -110,7 +112,8 @@ def save_rows(path, rows, width, height):
         draw.text((4, top + 1), plain_title, fill="black", font=font)
         for column, image in enumerate(images):
             sheet.paste(image, (column * column_width, top + TITLE_HEIGHT))
-    sheet.save(path)
+    with replace_file(path) as temporary:
+        sheet.save(temporary)
 
 
 def greedy_match(detections, objects):
@@ -184,6 +187,7 @@ def green_or_red(flags):
     return [GREEN if flag else RED for flag in flags]
 
 
+@best_effort
 def draw_objects(path, image, found, categories, smallest=800, largest=4000):
     """Draw the detections of a whole image, and a legend of their classes beside it.
 
@@ -202,7 +206,8 @@ def draw_objects(path, image, found, categories, smallest=800, largest=4000):
     draw_scored_boxes(draw, width, found["boxes"] * scale, found, categories, line_height)
     draw_legend(draw, width, counts, categories, line_height)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, quality=90)
+    with replace_file(path) as temporary:
+        sheet.save(temporary, quality=90)
 
 
 def draw_scored_boxes(draw, image_width, boxes, found, categories, line_height):
@@ -518,7 +523,16 @@ def draw_panels(path, panels, terms=None):
         axes.set(xlabel="epoch", ylabel=label)
         axes.legend()
         finish_axes(axes)
-    figure.savefig(path, dpi=110)
+    save_figure(path, figure)
+
+
+def save_figure(path, figure):
+    """Write a figure of matplotlib; without a suffix of the path, as PNG."""
+    picture_format = "png"
+    if path.suffix:
+        picture_format = path.suffix[1:]
+    with replace_file(path) as temporary:
+        figure.savefig(temporary, format=picture_format, dpi=110)
 
 
 def draw_stacked_bars(axes, terms):

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 
 import detr
 import train
-from util import distributed
+from util import distributed, plots
 from util.cli import POSITIVE_INT, Parser, cli_main
 from util.files import check_writable, write_text
 
@@ -171,7 +170,7 @@ def draw(path, measured):
     sizes = sorted(sizes)
     colors = {name: f"C{i}" for i, name in enumerate(DETECTORS)}
 
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = plots.Figure(figsize=(12, 4), layout="constrained")
     for axes, (quantity, unit) in zip(figure.subplots(1, len(UNITS)), UNITS.items()):
         for name, by_value in curves.items():
             detector = name.split(",")[0]
@@ -184,7 +183,7 @@ def draw(path, measured):
         axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    plots.save_figure(path, figure)
 
 
 @cli_main
