@@ -180,8 +180,8 @@ KINDS = {
     "detect": Kind(
         "--workers 2",
         [
-            # within its first last.pt, after config.json
-            Stop(Strike("os.fsync", 2, [SIGKILL]), -SIGKILL, "random weights"),
+            # within its first last.pt
+            Stop(Strike("torch.save", 1, [SIGKILL]), -SIGKILL, "random weights"),
             Stop(Strike(CLIP, 2, [SIGTERM]), 143, "resumed in epoch 1 after 2 of 4"),
         ],
     ),
@@ -194,8 +194,8 @@ KINDS = {
                 -SIGKILL,
                 "resumed in epoch 1 after 4 of 4",
             ),
-            # within last.pt of the second epoch, after last.pt, best.pt and the log of the first
-            Stop(Strike("os.fsync", 4, [SIGKILL]), -SIGKILL, "resumed in epoch 1 after 4 of 4"),
+            # within last.pt of the second epoch
+            Stop(Strike("torch.save", 3, [SIGKILL]), -SIGKILL, "resumed in epoch 1 after 4 of 4"),
         ],
     ),
     "multitask": Kind(
@@ -316,8 +316,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(complete_run, monkeypatch):
     last = complete_run / "last.pt"
     temporary = complete_run / "temporary"
     content = last.read_bytes()
-    temporary.symlink_to("/dev/full")
-    monkeypatch.setattr("util.files.temporary_name", lambda target: temporary)
+
+    def full(target):
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to("/dev/full")
+        return temporary
+
+    monkeypatch.setattr("util.files.temporary_name", full)
     message = f"{last}: cannot write checkpoint .*is the disk full?"
     assert_error(complete_run, message, "--resume")
     assert last.read_bytes() == content
