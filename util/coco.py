@@ -354,6 +354,8 @@ def advice(root, split):
     for folder in neighbors:
         if folder.is_dir() and existing_splits(folder, split):
             return f"; did you mean {folder}?"
+    if split == "test":
+        return " (for images without such a file, use python -m tools.predict)"
     return ""
 
 
