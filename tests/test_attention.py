@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from test_checkpoint import TINY
 from test_detr import SMALL, randomize
+from test_weights import publish
 from torchvision.ops import box_convert
 
 import detr
@@ -15,7 +16,7 @@ import train
 from eval import main as eval_main
 from tools import attention
 from util import plots
-from util.files import read_json
+from util.files import DataError, read_json
 
 
 def sampled_output(attended, values, ratio):
@@ -195,6 +196,48 @@ def test_errors_have_one_line(run, tmp_path):
         with pytest.raises(SystemExit, match=f"^error: [^\n]*{message}[^\n]*$"):
             attention.main(flags.format(run=run, tmp=tmp_path).split())
     assert not (tmp_path / "x.y").exists()
+
+
+def test_the_data_of_a_run_has_moved(run, tmp_path, capsys):
+    """The error names --data, and images found there change no metrics of the run."""
+    isaid.main(f"scenes {tmp_path}/new --train 2 --val 2 --image_size 64".split())
+    state = torch.load(run / "best.pt", weights_only=True)
+    state["args"]["data"] = f"{tmp_path}/old"
+    torch.save(state, tmp_path / "best.pt")
+    for main in (attention.main, eval_main):
+        with pytest.raises(SystemExit, match=f"error: {tmp_path}/old: .*not found; .*--data$"):
+            main([str(tmp_path)])
+    attention.main([str(tmp_path), "--data", f"{tmp_path}/new"])
+    assert "held-out objects" in capsys.readouterr().out
+    assert (tmp_path / "attention.png").exists()
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_metrics_that_cannot_be_written_are_no_reason_to_stop(run, tmp_path, monkeypatch, capsys):
+    """The picture goes elsewhere; it says what was not written."""
+
+    def refuse(path, text):
+        raise DataError(f"{path}: cannot write file (Permission denied)")
+
+    monkeypatch.setattr(attention, "write_text", refuse)
+    attention.main([str(run), "--out", f"{tmp_path}/mine.png"])
+    assert f"not written: {run}/metrics.json: cannot write" in capsys.readouterr().out
+    assert (tmp_path / "mine.png").exists()
+
+
+@pytest.mark.parametrize("name", detr.DETECTORS)
+def test_a_published_model(name, tmp_path, monkeypatch, capsys):
+    """A photo is drawn into runs/NAME; without one, data with the classes of COCO is required."""
+    publish(tmp_path, monkeypatch, name)
+    monkeypatch.chdir(tmp_path)
+    resize = isaid.resize
+    monkeypatch.setattr(isaid, "resize", lambda image_size: resize(96))  # not 800: faster
+    Image.effect_noise((120, 60), 99).save("photo.png")
+    attention.main("tiny photo.png --queries 1".split())
+    assert capsys.readouterr().out == "written: runs/tiny/attention-photo.png\n"
+    assert Image.open("runs/tiny/attention-photo.png").width == 3 * 324
+    with pytest.raises(SystemExit, match="error: tiny: requires --data DIR, a dataset with the"):
+        attention.main(["tiny"])
 
 
 @pytest.mark.parametrize("image_size", [64, None])

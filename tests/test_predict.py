@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from scipy import ndimage
+from test_weights import publish
 
 import detr
+import isaid
 import train
 from tools import predict
 from util import isaid_prepare
@@ -216,3 +218,29 @@ def test_errors_have_one_line(run, tmp_path):
             predict.main(flags.format(run=run, tmp=tmp_path).split())
     images = read_json(run / "predictions/predictions.json")["images"]
     assert [image["file_name"] for image in images] == ["b.png"]  # the readable one is done
+
+
+def test_a_published_model_sees_whole_images(tmp_path, monkeypatch, capsys):
+    """They are resized as in COCO, and results go into runs/NAME; --window cuts them."""
+    publish(tmp_path, monkeypatch, "detr")
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((120, 60), 99).save("photo.png")
+    sizes = []
+    resize = isaid.resize
+
+    def noted_resize(image_size=None):
+        sizes.append(image_size)
+        return resize(64)
+
+    monkeypatch.setattr(isaid, "resize", noted_resize)
+    predict.main("tiny photo.png --score 0".split())
+    assert sizes == [None]
+    assert "tiny on whole images\nphoto.png: 120 x 60, 11 objects\n" in capsys.readouterr().out
+    predictions = COCO("runs/tiny/predictions/predictions.json")
+    assert len(predictions.cats) == 80
+    assert predictions.cats[90]["name"] == "toothbrush"
+    assert all(a["category_id"] in predictions.cats for a in predictions.dataset["annotations"])
+    predict.main("tiny photo.png --window 60 --out windows".split())
+    assert "in windows of 60 pixels that overlap by 15, resized to 800" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="error: --overlap 9 requires --window: tiny sees whole"):
+        predict.main("tiny photo.png --overlap 9".split())

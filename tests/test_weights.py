@@ -2,7 +2,6 @@
 
 import collections
 import http.server
-import os
 import pathlib
 import re
 import sys
@@ -17,7 +16,8 @@ from test_detr import REFINED, SMALL, TWO_STAGE, randomize, small_detector, tran
 
 import detr
 from eval import checkpoint_file, load_published_model
-from util import download, pretrained
+from util import pretrained
+from util.download import file_sha256
 from util.pretrained import MODELS, PublishedModel, coco_categories, model_file
 from util.weights import PARTS, init_from_checkpoint, load_checkpoint, load_parts
 
@@ -290,30 +290,26 @@ def test_one_of_several_processes_downloads(server, cache):
 
 
 # ---------------------------------------------------------------- models by name
-@pytest.fixture
-def published(server, monkeypatch):
-    """A function that publishes a small detector of COCO's 91 ids as "tiny"."""
+def publish(folder, monkeypatch, name, options=None):
+    """Publish a small detector of COCO's 91 ids as "tiny"; return it.
 
-    def publish(name, options):
-        config = {**SMALL, "name": name, **options}
-        model = randomize(detr.build_detector(num_classes=91, **config))
-        torch.save({"model": model.state_dict()}, "served.pth")
-        server.content = pathlib.Path("served.pth").read_bytes()
-        sha256 = download.file_sha256("served.pth")
-        monkeypatch.setitem(MODELS, "tiny", PublishedModel({server.url: sha256}, config))
-        return model
-
-    return publish
+    Its file is folder/served.pth, and downloaded files are kept in folder/torch/hub/checkpoints.
+    """
+    config = {**SMALL, "name": name, **(options if options else {})}
+    model = randomize(detr.build_detector(num_classes=91, **config))
+    file = folder / "served.pth"
+    torch.save({"model": model.state_dict()}, file)
+    published = PublishedModel({file.as_uri(): file_sha256(file)}, config)
+    monkeypatch.setitem(MODELS, "tiny", published)
+    monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
+    return model
 
 
 @pytest.mark.parametrize("variant", ["detr", "four scales", "two-stage"])
-def test_a_published_model_detects_the_classes_of_coco(
-    variant, published, cache, monkeypatch, tmp_path
-):
+def test_a_published_model_detects_the_classes_of_coco(variant, monkeypatch, tmp_path):
     """Its logits are those of the 80 ids that COCO uses; all else stays."""
-    monkeypatch.chdir(tmp_path)
     name, options = VARIANTS[variant]
-    model = published(name, options)
+    model = publish(tmp_path, monkeypatch, name, options)
     run = load_published_model("tiny", "cpu")
     ids = [category["id"] for category in run.categories]
     assert len(ids) == 80
@@ -326,26 +322,26 @@ def test_a_published_model_detects_the_classes_of_coco(
         outputs = run.model.eval()(images, padding)
     torch.testing.assert_close(outputs["logits"], expected["logits"][..., ids])
     torch.testing.assert_close(outputs["boxes"], expected["boxes"])
-    assert os.listdir(cache) == ["tiny.pth"]
 
 
-def test_the_hash_is_compared(published, server, cache, monkeypatch, tmp_path):
+def test_the_hash_is_compared(cache, monkeypatch, tmp_path):
     """When it is downloaded, and at each use, since it may be copied by hand."""
-    monkeypatch.chdir(tmp_path)
-    published("detr", {})
-    whole = server.content
-    server.content = whole[:-1] + b"x"
+    publish(tmp_path, monkeypatch, "detr")
+    file = cache / "tiny.pth"
+    whole = (tmp_path / "served.pth").read_bytes()
+    other = whole[:-1] + b"x"
+    (tmp_path / "served.pth").write_bytes(other)
     with pytest.raises(
-        ValueError, match="SHA-256 differs.*; .* save this file yourself as .*tiny.pth"
+        ValueError, match=f"SHA-256 differs.*; .* save this file yourself as {file}"
     ):
         model_file("tiny")
-    (cache / "tiny.pth").write_bytes(server.content)
+    file.write_bytes(other)
     with pytest.raises(
-        ValueError, match="tiny.pth: is damaged or another file .*; delete this file"
+        ValueError, match=f"{file}: is damaged or another file .*; delete this file"
     ):
         model_file("tiny")
-    (cache / "tiny.pth").write_bytes(whole)
-    assert model_file("tiny") == cache / "tiny.pth"
+    file.write_bytes(whole)
+    assert model_file("tiny") == file
 
 
 def test_names(cache, monkeypatch, tmp_path):
