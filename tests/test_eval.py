@@ -11,8 +11,10 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from test_weights import publish
 
 import deformable_attn
 import detr
@@ -33,6 +35,7 @@ from eval import (
 from eval import main as eval_main
 from util import coco, plots
 from util.files import DataError, read_json
+from util.pretrained import coco_categories
 
 PERFECT = [*[pytest.approx(1)] * 5, None, pytest.approx(1)]  # of METRICS, without large objects
 
@@ -372,3 +375,45 @@ def test_errors_have_one_line(run, tmp_path, capsys):
         if not isinstance(text, str):
             text = capsys.readouterr().err
         assert re.fullmatch(f"error: [^\n]*{message}[^\n]*\n?", text), text
+
+
+# ---------------------------------------------------------------- published models
+def test_a_published_model_on_data_of_coco(tmp_path, monkeypatch, capsys):
+    """Its best detection of each class as ground truth gives AP 1."""
+    publish(tmp_path, monkeypatch, "deformable_detr")
+    monkeypatch.chdir(tmp_path)
+    resize = isaid.resize
+    monkeypatch.setattr(isaid, "resize", lambda image_size: resize(96))  # not 800: faster
+    (tmp_path / "data/val2017").mkdir(parents=True)
+    (tmp_path / "data/annotations").mkdir()
+    images = []
+    for i in range(2):
+        Image.effect_noise((120, 60), 99).save(f"data/val2017/{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "width": 120, "height": 60})
+    content = {"images": images, "categories": coco_categories(), "annotations": []}
+    file = tmp_path / "data/annotations/instances_val2017.json"
+    file.write_text(json.dumps(content))
+    eval_main("tiny --data data --export found.json".split())
+
+    best = {}  # the best detection of each class
+    for result in sorted(read_json("found.json"), key=lambda result: result["score"]):
+        best[result["category_id"]] = result
+    assert len(best) > 10
+    file.write_text(json.dumps({**content, "annotations": list(best.values())}))
+    eval_main("tiny --data data --out out".split())
+    metrics = read_json("out/metrics.json")
+    assert metrics["checkpoint"] == "tiny"
+    assert metrics["images"] == 2
+    assert len(metrics["per_class"]) == 80
+    for row in metrics["per_class"]:
+        assert row["ap"] == (pytest.approx(1) if row["boxes"] else None), row
+    with pytest.raises(SystemExit, match="error: tiny: requires --data DIR"):
+        eval_main(["tiny"])
+
+
+def test_the_file_of_a_runs_tokens_has_moved(run, tmp_path):
+    state = torch.load(run / "best.pt", weights_only=True)
+    state["task"] = {"name": "mim-discrete", "tokenizer_weights": f"{tmp_path}/encoder.pkl"}
+    torch.save(state, tmp_path / "best.pt")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/encoder.pkl: DALL-E's .* put it back there"):
+        load_run(tmp_path, "cpu")
