@@ -20,7 +20,7 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from util import coco, distributed, isaid_prepare, isaid_raw, synthetic, vhr10
+from util import coco, distributed, isaid_prepare, isaid_raw, loader_processes, synthetic, vhr10
 from util.cli import (
     IMAGE_SIDE,
     NON_NEGATIVE_INT,
@@ -288,7 +288,7 @@ def data_loader(data, workers, **options):
         data,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=distributed.ignore_signals,
+        worker_init_fn=loader_processes.start,
         generator=torch.Generator(),  # by default it would use the model's random numbers
         **options,
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pickle
 import re
 import runpy
 import shutil
@@ -120,6 +121,8 @@ def test_scenes_are_cached_up_to_a_limit(monkeypatch):
     drawn.clear()
     assert torch.equal(torch.cat(batches), torch.stack([image for image, _ in other]))
     assert drawn == []  # the worker process has drawn them
+    assert_same(pickle.loads(pickle.dumps(other)), other)
+    assert drawn == [0, 1, 2, 3]  # as by a process that is not forked
 
 
 def test_scenes_delete_no_folder(tmp_path, monkeypatch, capsys):

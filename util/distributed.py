@@ -2,9 +2,7 @@
 
 import atexit
 import ctypes
-import multiprocessing
 import os
-import signal
 import sys
 import time
 
@@ -137,22 +135,6 @@ def broadcast_buffers(module):
     if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
-
-
-def ignore_signals(worker_id):
-    """Leave signals to the main process; called in each data loading process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-@atexit.register
-def kill_workers():
-    """End the remaining data loading processes, which ignore SIGTERM."""
-    workers = multiprocessing.active_children()
-    if workers and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report their end as an error
-    for worker in workers:
-        worker.kill()
 
 
 def keep_freed_memory():

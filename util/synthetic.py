@@ -6,9 +6,10 @@ entry to CLASS_SHAPES.
 """
 
 import dataclasses
+import math
+import mmap
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
 
@@ -690,23 +691,37 @@ def coco_content(seed, first, n, size):
 
 
 class SceneRenderer:
-    """Draws scenes, and keeps the first ones in memory that worker processes share."""
+    """Draws scenes, and keeps the first ones in memory that forked worker processes share."""
 
     def __init__(self, seed, first, n, size):
         self.seed = seed
         self.first = first
+        self.n = n
         self.size = size
         num_cached = min(n, CACHE_BYTES // (3 * size * size))
-        self.pixels = torch.empty(num_cached, size, size, 3, dtype=torch.uint8).share_memory_()
-        self.is_drawn = torch.zeros(num_cached, dtype=torch.bool).share_memory_()
+        self.pixels = shared_array(num_cached, size, size, 3)
+        self.is_drawn = shared_array(num_cached)
+
+    def __reduce__(self):
+        """Let a process that is not forked keep scenes of its own."""
+        return SceneRenderer, (self.seed, self.first, self.n, self.size)
 
     def render(self, i):
         """Return scene `first` + i as a PIL image."""
         cached = i < len(self.is_drawn)
         if cached and self.is_drawn[i]:
-            return Image.fromarray(self.pixels[i].numpy())
+            return Image.fromarray(self.pixels[i])
         scene = draw_scene(self.seed, self.first + i, self.size)
         if cached:
-            self.pixels[i] = torch.from_numpy(np.array(scene))
+            self.pixels[i] = np.array(scene)
             self.is_drawn[i] = True
         return scene
+
+
+def shared_array(*shape):
+    """Return an array of zeros, uint8, that later forks of this process share.
+
+    Unlike torch's shared memory it is not limited to the size of /dev/shm, 64 MB in a container.
+    """
+    num_bytes = max(1, math.prod(shape))
+    return np.ndarray(shape, np.uint8, buffer=mmap.mmap(-1, num_bytes))
