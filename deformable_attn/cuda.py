@@ -34,17 +34,20 @@ def nvrtc():
         raise RuntimeError("PyTorch was built without CUDA; install a CUDA-enabled build")
     major = torch.version.cuda.split(".")[0]
     name = f"libnvrtc.so.{major}"
+    builtins = f"libnvrtc-builtins.so.{major}.*"
     if WINDOWS:
         name = f"nvrtc64_{major}0_0.dll"
-    paths = [name]
+        builtins = f"nvrtc-builtins64_{major}*.dll"
+    try:
+        return ctypes.CDLL(name)
+    except OSError as error:
+        reason = str(error)
     packages = Path(torch.__file__).parents[1]
     for folder in LIBRARY_FOLDERS:
-        paths += sorted(packages.glob(f"{folder}/{name}"))
-    for path in paths:
-        try:
+        for path in packages.glob(f"{folder}/{name}"):
+            for part in path.parent.glob(builtins):  # NVRTC opens it by its name alone
+                ctypes.CDLL(str(part))
             return ctypes.CDLL(str(path))
-        except OSError as error:
-            reason = str(error)
     raise OSError(f"NVIDIA's compiler NVRTC cannot be loaded ({reason}); reinstall torch")
 
 

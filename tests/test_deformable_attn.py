@@ -462,6 +462,27 @@ def test_nvrtc_is_found_where_nothing_has_loaded_it(version, system, place, tmp_
     assert cuda.nvrtc.__wrapped__() == str(library)
 
 
+NOTHING_LOADED = """
+import runpy, sys
+from unittest.mock import MagicMock
+torch = MagicMock(__file__=sys.argv[1])
+torch.version.cuda = sys.argv[2]
+torch.float32.itemsize = 4
+sys.modules["torch"] = torch
+names = runpy.run_path(sys.argv[3])
+binary, _ = names["compile_kernel"]("sm_80", torch.float32, 32)
+print(binary[:4])
+"""
+
+
+@needs_nvrtc
+def test_cuda_kernel_compiles_where_nothing_has_loaded_nvrtc():
+    """Not even torch, which loads libraries when it is imported."""
+    arguments = [torch.__file__, torch.version.cuda, str(cuda.SOURCE.with_name("cuda.py"))]
+    command = [sys.executable, "-c", NOTHING_LOADED, *arguments]
+    assert subprocess.check_output(command) == b"b'\\x7fELF'\n"
+
+
 @needs_nvrtc
 def test_cuda_kernel_that_does_not_compile():
     with pytest.raises(RuntimeError, match="compiling cuda.cu for sm_1 failed:"):
