@@ -429,26 +429,30 @@ LINES = {
     "--data 'my data' --init \"a b\"  # it's a comment": ["--data", "my data", "--init", "a b"],
     "--lr 1  # first line of a file from Windows": ["--lr", "1"],
     "--data C:\\data  #x": ["--data", "C:\\data"],
+    "--data 'my '\"data\"\\t\\\t--lr '1'": ["--data", "my data\\t\\", "--lr", "1"],
+    "--lr 1 \\": ["--lr", "1"],
+    '--data "#1" \\': ["--data", "#1"],
+    "--data ~/x --init '~'": ["--data", "/home/me/x", "--init", "~"],
+    "--data $PLACE/a${PLACE}b": ["--data", "/my place/a/my placeb"],
+    "--data '$PLACE' --init \"$PLACE\"": ["--data", "$PLACE", "--init", "/my place"],
+    "--data=$PLACE/$": ["--data=/my place/$"],
     "# --epochs 3": [],
     "": [],
 }
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_lines_of_recipes(tmp_path, line):
+def test_lines_of_recipes(tmp_path, line, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("PLACE", "/my place")
     words = LINES[line]
     assert cli.split_recipe_line(line) == words
     recipe = tmp_path / "recipe.txt"
     byte_order_mark = "\ufeff"
     recipe.write_text(f"{byte_order_mark}{line}\n--epochs 3\n", encoding="utf-8")
     args, _ = train.parse([f"@{recipe}"])
-    data = None
-    if "--data" in words:
-        data = os.path.abspath(words[1])
-    init = []
-    if "--init" in words:
-        init = [["a b", None]]
-    assert (args.epochs, args.data, args.init) == (3, data, init)
+    expected, _ = train.parse([*words, "--epochs", "3"])
+    assert args == expected
 
 
 MISTAKES = [
@@ -501,7 +505,8 @@ def test_mistakes_are_reported_at_once(main, arguments, message, monkeypatch, ca
 
 
 FLAGS_IN_FILES = {  # what a file of flags holds, and what is wrong with it
-    "a line continued": (b"--lr 1 \\\r\n--epochs 2", "\\"),
+    "a variable": (b"--lr 1\r\n--data $UNSET/x", "variable $UNSET is not set"),
+    "an open quote": (b"--lr 1\r\n--data 'x", "no closing quotation: 'x"),
     "UTF-16": ("--lr 1".encode("utf-16"), "save the file as UTF-8"),
     "Latin-1": ("--lr 1 # größer".encode("latin-1"), "save the file as UTF-8"),
 }

@@ -3,13 +3,15 @@
 import argparse
 import functools
 import os
-import shlex
+import re
 import sys
 from pathlib import Path
 
 import torch
 
 from util import distributed
+
+ROOT = Path(__file__).resolve().parents[1]  # of this code
 
 
 def one_line(error):
@@ -176,9 +178,9 @@ class Parser(argparse.ArgumentParser):
         """Return the words in a file of flags; end with an error if it cannot be read."""
         words = []
         try:
-            for line in Path(path).read_text(encoding="utf-8-sig").splitlines():
+            for line in find_recipe(path).read_text(encoding="utf-8-sig").splitlines():
                 words += split_recipe_line(line)
-        except (OSError, ValueError) as error:  # a missing file, or a quote that is not closed
+        except (OSError, ValueError) as error:  # a missing file, a quote that is not closed …
             self.error(f"@{path}: cannot read flags file ({one_line(error)})")
         return words
 
@@ -195,21 +197,58 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
 
 
-def split_recipe_line(line):
-    """Return the words of a line of flags: quotes keep spaces, a word that starts with # a comment.
+def find_recipe(path):
+    """Return the path of a file of flags: in the current folder, else in that of this code."""
+    path = Path(os.path.expanduser(path))
+    if not path.exists() and (ROOT / path).exists():
+        return ROOT / path
+    return path
 
-    Raises ValueError for a quote that is not closed.
+
+WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|[^\s'"])+""")  # parts with and without quotes
+PART = re.compile(r"""'[^']*'|"[^"]*"|[^'"]+""")
+VARIABLE = re.compile(r"\$(?:{(\w+)}|(\w+))")
+
+
+def split_recipe_line(line):
+    """Return the words of a line of flags, read as a shell reads it.
+
+    Quotes keep spaces, # begins a comment, ~ and $NAME are replaced, but not in single quotes, and
+    a backslash at the end is dropped. Another "\\" or "#" may be part of a path.
+    Raises ValueError for a quote that is not closed, or a variable that is not set.
     """
-    lexer = shlex.shlex(line, posix=True)
-    lexer.whitespace_split = True
-    lexer.commenters = ""  # "#" may be part of a path
-    lexer.escape = ""  # and so may a backslash
     words = []
-    for word in lexer:
-        if word.startswith("#"):
-            break
-        words.append(word)
+    rest = line.strip()
+    while rest and not rest.startswith("#"):
+        word = WORD.match(rest)
+        if not word:
+            raise ValueError(f"no closing quotation: {rest:.60}")
+        words.append(expand_word(word[0]))
+        rest = rest[word.end() :].strip()
+    if words and words[-1] == "\\":
+        words.pop()
     return words
+
+
+def expand_word(word):
+    """Return a word without its quotes, with variables replaced, and ~ at the beginning."""
+    expanded = ""
+    for part in PART.findall(os.path.expanduser(word)):
+        quote = part[0]
+        if quote in "'\"":
+            part = part[1:-1]
+        if quote != "'":
+            part = VARIABLE.sub(variable_value, part)
+        expanded += part
+    return expanded
+
+
+def variable_value(match):
+    """Return the value of the variable in a match of VARIABLE. Raises ValueError."""
+    name = match[match.lastindex]
+    if name not in os.environ:
+        raise ValueError(f"variable ${name} is not set; in single quotes it is no variable")
+    return os.environ[name]
 
 
 class InitAction(argparse.Action):
