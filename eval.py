@@ -30,7 +30,7 @@ import detr
 import isaid
 import ssl_tasks
 from util import checkpoint, cli, coco, distributed, plots
-from util.files import DataError, check_writable, write_text
+from util.files import DataError, can_write, check_writable, write_text
 from util.images import unnormalize
 from util.pretrained import MODELS, coco_categories, is_model_name, keep_coco_classes
 from util.weights import PARTS, load_checkpoint, load_parts, read_state_dict
@@ -242,18 +242,37 @@ def check_ids(name, results, key, entries):
         )
 
 
-def run_evaluator(evaluator, data, results, max_dets, sides):
-    """Return the arrays {"precision", "recall"} of pycocotools or of its faster replacement.
+@functools.cache
+def default_evaluator():
+    """Return the name of the faster evaluator if it is installed and works, else pycocotools."""
+    if importlib.util.find_spec("faster_coco_eval") is None:
+        return "pycocotools"
+    try:
+        evaluator_classes("faster-coco-eval")
+    except Exception as error:  # built for another numpy, lacks a library of the system …
+        reason = f"{type(error).__name__}: {cli.one_line(error)}"
+        print(f"evaluating with pycocotools: faster_coco_eval fails ({reason})", file=sys.stderr)
+        return "pycocotools"
+    return "faster-coco-eval"
 
-    sides: square roots of the areas between which objects are small, medium and large
-    """
+
+def evaluator_classes(evaluator):
+    """Return the classes COCO and COCOeval of pycocotools or of its faster replacement."""
     if evaluator == "faster-coco-eval":
         from faster_coco_eval import COCO
         from faster_coco_eval import COCOeval_faster as COCOeval
     else:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
+    return COCO, COCOeval
 
+
+def run_evaluator(evaluator, data, results, max_dets, sides):
+    """Return the arrays {"precision", "recall"} of pycocotools or of its faster replacement.
+
+    sides: square roots of the areas between which objects are small, medium and large
+    """
+    COCO, COCOeval = evaluator_classes(evaluator)
     # The evaluators read ids beyond 64 bits, or of both signs, wrongly or not at all. Numbers take
     # their place, which sort the images, and so detections of equal score, in the same way.
     image_ids = sorted(image["id"] for image in data.images)
@@ -652,11 +671,11 @@ def main(argv=None):
 
     out = args.out
     is_own_data = split == own_split and args.data is None and args.limit_val is None
-    if out is None and is_own_data:
-        out = run.folder
     if out:
         out.mkdir(parents=True, exist_ok=True)
         distributed.run_on_rank0(check_writable, out / "metrics.json")
+    elif is_own_data and distributed.run_on_rank0(can_write, run.folder / "metrics.json"):
+        out = run.folder
     if args.export:
         distributed.run_on_rank0(check_writable, args.export)
 

@@ -37,7 +37,7 @@ import train
 from util import checkpoint, plots
 from util.cli import NON_NEGATIVE_INT, Parser, cli_main, int_range, usable_cores
 from util.experiments import dependencies, load_experiment
-from util.files import check_writable, read_json, write_text
+from util.files import DataError, check_writable, read_json, write_text
 from util.pretrained import MODELS
 
 ROOT = Path(__file__).resolve().parent
@@ -770,8 +770,15 @@ def reproduce(args):
     if args.no_run and not results and not authors:
         message = "no results found; choose another --out or drop --no_run"
         raise ValueError(f"{runner.out}: {message}")
-    runner.out.mkdir(parents=True, exist_ok=True)
-    check_writable(runner.out / "table.md")
+    is_saved = True
+    try:
+        runner.out.mkdir(parents=True, exist_ok=True)
+        check_writable(runner.out / "table.md")
+    except (OSError, DataError) as error:
+        if not args.no_run:
+            raise
+        is_saved = False
+        print(f"table.md and curves.png are not written ({error})", file=sys.stderr)
     if not args.no_run:
         runner.run_all(rows_to_run, seeds_to_run)
         results = read_results(runner.result_folders, experiment)
@@ -786,8 +793,9 @@ def reproduce(args):
         print("Comparisons need results of at least two seeds: --seeds 0 1")
     results.update(authors)
     tables = make_tables(results, experiment.comparisons, experiment.goals)
-    write_text(runner.out / "table.md", tables + "\n")
-    draw_comparisons(runner.out / "curves.png", results, experiment.comparisons)
+    if is_saved:
+        write_text(runner.out / "table.md", tables + "\n")
+        draw_comparisons(runner.out / "curves.png", results, experiment.comparisons)
     return 0
 
 

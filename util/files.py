@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -112,6 +113,21 @@ def resolve_regular_file(path):
 
 def check_writable(path):
     """Raise DataError unless `replace_file` can write a file; called before a long computation."""
+    reason = why_not_writable(path)
+    if reason:
+        raise DataError(f"{path}: cannot write file ({reason}); choose a different path")
+
+
+def can_write(path):
+    """Return True if a file that the user has not asked for can be written; else print why not."""
+    reason = why_not_writable(path)
+    if reason:
+        print(f"{path} is not written ({reason})", file=sys.stderr)
+    return not reason
+
+
+def why_not_writable(path):
+    """Return the system's reason, or None if a file can be written; it is left as it is."""
     target = resolve_regular_file(path)
     temporary = temporary_name(target)
     existed = target.exists()
@@ -119,10 +135,10 @@ def check_writable(path):
         temporary.touch()
         open(target, "a").close()
     except OSError as error:
-        message = f"{path}: cannot write file ({error.strerror})"
-        raise DataError(f"{message}; choose a different path") from None
+        return error.strerror
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
     if not existed:
         target.unlink()
+    return None
