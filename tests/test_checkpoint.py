@@ -370,6 +370,34 @@ def test_an_incomplete_or_different_state_is_not_resumed(kind, undisturbed, tmp_
 
 
 # ---------------------------------------------------------------- the processor
+def git(folder, command):
+    """Run a command of git in a folder; returns what it prints."""
+    words = ["git", "-c", "user.name=n", "-c", "user.email=e", *command.split()]
+    return subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def test_revisions_are_of_this_code(tmp_path, monkeypatch):
+    """A repository around the code, or the one of a hook that starts a command, is another."""
+    code = tmp_path / "project/code"
+    (code / "util").mkdir(parents=True)
+    (code / "train.py").touch()
+    monkeypatch.setattr(checkpoint, "__file__", str(code / "util/checkpoint.py"))
+    commits = {}
+    for folder in (code.parent, code):
+        git(folder, "init -q")
+        (folder / "file").touch()
+        git(folder, "add file")
+        git(folder, "commit -qm one")
+        commits[folder] = git(folder, "rev-parse HEAD")
+        if folder == code.parent:
+            assert checkpoint.revision() == "unknown"
+    monkeypatch.setenv("GIT_DIR", str(code.parent / ".git"))
+    revision = checkpoint.revision()
+    assert len(revision) >= 7 and commits[code].startswith(revision)
+    (code / "file").write_text("changed")
+    assert checkpoint.revision() == f"{revision} with changes"
+
+
 def test_device_name_of_a_processor(tmp_path):
     """Its name and its bf16 instructions, each once; on other systems its architecture."""
     core = "model name\t: A CPU @ 2 GHz\nflags\t\t: sse amx_bf16 avx512_bf16 amx_int8\n"

@@ -1,7 +1,9 @@
 """Files and commands as people have them: each is used as it was meant, or refused in one line."""
 
+import errno
 import json
 import os
+import runpy
 import shutil
 import struct
 import subprocess
@@ -20,9 +22,9 @@ import reproduce
 import ssl_tasks
 import train
 from eval import main as eval_main
-from tools import predict
-from util import cli, coco, dataset_check, isaid_prepare, isaid_raw, plots
-from util.files import DataError, read_json
+from tools import attention, predict
+from util import cli, coco, dataset_check, files, isaid_prepare, isaid_raw, plots
+from util.files import DataError, check_writable, read_json, replace_file, write_text
 from util.images import read_image, read_size
 from util.weights import init_from_checkpoint
 
@@ -455,6 +457,17 @@ def test_lines_of_recipes(tmp_path, line, monkeypatch):
     assert args == expected
 
 
+def test_recipes_from_any_folder(tmp_path, monkeypatch):
+    """They are those of this code, unless the folder has files of this name."""
+    monkeypatch.chdir(tmp_path)
+    args, _ = train.parse(["@recipes/detr.txt"])
+    assert args.model == "detr"
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/detr.txt").write_text("--model deformable_detr")
+    args, _ = train.parse(["@recipes/detr.txt"])
+    assert args.model == "deformable_detr"
+
+
 MISTAKES = [
     (train.main, ["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
     (train.main, ["--epoch", "1"], "unrecognized arguments: --epoch"),  # no abbreviations
@@ -669,6 +682,70 @@ def test_only_regular_files_are_written(run, tmp_path):
     assert (tmp_path / "target.json").stat().st_size > 9
 
 
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Its name may be the longest possible, its permissions stay, no temporary file is left."""
+    path = tmp_path / ("n" * 250 + ".json")
+    check_writable(path)
+    assert not path.exists()
+    write_text(path, "one")
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    path.chmod(0o664)
+    with pytest.raises(ZeroDivisionError):
+        with replace_file(path) as temporary:
+            temporary.write_text("half of two")
+            print(1 / 0)
+    assert path.read_text() == "one"
+    write_text(path, "two")
+    assert path.read_text() == "two"
+    assert path.stat().st_mode & 0o777 == 0o664
+
+    def fail(*_):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr("os.replace", fail)  # as for a single file mounted into a container
+    write_text(path, "three")
+    assert path.read_text() == "three"
+    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name, "plain"]
+
+
+def test_temporary_files_of_killed_processes_are_removed(tmp_path):
+    old = files.temporary_name(tmp_path / "last.pt")
+    new = files.temporary_name(tmp_path / "last.pt")
+    for file in (old, new, tmp_path / ".mine"):
+        file.touch()
+        os.utime(file, (0, 0))
+    os.utime(new)  # its process may still write it
+    files.remove_unfinished(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {new.name, ".mine"}
+
+
+def test_what_is_read_only_is_printed_and_drawn(run, tmp_path, monkeypatch, capsys):
+    """The files that cannot be written are named; nothing was asked of them."""
+    picture = tmp_path / "picture.png"
+
+    def why_not_writable(path):
+        return None if path == picture else "Read-only file system"
+
+    monkeypatch.setattr(files, "why_not_writable", why_not_writable)
+    metrics = (run / "metrics.json").exists()
+    eval_main([str(run)])
+    attention.main([str(run), "--out", str(picture)])
+    printed, notes = capsys.readouterr()
+    assert "AP50" in printed and "pointing-game accuracy" in printed and picture.exists()
+    assert notes.count(f"{run}/metrics.json is not written (Read-only file system)") == 2
+    assert (run / "metrics.json").exists() == metrics
+
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(reproduce, "RUNS", file / "runs")
+    with pytest.raises(SystemExit, match="0"):
+        reproduce.main(["tasks", "--no_run"])
+    printed, notes = capsys.readouterr()
+    assert "\n| AP (%) after epoch |" in printed
+    assert "table.md and curves.png are not written" in notes
+
+
 def test_validation_images_without_boxes(data, tmp_path):
     """They are no reason to stop a training, but an evaluation cannot report anything."""
     save_coco(data, NAMES, "val", annotations=[])
@@ -699,14 +776,19 @@ def test_predictions_survive_a_bad_image(run, tmp_path):
     images.mkdir()
     Image.new("RGB", (80, 80)).save(images / "good.png")
     (images / "bad.png").write_bytes(b"nonsense")
+    long_name = "n" * 251 + ".png"  # that of its picture would be too long
+    shutil.copy(images / "good.png", images / long_name)
     message = error_of(predict.main, run, images, "--out", tmp_path / "out")
-    assert "1 of 2 images" in message and "bad.png" in message
+    assert "1 of 3 images" in message and "bad.png" in message
     content = read_json(tmp_path / "out/predictions.json")
-    assert [image["file_name"] for image in content["images"]] == ["good.png"]
+    assert [image["file_name"] for image in content["images"]] == ["good.png", long_name]
 
 
-def test_names_in_any_script_and_any_terminal(tmp_path, data):
-    """Class names and folders in Chinese, with a terminal that shows Western letters only."""
+def test_any_names_and_any_environment(tmp_path, data):
+    """Class names and folders in Chinese, with a terminal that shows Western letters only.
+
+    The environment is a notebook's, with a faster-coco-eval that cannot be imported.
+    """
     for split in ("train", "val"):
         save_coco(data, NAMES, split, categories=[{"id": 1, "name": "汽车"}])
     moved = tmp_path / "数据 #1"
@@ -714,6 +796,11 @@ def test_names_in_any_script_and_any_terminal(tmp_path, data):
     out = tmp_path / "跑"
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "LC_ALL": "C"}
     environment.update({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    environment["MPLBACKEND"] = "no-such-backend"
+    broken = tmp_path / "packages/faster_coco_eval"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('libGL.so.1 not found')")
+    environment["PYTHONPATH"] = str(broken.parent)
     commands = [
         ["train.py", *TINY, "--data", moved, "--out", out],
         ["eval.py", out],
@@ -724,7 +811,17 @@ def test_names_in_any_script_and_any_terminal(tmp_path, data):
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
         assert done.returncode == 0, done.stderr
         assert b"Glyph" not in done.stderr  # matplotlib's warning
+        if command[1] != "-m":
+            assert b"pycocotools: faster_coco_eval fails (ImportError: libGL" in done.stderr
     assert "汽车" in (out / "predictions/predictions.csv").read_text(encoding="utf-8")
+
+
+def test_a_user_without_a_home(monkeypatch):
+    """As in containers with a user id of their own: libraries get a temporary folder."""
+    monkeypatch.setenv("HOME", "none")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    runpy.run_path(str(ROOT / "util/__init__.py"))
+    assert Path(os.environ["HOME"]).is_dir()
 
 
 def test_letters_are_drawn_or_replaced():

@@ -21,7 +21,7 @@ import torchvision
 
 from util import distributed
 from util.cli import one_line
-from util.files import check_writable, replace_file, write_text
+from util.files import check_writable, remove_unfinished, replace_file, write_text
 from util.weights import load_checkpoint, part_of
 
 MAY_CHANGE_ON_RESUME = {"resume", "out", "workers", "device", "data", "tokenizer_weights"}
@@ -267,6 +267,7 @@ def make_run_folder(args):
     out = Path(args.out) if args.out else unused_run_folder(args)
     try:
         out.mkdir(parents=True, exist_ok=args.resume)
+        remove_unfinished(out)
         if not (out / "last.pt").exists():  # a run may end before its first checkpoint
             write_text(out / "config.json", json.dumps(run_config(args), indent=1))
     except FileExistsError:

@@ -29,7 +29,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from util import coco, isaid_raw
-from util.files import DataError, read_json, write_text
+from util.files import DataError, read_json, remove_unfinished, replace_file, write_text
 from util.images import check_size, read_image, read_size
 
 # The color of each class in iSAID's masks; the classes are in the order of the category ids
@@ -252,10 +252,8 @@ def write_patches(source, out, windowing):
         if source.masks:
             annotations = find_objects(labels[y0:y1, x0:x1], class_map[y0:y1, x0:x1])
         record.append([name, y1 - y0, x1 - x0, annotations])
-        target = out / "images" / name
-        temporary = target.with_name(f".{name}")
-        image.crop((x0, y0, x1, y1)).save(temporary, format="PNG", compress_level=4)
-        os.replace(temporary, target)
+        with replace_file(out / "images" / name) as temporary:
+            image.crop((x0, y0, x1, y1)).save(temporary, format="PNG", compress_level=4)
     return record
 
 
@@ -352,6 +350,7 @@ def check_split_folder(out, target, settings):
 def make_split_folder(out, settings):
     """Make the folder of a split, with a note of the settings."""
     (out / "images").mkdir(parents=True, exist_ok=True)
+    remove_unfinished(out / "images")
     write_text(out / "prepare.json", json.dumps(settings))
 
 
