@@ -224,7 +224,7 @@ def default_evaluator():
     if importlib.util.find_spec("faster_coco_eval") is None:
         return "pycocotools"
     try:
-        importlib.import_module("faster_coco_eval")
+        from faster_coco_eval import COCO, COCOeval_faster  # noqa: F401
     except Exception as error:  # of the package, or of a library that it needs
         text = "warning: faster-coco-eval cannot be imported"
         print(f"{text} ({cli.one_line(error)}); using pycocotools", file=sys.stderr)
@@ -242,37 +242,18 @@ def check_ids(name, results, key, entries):
         )
 
 
-@functools.cache
-def default_evaluator():
-    """Return the name of the faster evaluator if it is installed and works, else pycocotools."""
-    if importlib.util.find_spec("faster_coco_eval") is None:
-        return "pycocotools"
-    try:
-        evaluator_classes("faster-coco-eval")
-    except Exception as error:  # built for another numpy, lacks a library of the system …
-        reason = f"{type(error).__name__}: {cli.one_line(error)}"
-        print(f"evaluating with pycocotools: faster_coco_eval fails ({reason})", file=sys.stderr)
-        return "pycocotools"
-    return "faster-coco-eval"
+def run_evaluator(evaluator, data, results, max_dets, sides):
+    """Return the arrays {"precision", "recall"} of pycocotools or of its faster replacement.
 
-
-def evaluator_classes(evaluator):
-    """Return the classes COCO and COCOeval of pycocotools or of its faster replacement."""
+    sides: square roots of the areas between which objects are small, medium and large
+    """
     if evaluator == "faster-coco-eval":
         from faster_coco_eval import COCO
         from faster_coco_eval import COCOeval_faster as COCOeval
     else:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
-    return COCO, COCOeval
 
-
-def run_evaluator(evaluator, data, results, max_dets, sides):
-    """Return the arrays {"precision", "recall"} of pycocotools or of its faster replacement.
-
-    sides: square roots of the areas between which objects are small, medium and large
-    """
-    COCO, COCOeval = evaluator_classes(evaluator)
     # The evaluators read ids beyond 64 bits, or of both signs, wrongly or not at all. Numbers take
     # their place, which sort the images, and so detections of equal score, in the same way.
     image_ids = sorted(image["id"] for image in data.images)

@@ -22,7 +22,7 @@ import reproduce
 import ssl_tasks
 import train
 from eval import main as eval_main
-from tools import attention, predict
+from tools import predict
 from util import cli, coco, dataset_check, files, isaid_prepare, isaid_raw, plots
 from util.files import DataError, check_writable, read_json, replace_file, write_text
 from util.images import read_image, read_size
@@ -720,21 +720,16 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {new.name, ".mine"}
 
 
-def test_what_is_read_only_is_printed_and_drawn(run, tmp_path, monkeypatch, capsys):
-    """The files that cannot be written are named; nothing was asked of them."""
-    picture = tmp_path / "picture.png"
-
-    def why_not_writable(path):
-        return None if path == picture else "Read-only file system"
-
-    monkeypatch.setattr(files, "why_not_writable", why_not_writable)
-    metrics = (run / "metrics.json").exists()
+def test_results_are_printed_where_nothing_can_be_written(run, tmp_path, monkeypatch, capsys):
+    """The files that are missing then are named; the command line has not asked for them."""
+    metrics = run / "metrics.json"
+    existed = metrics.exists()
+    monkeypatch.setattr(files, "why_not_writable", lambda path: "Read-only file system")
     eval_main([str(run)])
-    attention.main([str(run), "--out", str(picture)])
     printed, notes = capsys.readouterr()
-    assert "AP50" in printed and "pointing-game accuracy" in printed and picture.exists()
-    assert notes.count(f"{run}/metrics.json is not written (Read-only file system)") == 2
-    assert (run / "metrics.json").exists() == metrics
+    assert "AP50" in printed
+    assert f"{metrics} is not written (Read-only file system)" in notes
+    assert metrics.exists() == existed
 
     file = tmp_path / "file"
     file.touch()
@@ -787,7 +782,7 @@ def test_predictions_survive_a_bad_image(run, tmp_path):
 def test_any_names_and_any_environment(tmp_path, data):
     """Class names and folders in Chinese, with a terminal that shows Western letters only.
 
-    The environment is a notebook's, with a faster-coco-eval that cannot be imported.
+    matplotlib is to use a backend that is not installed, as in the shell of a notebook.
     """
     for split in ("train", "val"):
         save_coco(data, NAMES, split, categories=[{"id": 1, "name": "汽车"}])
@@ -797,10 +792,6 @@ def test_any_names_and_any_environment(tmp_path, data):
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "LC_ALL": "C"}
     environment.update({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
     environment["MPLBACKEND"] = "no-such-backend"
-    broken = tmp_path / "packages/faster_coco_eval"
-    broken.mkdir(parents=True)
-    (broken / "__init__.py").write_text("raise ImportError('libGL.so.1 not found')")
-    environment["PYTHONPATH"] = str(broken.parent)
     commands = [
         ["train.py", *TINY, "--data", moved, "--out", out],
         ["eval.py", out],
@@ -811,8 +802,6 @@ def test_any_names_and_any_environment(tmp_path, data):
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
         assert done.returncode == 0, done.stderr
         assert b"Glyph" not in done.stderr  # matplotlib's warning
-        if command[1] != "-m":
-            assert b"pycocotools: faster_coco_eval fails (ImportError: libGL" in done.stderr
     assert "汽车" in (out / "predictions/predictions.csv").read_text(encoding="utf-8")
 
 
