@@ -144,6 +144,14 @@ def test_without_the_package_safetensors(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- other contents
+def test_a_page_that_was_saved_instead_of_the_file(tmp_path):
+    (tmp_path / "model.pth").write_text("<!doctype html><title>Google Drive")
+    with pytest.raises(
+        ValueError, match="model.pth: is a web page, not weights; download the file"
+    ):
+        load_checkpoint(tmp_path / "model.pth")
+
+
 def by_other_numpy(path, new_path):
     """Copy a file of torch.save as numpy 1 would have written it, or numpy 2 if this is numpy 1."""
     old = b"numpy.core.multiarray"

@@ -140,19 +140,30 @@ def file_problem(path, sha256=None):
 
     sha256: the first digits of its hash, if known
     """
-    with open(path, "rb") as file:
-        start = file.read(512).lstrip().lower()
-    if start.startswith((b"<!doctype html", b"<html")):
+    if is_web_page(path):
         return "is a web page, such as a network's sign-in page, not weights"
     if sha256 is not None:
         if not file_sha256(path).startswith(sha256):
             return "is damaged or another file (its SHA-256 differs from the published one)"
-    elif start.startswith(b"pk"):
+    elif is_zip(path):
         try:
             check_zip(path)
         except zipfile.BadZipFile:
             return "is damaged or incomplete"
     return None
+
+
+def is_web_page(path):
+    """Return True for a file that begins as HTML does."""
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip().lower()
+    return start.startswith((b"<!doctype html", b"<html"))
+
+
+def is_zip(path):
+    """Return True for a file that begins as torch.save writes it, also if its end is missing."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
 
 
 def file_sha256(path):

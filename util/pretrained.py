@@ -87,7 +87,7 @@ def is_model_name(run):
 
 def similar_names(run):
     """Return a remark that lists the names if `run` looks like a misspelled one, else ""."""
-    if not difflib.get_close_matches(str(run), MODELS):
+    if not difflib.get_close_matches(Path(run).name.lower(), MODELS):  # without "facebook/"
         return ""
     return f"; COCO models known by name: {', '.join(MODELS)}"
 

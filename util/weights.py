@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util.download import DELETE, cached_url, check_zip
+from util.download import DELETE, cached_url, check_zip, is_web_page, is_zip
 from util.files import DataError
 from util.pretrained import is_model_name, model_file, safetensors_works, similar_names
 from util.transformers_names import has_transformers_names, to_official_names
@@ -48,6 +48,8 @@ def load_checkpoint(path):
         return load_torch_file(path)
     except DataError:
         raise
+    except PermissionError:
+        raise ValueError(f"{path}: cannot be read (Permission denied)") from None
     except Exception as error:  # torch raises half a dozen types for a corrupted file
         reason = f"not a weights-only checkpoint, or the file is corrupted ({type(error).__name__})"
         if path != Path(source):
@@ -58,17 +60,18 @@ def load_checkpoint(path):
 def load_torch_file(path):
     """Load a file of torch.save that contains a dict.
 
-    Raises DataError if it contains objects that could execute code, else any exception.
+    Raises DataError if it is a web page or contains objects that could execute code, and any other
+    exception if it is damaged.
     """
-    with open(path, "rb") as file:
-        is_zip = file.read(2) == b"PK"  # files of old versions of torch are not
-    if is_zip:
+    if is_web_page(path):
+        raise DataError(f"{path}: is a web page, not weights; download the file itself")
+    if is_zip(path):  # files of old versions of torch are not
         check_zip(path)
     with torch.serialization.safe_globals(SAFE_CLASSES):
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
-            if is_zip:
+            if is_zip(path):
                 name_refused_classes(path)
             raise
     if not isinstance(checkpoint, dict):
