@@ -782,7 +782,8 @@ def test_predictions_survive_a_bad_image(run, tmp_path):
 def test_any_names_and_any_environment(tmp_path, data):
     """Class names and folders in Chinese, with a terminal that shows Western letters only.
 
-    matplotlib is to use a backend that is not installed, as in the shell of a notebook.
+    matplotlib is to use a backend that is not installed, as in the shell of a notebook, and the
+    commands are started by their paths, from another folder.
     """
     for split in ("train", "val"):
         save_coco(data, NAMES, split, categories=[{"id": 1, "name": "汽车"}])
@@ -793,13 +794,13 @@ def test_any_names_and_any_environment(tmp_path, data):
     environment.update({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
     environment["MPLBACKEND"] = "no-such-backend"
     commands = [
-        ["train.py", *TINY, "--data", moved, "--out", out],
-        ["eval.py", out],
-        ["-m", "tools.predict", out, moved / "val/images", "--score", "0"],
+        [ROOT / "train.py", *TINY, "--data", moved, "--out", out],
+        [ROOT / "eval.py", out],
+        [ROOT / "tools/predict.py", out, moved / "val/images", "--score", "0"],
     ]
     for command in commands:
         command = [sys.executable] + [str(word) for word in command]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
         assert done.returncode == 0, done.stderr
         assert b"Glyph" not in done.stderr  # matplotlib's warning
     assert "汽车" in (out / "predictions/predictions.csv").read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ pass a crop. RUN may be the name of a COCO model, see util/pretrained.py.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import nms
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is started by its path
 
 import detr
 import isaid

@@ -7,7 +7,10 @@ runs differ, and for the code's revision if it differs. For experiments over sev
 confidence intervals, see reproduce.py.
 """
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is started by its path
 
 from eval import format_metric
 from reproduce import read_log

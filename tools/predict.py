@@ -11,6 +11,7 @@ together predictions.json (COCO's format, with scores) and predictions.csv.
 import csv
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,12 @@ from scipy.sparse.csgraph import connected_components
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is started by its path
+
 import isaid
 from eval import RUN_HELP, coco_results, detect, load_run, require_detector
 from util import cli, coco, distributed, isaid_prepare, plots
-from util.files import DataError, check_writable, write_text
+from util.files import DataError, check_writable, replace_file, write_text
 from util.images import read_image
 
 MERGE_IOU = 0.5  # detections in two windows that overlap more are of one object
@@ -259,9 +262,9 @@ def write_predictions(out, images, categories, results):
         rows.append([file_name, names[result["category_id"]], result["score"], x, y, w, h])
     content = {"images": images, "categories": categories, "annotations": annotations}
     write_text(out / "predictions.json", json.dumps(content))
-    path = out / "predictions.csv"
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        csv.writer(file).writerows(rows)
+    with replace_file(out / "predictions.csv") as temporary:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            csv.writer(file).writerows(rows)
 
 
 # ---------------------------------------------------------------- the command

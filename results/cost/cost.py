@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # if it is started by its path
+
 import detr
 import train
 from util import distributed, plots
