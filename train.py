@@ -23,7 +23,6 @@ import math
 import shlex
 import signal
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -898,9 +897,9 @@ def main(argv=None):
     distributed.init(args.device)
     train_set, val_set = distributed.run_on_all_ranks(isaid.load_train_and_val, args)
     run = distributed.run_on_all_ranks(build_run, args, train_set)
-    run.out = Path(distributed.run_on_rank0(checkpoint.make_run_folder, args))
-    print_summary(args, run, train_set, val_set, ignored)
-    with checkpoint.remove_if_unused(run.out):
+    with checkpoint.run_folder(args) as out:
+        run.out = out
+        print_summary(args, run, train_set, val_set, ignored)
         metrics = train(run, train_set, val_set, args)
     if metrics and "per_class" in metrics:
         print(f"\n{metrics_table(metrics)}")

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM, default_int_handler, signal
 from typing import NamedTuple
@@ -23,6 +24,7 @@ import torch
 import isaid
 import train
 from util import checkpoint
+from util.files import FolderLock
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 2 --dim_feedforward 32".split()
@@ -367,6 +369,39 @@ def test_an_incomplete_or_different_state_is_not_resumed(kind, undisturbed, tmp_
     assert_refused({**state, "log": "x"}, " .'log' is 'x'")
     before_fp16 = without(without(state, "scaler"), "skipped_steps")
     checkpoint.resume(run, before_fp16, "cpu")
+
+
+# ---------------------------------------------------------------- two processes
+def hold_lock(folder, locked):
+    """Lock a folder, in a process that has another one, and wait."""
+    os.setsid()
+    lock = FolderLock(folder)
+    if os.fork() > 0:
+        locked.set()
+    time.sleep(100)
+    lock.release()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are not locked on Windows")
+def test_a_run_belongs_to_one_process(complete_run):
+    """A second one is refused; when the first one is killed, its place is free at once."""
+    last = complete_run / "last.pt"
+    content = last.read_bytes()
+    locked = FORKS.Event()
+    process = FORKS.Process(target=hold_lock, args=(complete_run, locked))
+    process.start()
+    assert locked.wait(60)
+    try:
+        owner = f"process {process.pid} on {socket.gethostname()}"
+        assert_error(complete_run, f"{complete_run}: is in use by {owner}; wait", "--resume")
+        assert last.read_bytes() == content
+        process.kill()
+        process.join()
+        lock = FolderLock(complete_run)
+        lock.release()
+    finally:
+        os.killpg(process.pid, SIGKILL)
+    assert not (complete_run / ".lock").exists()
 
 
 # ---------------------------------------------------------------- the processor

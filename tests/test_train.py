@@ -214,6 +214,11 @@ def test_runs_are_numbered(tmp_path, monkeypatch):
             run_folder = checkpoint.make_run_folder(args)
             assert run_folder == f"runs/deformable_detr-{kind}-{number}"
 
+    names = iter(["runs/deformable_detr-detect-3", "runs/deformable_detr-detect-4"])
+    monkeypatch.setattr(checkpoint, "next_run_folder", lambda _: Path(next(names)))
+    args, _ = train.parse([])  # another process has made number 3 just now
+    assert checkpoint.make_run_folder(args) == "runs/deformable_detr-detect-4"
+
 
 def parameter_shapes(model):
     return {name: parameter.shape for name, parameter in model.named_parameters()}

@@ -13,6 +13,7 @@ import platform
 import re
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -20,8 +21,8 @@ import torch
 import torchvision
 
 from util import distributed
-from util.cli import one_line
-from util.files import check_writable, remove_unfinished, replace_file, write_text
+from util.cli import is_out_of_memory, one_line
+from util.files import LOCK_NAME, FolderLock, remove_unfinished, replace_file, write_text
 from util.weights import load_checkpoint, part_of
 
 MAY_CHANGE_ON_RESUME = {"resume", "out", "workers", "device", "data", "tokenizer_weights"}
@@ -228,6 +229,8 @@ def resume(run, state, device):
         if own["cuda"] is not None:
             torch.cuda.set_rng_state(own["cuda"])
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         message = f"cannot resume from last.pt ({one_line(error)})"
         raise ValueError(f"{message}; to reuse only its weights, pass it to --init") from None
 
@@ -236,14 +239,17 @@ def resume(run, state, device):
 class GracefulStop:
     """Within this context the first SIGINT or SIGTERM is only noted; a second one interrupts.
 
+    Python allows this in the main thread alone; in another one the context has no effect.
+
     received: the number of the signal, 0 for none.
     """
 
     def __enter__(self):
         self.received = 0
         self.handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, self.note)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.note)
         return self
 
     def note(self, number, frame):
@@ -259,18 +265,39 @@ class GracefulStop:
 
 
 # ---------------------------------------------------------------- the run folder
-def make_run_folder(args):
-    """Make the run folder and its config.json, or accept that of the run to resume.
+@contextlib.contextmanager
+def run_folder(args):
+    """Make a run folder, or accept that of the run to resume; yield its path.
 
-    Returns its path as text. Raises ValueError if it exists or cannot be written.
+    Within this context no other training can use the folder. If it has no checkpoint at the end,
+    it is removed, so that its name is free.
+    Raises ValueError if the folder exists, is in use or cannot be written.
     """
-    out = Path(args.out) if args.out else unused_run_folder(args)
+    out = Path(distributed.run_on_rank0(make_run_folder, args))
+    lock = distributed.run_on_all_ranks(lock_run_folder, out)
+    try:
+        distributed.run_on_rank0(write_config, out, args)
+        yield out
+    finally:
+        if lock:
+            if set(os.listdir(out)) <= {"config.json", LOCK_NAME}:
+                (out / "config.json").unlink(missing_ok=True)
+            lock.release()
+            if not os.listdir(out):
+                out.rmdir()
+
+
+def make_run_folder(args):
+    """Make --out or the next folder in runs/; return its path as text. Raises ValueError."""
+    if args.out:
+        out = Path(args.out)
+    else:
+        out = next_run_folder(args)
     try:
         out.mkdir(parents=True, exist_ok=args.resume)
-        remove_unfinished(out)
-        if not (out / "last.pt").exists():  # a run may end before its first checkpoint
-            write_text(out / "config.json", json.dumps(run_config(args), indent=1))
     except FileExistsError:
+        if not args.out:  # another training has made it just now
+            return make_run_folder(args)
         remedy = "choose a new folder"
         if out.is_dir():
             remedy += ", or continue that run with --resume"
@@ -278,19 +305,32 @@ def make_run_folder(args):
     except OSError as error:
         message = f"cannot create --out {out} ({error.strerror})"
         raise ValueError(f"{message}; choose a different folder") from None
-    check_writable(out / ".tried")
     return str(out)
 
 
-def unused_run_folder(args):
+def next_run_folder(args):
     """Return the first of runs/MODEL-SETTING-1, -2, … that does not exist."""
     kind = f"{args.model}-{args.setting}"
     if args.setting != "detect":
         kind += f"-{args.ssl_task}"
     number = 1
-    while Path(f"runs/{kind}-{number}").exists():
+    while os.path.lexists(f"runs/{kind}-{number}"):
         number += 1
     return Path(f"runs/{kind}-{number}")
+
+
+def lock_run_folder(out):
+    """Return the lock of a run folder in the first process, None in the others."""
+    if distributed.rank() > 0:
+        return None
+    return FolderLock(out)
+
+
+def write_config(out, args):
+    """Write config.json, unless the run has a checkpoint: it may end before its first one."""
+    remove_unfinished(out)
+    if not (out / "last.pt").exists():
+        write_text(out / "config.json", json.dumps(run_config(args), indent=1))
 
 
 def run_config(args):
@@ -302,17 +342,6 @@ def run_config(args):
         "device": device_name(args.device),
     }
     return {"args": vars(args), "versions": versions, "revision": revision()}
-
-
-@contextlib.contextmanager
-def remove_if_unused(out):
-    """Remove the folder of a run that ends before its first checkpoint, so its name is free."""
-    try:
-        yield
-    finally:
-        if distributed.rank() == 0 and os.listdir(out) == ["config.json"]:
-            Path(out, "config.json").unlink()
-            Path(out).rmdir()
 
 
 def revision():

@@ -268,6 +268,59 @@ class InitAction(argparse.Action):
         namespace.init = sources
 
 
+# ---------------------------------------------------------------- errors that end a command
+# Parts of the messages of PyTorch, CUDA, C++ and the system.
+OUT_OF_MEMORY = (
+    "out of memory",
+    "tried to allocate",
+    "allocate memory",
+    "ALLOC_FAILED",
+    "bad_alloc",
+)
+OPEN_FILES = ("Too many open files", "ancdata")
+LOADER_PROCESS = ("DataLoader worker (pid", "Pin memory thread exited")
+OTHER_PROCESS = ("closed by peer", "reset by peer")
+
+
+def is_out_of_memory(error):
+    """Return True if an error says that the memory of the computer or of the GPU is full."""
+    return isinstance(error, MemoryError) or is_machine_error(error, OUT_OF_MEMORY)
+
+
+def is_machine_error(error, parts):
+    """Return True if PyTorch or the system raised an error whose message has one of these parts."""
+    text = str(error)
+    return isinstance(error, (RuntimeError, OSError)) and any(part in text for part in parts)
+
+
+def error_message(error):
+    """Return the line that an error ends a command with, or None if it is a bug."""
+    text = one_line(error)
+    if is_out_of_memory(error):
+        message = "out of memory"
+        if re.search("CUDA|CUBLAS|cuDNN|HIP|MPS", text):
+            message = "out of GPU memory"
+        size = re.search(r"allocate ([\d.]+ \w+)", text)
+        if size:
+            message += f" (no room for {size[1]})"
+        remedy = "lower --batch_size (with more --grad_accum_steps), --image_size or --workers"
+        return f"{message}; {remedy}; --resume continues a run with the same flags"
+    if is_machine_error(error, OPEN_FILES):
+        return "too many open files; lower --workers, or raise the limit (ulimit -n 65536)"
+    if isinstance(error, RuntimeError) and is_machine_error(error, LOADER_PROCESS):
+        message = "a data loading process was killed, probably out of memory or of /dev/shm"
+        return f"{message}; lower --workers (0: none) or --batch_size; --resume continues a run"
+    if isinstance(error, RuntimeError) and is_machine_error(error, OTHER_PROCESS):
+        return "another process of this command has ended; its own message says why"
+    if isinstance(error, torch.distributed.DistError):
+        return f"the processes cannot communicate ({text:.300})"
+    if isinstance(error, RuntimeError):
+        return None
+    if getattr(error, "filename", None):
+        return f"{error.filename}: {error.strerror}; choose a different path"
+    return text
+
+
 # ---------------------------------------------------------------- commands
 def cli_main(main):
     """Decorate the main of a script: wrong input ends it with one line, Ctrl-C with status 130."""
@@ -283,10 +336,10 @@ def cli_main(main):
         except BrokenPipeError:  # as in `… | head -1`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)  # the status of a process that SIGPIPE ends
-        except (ValueError, OSError, FloatingPointError) as error:
-            message = one_line(error)
-            if getattr(error, "filename", None):
-                message = f"{error.filename}: {error.strerror}; choose a different path"
+        except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+            message = error_message(error)
+            if message is None:
+                raise  # a bug, with its traceback
             sys.exit(f"error: {message}")
         except KeyboardInterrupt:
             sys.exit(130)

@@ -5,11 +5,17 @@ import json
 import os
 import secrets
 import shutil
+import socket
 import sys
 import time
 from pathlib import Path
 
-from util.cli import one_line
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+from util.cli import is_out_of_memory, one_line
 
 
 class DataError(ValueError):
@@ -33,6 +39,8 @@ def wrap_read_errors(path, expected):
     except FileNotFoundError:
         raise DataError(f"{path}: file not found") from None
     except Exception as error:  # Pillow, json and torch raise a dozen kinds
+        if is_out_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {one_line(error):.150}"
         raise DataError(f"{path}: not {expected}, or corrupted ({reason})") from None
 
@@ -142,3 +150,48 @@ def why_not_writable(path):
     if not existed:
         target.unlink()
     return None
+
+
+# ---------------------------------------------------------------- one process per folder
+LOCK_NAME = ".lock"
+
+
+class FolderLock:
+    """A lock that keeps other processes out of a folder, until it is released.
+
+    The system releases it when this process ends, even if it is killed. It holds on all computers
+    that share the folder if their file system has locks; elsewhere, and on Windows, nothing is
+    locked.
+    """
+
+    def __init__(self, folder):
+        """Lock the folder. Raises DataError if another process has, or if it cannot be written."""
+        self.path = Path(folder, LOCK_NAME)
+        self.file = None
+        if fcntl is None:
+            return
+        try:
+            self.file = open(self.path, "a+", encoding="utf-8")
+        except OSError as error:
+            message = f"{folder}: cannot write into this folder ({error.strerror})"
+            raise DataError(f"{message}; choose a different one") from None
+        try:
+            # not flock: loader processes would keep that for seconds after this one is killed
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self.file.seek(0)
+            message = f"{folder}: is in use by {self.file.read()}"
+            self.file.close()
+            message += "; wait until it ends, or choose a different folder"
+            raise DataError(message) from None
+        except OSError:  # the file system has no locks
+            pass
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.file.flush()
+
+    def release(self):
+        """Let other processes into the folder, and remove the note."""
+        if self.file:
+            self.path.unlink(missing_ok=True)
+            self.file.close()

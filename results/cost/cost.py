@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # if it is started
 import detr
 import train
 from util import distributed, plots
-from util.cli import POSITIVE_INT, Parser, cli_main
+from util.cli import POSITIVE_INT, Parser, cli_main, is_out_of_memory
 from util.files import check_writable, write_text
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -211,11 +211,11 @@ def main(argv=None):
         with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:  # peak memory is per process
             try:
                 figures = pool.submit(measure, config.flags, args.repeats).result()
-            except concurrent.futures.process.BrokenProcessPool:
-                print(
-                    f"{config.line}, {config.varied} {config.value}: "
-                    "skipped: process was killed, probably out of memory"
-                )
+            except (RuntimeError, MemoryError) as error:
+                was_killed = isinstance(error, concurrent.futures.process.BrokenProcessPool)
+                if not was_killed and not is_out_of_memory(error):
+                    raise
+                print(f"{config.line}, {config.varied} {config.value}: skipped: out of memory")
                 continue
         measured.setdefault((config.line, config.varied), {})[config.value] = figures
         texts = [f"{quantity} {figures[quantity]:.3g} {unit}" for quantity, unit in UNITS.items()]
