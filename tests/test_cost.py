@@ -35,7 +35,8 @@ def test_table_and_figure(tmp_path):
     assert lines[4] == "| memory, MB | 1234 | 1234 | 0.00 |"
     assert lines[8] == "| step, s | 100 | 300 | 1.00 |"
     cost.draw(tmp_path / "cost.png", measured)
-    assert (tmp_path / "cost.png").stat().st_size > 1000
+    cost.draw(tmp_path / "cost", measured)  # without a suffix, the same
+    assert (tmp_path / "cost").read_bytes() == (tmp_path / "cost.png").read_bytes()
 
 
 def test_flags_of_every_measurement(tmp_path, monkeypatch):

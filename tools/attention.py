@@ -250,6 +250,7 @@ def main(argv=None):
         run.folder.mkdir(parents=True, exist_ok=True)
         out = run.folder / name
     check_writable(out)
+    plots.image_format(out)  # raises an error if it is unknown
     if args.image:
         image = read_whole_image(args.image, run.window)
     else:

@@ -60,8 +60,8 @@ def replace_file(path):
     """Yield a temporary path to write to; afterwards this file takes the place of `path`.
 
     So the file is written completely or not at all, even if the process is killed. A symbolic link
-    stays, and the file that it points to is replaced. The name is short, since `path` may have the
-    longest name possible, and has the same suffix, which tells the format.
+    stays, and the file that it points to is replaced. The temporary name is short, since that of
+    `path` may be the longest possible.
     Raises OSError, which names `path`, or DataError if a device, a pipe or a folder is there.
     """
     target = resolve_regular_file(path)
@@ -85,7 +85,7 @@ def replace_file(path):
 
 def temporary_name(target):
     """Return a path next to a file that no other file and no other process has."""
-    return target.with_name(f"{UNFINISHED}{secrets.token_hex(8)}{target.suffix[-8:]}")
+    return target.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
 
 
 def remove_unfinished(folder):

@@ -112,8 +112,22 @@ def save_rows(path, rows, width, height):
         draw.text((4, top + 1), plain_title, fill="black", font=font)
         for column, image in enumerate(images):
             sheet.paste(image, (column * column_width, top + TITLE_HEIGHT))
+    save_image(path, sheet)
+
+
+def save_image(path, image, **options):
+    """Write a PIL image; its format is that of `image_format`."""
     with replace_file(path) as temporary:
-        sheet.save(temporary)
+        image.save(temporary, format=image_format(path), **options)
+
+
+def image_format(path):
+    """Return the format that a path's suffix names; without one, PNG. Raises ValueError."""
+    formats = {"": "PNG", **Image.registered_extensions()}
+    suffix = path.suffix.lower()
+    if suffix not in formats:
+        raise ValueError(f"{path}: unknown file extension: {suffix}; try .png")
+    return formats[suffix]
 
 
 def greedy_match(detections, objects):
@@ -206,8 +220,7 @@ def draw_objects(path, image, found, categories, smallest=800, largest=4000):
     draw_scored_boxes(draw, width, found["boxes"] * scale, found, categories, line_height)
     draw_legend(draw, width, counts, categories, line_height)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(path) as temporary:
-        sheet.save(temporary, quality=90)
+    save_image(path, sheet, quality=90)
 
 
 def draw_scored_boxes(draw, image_width, boxes, found, categories, line_height):
@@ -527,7 +540,7 @@ def draw_panels(path, panels, terms=None):
 
 
 def save_figure(path, figure):
-    """Write a figure of matplotlib; without a suffix of the path, as PNG."""
+    """Write a figure of matplotlib; without a suffix, as PNG. Raises ValueError."""
     picture_format = "png"
     if path.suffix:
         picture_format = path.suffix[1:]
