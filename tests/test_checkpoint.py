@@ -379,7 +379,7 @@ def hold_lock(folder, locked):
     if os.fork() > 0:
         locked.set()
     time.sleep(100)
-    lock.release()
+    lock.close()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="folders are not locked on Windows")
@@ -398,7 +398,7 @@ def test_a_run_belongs_to_one_process(complete_run):
         process.kill()
         process.join()
         lock = FolderLock(complete_run)
-        lock.release()
+        lock.close()
     finally:
         os.killpg(process.pid, SIGKILL)
     assert not (complete_run / ".lock").exists()

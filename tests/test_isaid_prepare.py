@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -177,6 +178,8 @@ def test_interrupted_and_called_again():
     while len(list(OUT.glob("parts/*.json"))) < 3:
         assert process.poll() is None
         time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    assert f"out/train: is in use by process {process.pid} on " in prepare("raw out")
     process.kill()
     process.communicate(timeout=60)  # returns when no worker holds the pipe any longer
     assert not coco.split_files("out", "train")[1].exists()

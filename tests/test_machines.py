@@ -100,7 +100,7 @@ def test_memory_that_is_full(monkeypatch, tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="needs forks")
+@pytest.mark.skipif(multiprocessing.get_all_start_methods()[0] != "fork", reason="needs forks")
 def test_a_loading_process_that_is_killed(monkeypatch, tmp_path):
     def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -282,7 +282,7 @@ def run_folder(args):
         if lock:
             if set(os.listdir(out)) <= {"config.json", LOCK_NAME}:
                 (out / "config.json").unlink(missing_ok=True)
-            lock.release()
+            lock.close()
             if not os.listdir(out):
                 out.rmdir()
 

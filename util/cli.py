@@ -313,7 +313,7 @@ def error_message(error):
     if isinstance(error, RuntimeError) and is_machine_error(error, OTHER_PROCESS):
         return "another process of this command has ended; its own message says why"
     if isinstance(error, torch.distributed.DistError):
-        return f"the processes cannot communicate ({text:.300})"
+        return f"the processes cannot communicate ({text:.500})"
     if isinstance(error, RuntimeError):
         return None
     if getattr(error, "filename", None):

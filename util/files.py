@@ -157,11 +157,10 @@ LOCK_NAME = ".lock"
 
 
 class FolderLock:
-    """A lock that keeps other processes out of a folder, until it is released.
+    """A lock that keeps other processes out of a folder, until it is closed.
 
-    The system releases it when this process ends, even if it is killed. It holds on all computers
-    that share the folder if their file system has locks; elsewhere, and on Windows, nothing is
-    locked.
+    It ends with this process, even if that is killed. It holds on all computers that share the
+    folder, if their file system has locks; elsewhere, and on Windows, nothing is locked.
     """
 
     def __init__(self, folder):
@@ -190,7 +189,7 @@ class FolderLock:
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self.file.flush()
 
-    def release(self):
+    def close(self):
         """Let other processes into the folder, and remove the note."""
         if self.file:
             self.path.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ Three oddities of the devkit are reproduced with --devkit only:
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -29,7 +30,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from util import coco, isaid_raw
-from util.files import DataError, read_json, remove_unfinished, replace_file, write_text
+from util.files import DataError, FolderLock, read_json, remove_unfinished, replace_file, write_text
 from util.images import check_size, read_image, read_size
 
 # The color of each class in iSAID's masks; the classes are in the order of the category ids
@@ -394,14 +395,15 @@ def prepare_split(args, split):
         raw_split = isaid_raw.RawSplit(Path(args.raw), split, args.devkit, args.limit)
         make_split_folder(out, settings)
         (out / "parts").mkdir(exist_ok=True)
-        errors = tile_images(raw_split, out, windowing, args.workers)
-        if errors:
-            print("\n".join(errors), file=sys.stderr)
-            problem = f"{len(errors)} images in {split!r} could not be processed"
-            remedy = "fix or remove them and rerun (finished images are kept)"
-            print(f"error: {problem}; {remedy}", file=sys.stderr)
-            return 1
-        summary = merge_records(out, target, raw_split.stems, args.devkit)
+        with contextlib.closing(FolderLock(out)):
+            errors = tile_images(raw_split, out, windowing, args.workers)
+            if errors:
+                print("\n".join(errors), file=sys.stderr)
+                problem = f"{len(errors)} images in {split!r} could not be processed"
+                remedy = "fix or remove them and rerun (finished images are kept)"
+                print(f"error: {problem}; {remedy}", file=sys.stderr)
+                return 1
+            summary = merge_records(out, target, raw_split.stems, args.devkit)
     if (out / "parts").exists():  # if the command is killed here, the next call removes it
         shutil.rmtree(out / "parts")
     print(f"{target}: {summary}")
