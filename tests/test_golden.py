@@ -1,4 +1,10 @@
-"""Outputs, matches, losses, gradients and detections against those of the official code."""
+"""Outputs, matches, losses, gradients and detections against those of the official code.
+
+The official values were computed in float32, so they are rounded. Our networks are computed in
+float64, where processors hardly differ. What remains is the rounding of the official values. In the
+outputs it was measured as 4e-5 for the two-stage detector and 1e-5 for the others; the tolerances
+are a few times larger. Only test_float32 depends on the processor.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -9,27 +15,48 @@ from golden import fill
 
 import detr
 
+TOLERANCE = 1e-4  # of logits, boxes and scores
 FILES = sorted(Path(__file__).with_name("golden").glob("*.npz"))
 NAMES = {"detr": "detr", "deformable": "deformable_detr"}  # in the files -> in build_detector
 
 
 class Case(NamedTuple):
     golden: dict  # the official values
-    model: detr.Detector  # with the same weights
-    outputs: dict  # of the model
+    config: dict  # the model's arguments
+    model: detr.Detector  # with the same weights, in float64
+    outputs: dict  # of the model, rounded to float32 at the end
     targets: list
+
+
+def build(golden, config):
+    """Return the model of a golden file, in float32."""
+    model = detr.build_detector(**config).eval()
+    state = {name: torch.zeros(shape) for name, shape in golden["state"].items()}
+    fill.fill(state)
+    model.load_state_dict(state, strict=True)
+    return model
 
 
 @pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
 def case(request):
     golden = fill.load(request.param)
-    config = golden["config"]
-    model = detr.build_detector(NAMES[config.pop("model")], **config).eval()
-    state = {name: torch.zeros(shape) for name, shape in golden["state"].items()}
-    fill.fill(state)
-    model.load_state_dict(state, strict=True)
+    config = dict(golden["config"])
+    config["name"] = NAMES[config.pop("model")]
+    model = build(golden, config).double()
     images, padding = fill.images()
-    return Case(golden, model, model(images, padding), fill.targets(config["num_classes"]))
+    outputs = {name: x.float() for name, x in model(images.double(), padding).items()}
+    return Case(golden, config, model, outputs, fill.targets(config["num_classes"]))
+
+
+def official_outputs(golden):
+    """Return the official values of the detector's outputs under our names."""
+    outputs = {}
+    for name in ("logits", "boxes"):
+        last = golden[f"pred_{name}"]
+        outputs[name] = torch.cat([golden[f"aux_{name}"], last[None]])
+        if f"enc_{name}" in golden:
+            outputs[f"proposal_{name}"] = golden[f"enc_{name}"]
+    return outputs
 
 
 def test_there_are_seven():
@@ -37,14 +64,26 @@ def test_there_are_seven():
 
 
 def test_outputs(case):
-    expected = {}
+    expected = official_outputs(case.golden)
+    torch.testing.assert_close(case.outputs, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_float32(case):
+    """In float32 every query is as close to float64 as the official one, up to a factor of ten.
+
+    The order of the queries may differ: where two proposals of the two-stage detector have nearly
+    the same score, rounding decides which of them comes first.
+    """
+    images, padding = fill.images()
+    with torch.no_grad():
+        outputs = build(case.golden, case.config)(images, padding)
+    official = official_outputs(case.golden)
     for name in ("logits", "boxes"):
-        last = case.golden[f"pred_{name}"]
-        expected[name] = torch.cat([case.golden[f"aux_{name}"], last[None]])
-    for name in ("logits", "boxes"):
-        if f"enc_{name}" in case.golden:
-            expected[f"proposal_{name}"] = case.golden[f"enc_{name}"]
-    torch.testing.assert_close(case.outputs, expected, rtol=1e-4, atol=1e-4)
+        exact = case.outputs[name].detach()
+        official_rounding = (official[name] - exact).abs().max().item()
+        distances = torch.cdist(outputs[name], exact, p=torch.inf)  # between queries
+        assert distances.amin(-1).max() <= 10 * official_rounding
+        assert distances.amin(-2).max() <= 10 * official_rounding
 
 
 def test_matches(case):
@@ -99,14 +138,26 @@ def test_losses_and_gradients(case):
 
 
 def test_detections(case):
+    """Both detect the same. Detections with nearly the same score may be in another order, and at
+    the end of the list one of them may have taken the place of another."""
     detections = case.model.postprocess(case.outputs, fill.ORIGINAL_SIZES)
     for i, detection in enumerate(detections):
-        assert detection["labels"].tolist() == case.golden["post_labels"][i].tolist()
-        expected_scores = case.golden["post_scores"][i]
-        torch.testing.assert_close(detection["scores"], expected_scores, rtol=1e-4, atol=0)
-        expected_boxes = case.golden["post_boxes"][i]
-        errors = (detection["boxes"] - expected_boxes).norm(dim=1)
-        assert (errors <= 1e-4 * expected_boxes.norm(dim=1)).all()
+        scores = detection["scores"]
+        labels = case.golden["post_labels"][i]
+        official_scores = case.golden["post_scores"][i]
+        boxes = case.golden["post_boxes"][i]
+        torch.testing.assert_close(scores, official_scores, rtol=TOLERANCE, atol=0)
+
+        same_label = labels[:, None] == detection["labels"]  # (official, ours)
+        score_ratios = official_scores[:, None] / scores
+        same_score = (score_ratios - 1).abs() <= TOLERANCE
+        errors = (boxes[:, None] - detection["boxes"]).norm(dim=2)
+        same_box = errors <= TOLERANCE * boxes.norm(dim=1)[:, None]
+        is_found = (same_label & same_score & same_box).any(1)
+        may_be_missing = official_scores <= official_scores.min() * (1 + TOLERANCE)
+        if not case.model.focal:  # every query is a detection
+            may_be_missing[:] = False
+        assert (is_found | may_be_missing).all()
 
 
 def test_max_dets(case):
