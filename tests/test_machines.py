@@ -42,9 +42,9 @@ def short_name_for_a_socket():
 class Lacking(torch.utils.data.Dataset):
     """Images and boxes; the process that loads one does without something from then on."""
 
-    def __init__(self, lack=None, more=None):
+    def __init__(self, lack=None, make_value=str):
         self.lack = lack
-        self.more = more
+        self.make_value = make_value  # of a further value of the target
 
     def __len__(self):
         return 4
@@ -53,7 +53,8 @@ class Lacking(torch.utils.data.Dataset):
         if self.lack:
             self.lack()
         boxes = torch.full((2000, 4), i)  # as many as need shared memory, and few
-        return torch.full((3, 99, 100), 0.5 + i), {"boxes": boxes, "few": boxes[:2], "x": self.more}
+        target = {"boxes": boxes, "few": boxes[:2], "value": self.make_value()}
+        return torch.full((3, 99, 100), 0.5 + i), target
 
 
 @pytest.mark.parametrize("lack", [None, open_files, shared_memory, short_name_for_a_socket])
@@ -79,7 +80,7 @@ class Unsendable:
 
 
 def test_a_batch_that_cannot_be_sent_is_not_waited_for(capfd):
-    loader = isaid.data_loader(Lacking(more=Unsendable()), 1, batch_size=2, timeout=60)
+    loader = isaid.data_loader(Lacking(make_value=Unsendable), 1, batch_size=2, timeout=60)
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
         next(iter(loader))
     assert capfd.readouterr().err == "a batch could not be sent: MemoryError: MemoryError()\n"
