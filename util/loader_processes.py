@@ -9,10 +9,12 @@ import atexit
 import multiprocessing
 import multiprocessing.queues
 import os
+import re
 import shutil
 import signal
 import sys
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import torch
 from torch.multiprocessing import reductions
@@ -41,8 +43,10 @@ def pack_storage(storage):
     try:
         if storage.nbytes() > SMALL and has_room(storage.nbytes()):
             return reductions.reduce_storage(storage)
-    except (RuntimeError, OSError):  # no shared memory after all, no open file, no socket
-        pass
+    except (RuntimeError, OSError) as error:  # no shared memory after all, no open file, no socket
+        unfinished = re.search("torch_[0-9_]+", str(error))
+        if unfinished:  # PyTorch leaves the file that it could not make large enough
+            Path(SHARED_MEMORY, unfinished[0]).unlink(missing_ok=True)
     return pack_for_pipe(storage)
 
 
