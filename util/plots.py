@@ -4,6 +4,7 @@ import functools
 import math
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -124,7 +125,7 @@ def save_image(path, image, **options):
 def image_format(path):
     """Return the format that a path's suffix names; without one, PNG. Raises ValueError."""
     formats = {"": "PNG", **Image.registered_extensions()}
-    suffix = path.suffix.lower()
+    suffix = Path(path).suffix.lower()
     if suffix not in formats:
         raise ValueError(f"{path}: unknown file extension: {suffix}; try .png")
     return formats[suffix]
