@@ -899,5 +899,5 @@ def test_a_new_task_is_trained(monkeypatch, tmp_path):
 
 def test_a_task_without_its_methods_is_named(monkeypatch):
     monkeypatch.setitem(ssl_tasks.TASKS, "reconstruct", type("Empty", (ssl_tasks.Task,), {}))
-    with pytest.raises(TypeError, match="Empty.* patch_losses.* predict.* target"):
+    with pytest.raises(TypeError, match="Empty.*patch_losses.*predict.*target"):
         train.main(PRETRAIN)
