@@ -191,6 +191,7 @@ def test_errors_have_one_line(run, tmp_path):
         ("{tmp}/a.pt", "a.pt: is a self-supervised pretraining checkpoint"),
         ("{run} {tmp}/b.png", "b.png: not a readable image"),
         ("{run} --out {tmp}/none/x.png", "none/x.png: cannot write"),
+        ("{run} {tmp}/c.png --out {tmp}/x.fits", "extension: .fits"),  # which Pillow only reads
         ("{run} {tmp}/c.png --out {tmp}/x.y", "extension: .y"),
     ):
         with pytest.raises(SystemExit, match=f"^error: [^\n]*{message}[^\n]*$"):

@@ -7,6 +7,7 @@ import signal
 import tempfile
 import threading
 from multiprocessing import process
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -99,6 +100,15 @@ def test_memory_that_is_full(monkeypatch, tmp_path):
     line = r"out of memory \(no room for 4503599627370496 bytes\); lower --batch_size"
     assert_one_line(["--out", str(out)], line)
     assert not out.exists()
+
+
+def test_memory_too_small_for_a_checkpoint(monkeypatch, tmp_path):
+    """The checkpoint is not called corrupted."""
+    torch.save({"model": {}}, tmp_path / "weights.pt")
+    error = RuntimeError("can't allocate memory: you tried to allocate 9 bytes")
+    monkeypatch.setattr(torch, "load", Mock(side_effect=error))
+    line = r"out of memory \(no room for 9 bytes\)"
+    assert_one_line(["--init", str(tmp_path / "weights.pt")], line)
 
 
 @pytest.mark.skipif(multiprocessing.get_all_start_methods()[0] != "fork", reason="needs forks")

@@ -187,7 +187,7 @@ def test_what_is_missing_is_named():
 
 
 MISTAKES = [
-    ("raw data --splits test", "NWPU VHR-10 has no 'test' split"),
+    ("raw data --splits train test", "NWPU VHR-10 has no 'test' split"),
     ("raw data --patch 400", "--patch, --overlap, --devkit are for iSAID"),
     ("raw raw", "output folder raw is the input folder"),
     ("both data", "both: contains both iSAID and NWPU VHR-10"),
@@ -200,3 +200,4 @@ def test_mistakes_get_one_line(flags, message):
     shutil.copytree("raw", "both")
     Path("both/train/images").mkdir(parents=True)
     assert message in run(f"prepare {flags}")
+    assert not Path("data").exists()

@@ -91,7 +91,8 @@ def temporary_name(target):
 def remove_unfinished(folder):
     """Remove the temporary files of processes that were killed at least an hour ago."""
     for file in Path(folder).glob(f"{UNFINISHED}*"):
-        with contextlib.suppress(FileNotFoundError):  # its process has finished it just now
+        # its process has finished it just now, or it is another user's
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             if time.time() - file.stat().st_mtime > 3600:
                 file.unlink()
 

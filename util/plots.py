@@ -123,10 +123,13 @@ def save_image(path, image, **options):
 
 
 def image_format(path):
-    """Return the format that a path's suffix names; without one, PNG. Raises ValueError."""
+    """Return the format that a path's suffix names; without one, PNG.
+
+    Raises ValueError if Pillow writes no such format.
+    """
     formats = {"": "PNG", **Image.registered_extensions()}
     suffix = Path(path).suffix.lower()
-    if suffix not in formats:
+    if suffix not in formats or formats[suffix] not in Image.SAVE:
         raise ValueError(f"{path}: unknown file extension: {suffix}; try .png")
     return formats[suffix]
 

@@ -95,8 +95,10 @@ def split_images(images):
     held_out = set(order[: round(HELD_OUT * len(images))].tolist())
     splits = {"train": [], "val": []}
     for i, image in enumerate(images):
-        split = "val" if i in held_out else "train"
-        splits[split].append(image)
+        if i in held_out:
+            splits["val"].append(image)
+        else:
+            splits["train"].append(image)
     return splits
 
 
@@ -121,6 +123,11 @@ def prepare(args):
         raise DataError(f"{raw}: --patch, --overlap, --devkit are for iSAID, not for NWPU VHR-10")
     if raw.resolve() == Path(args.out).resolve():
         raise DataError(f"output folder {raw} is the input folder; choose a different one")
+    chosen_splits = args.splits
+    if chosen_splits is None:
+        chosen_splits = ["train", "val"]
+    if "test" in chosen_splits:
+        raise DataError(f"{raw}: NWPU VHR-10 has no 'test' split; choose train or val")
     annotation_file = find_file(raw, ANNOTATIONS.name)
     if not annotation_file:
         raise DataError(f"{raw}: {ANNOTATIONS.name} not found; download {ANNOTATIONS} into {raw}")
@@ -133,9 +140,7 @@ def prepare(args):
         raise DataError(f"{annotation_file}: {problem}; download {IMAGES} again")
 
     splits = split_images(content["images"])
-    for split in args.splits or ("train", "val"):
-        if split not in splits:
-            raise DataError(f"{raw}: NWPU VHR-10 has no {split!r} split; choose train or val")
+    for split in chosen_splits:
         out = Path(args.out, split)
         images_dir, target = coco.split_files(args.out, split)
         settings = {"dataset": "NWPU VHR-10", "seed": SPLIT_SEED, "limit": args.limit}

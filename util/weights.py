@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from util.cli import is_out_of_memory
 from util.download import DELETE, cached_url, check_zip, is_web_page, is_zip
 from util.files import DataError
 from util.pretrained import is_model_name, model_file, safetensors_works, similar_names
@@ -51,6 +52,8 @@ def load_checkpoint(path):
     except PermissionError:
         raise ValueError(f"{path}: cannot be read (Permission denied)") from None
     except Exception as error:  # torch raises half a dozen types for a corrupted file
+        if is_out_of_memory(error):
+            raise
         reason = f"not a weights-only checkpoint, or the file is corrupted ({type(error).__name__})"
         if path != Path(source):
             reason += f"; {DELETE}"
@@ -85,7 +88,7 @@ def numpy_scalar_classes():
     classes = [np.dtype]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # of numpy 1 and 2
         classes.append((make_scalar, f"{module}.scalar"))
-    for letter in "?bBhHiIlLqQefdFD":
+    for letter in "?bBhHiIlLqQefdFD":  # numpy's codes of truth values, integers and numbers
         classes.append(type(np.dtype(letter)))
     return classes
 
