@@ -44,7 +44,7 @@ LOGGED = METRICS + ("val_loss",) + SSL_METRICS + ("collapsed", "eval_seconds")  
 # to the third, large to the last. "isaid" are the ranges of iSAID's devkit.
 SIZE_RANGES = {"coco": (0, 32, 96, 1e5), "isaid": (10, 144, 512, 1e5)}
 RUN_HELP = f"run folder of train.py, its checkpoint file, or a COCO model: {', '.join(MODELS)}"
-# in folders of train.py; the last two in those of transformers
+# of the checkpoints in a folder: the first two are train.py's, the others those of transformers
 CHECKPOINT_NAMES = ("best.pt", "last.pt", "model.safetensors", "pytorch_model.bin")
 MAX_BASELINE_VALUES = 2**24  # pixels or classes of the targets that the baseline is computed from
 

@@ -245,7 +245,9 @@ def expand_word(word):
 
 def variable_value(match):
     """Return the value of the variable in a match of VARIABLE. Raises ValueError."""
-    name = match[match.lastindex]
+    name = match[1]  # of ${NAME}
+    if name is None:
+        name = match[2]  # of $NAME
     if name not in os.environ:
         raise ValueError(f"variable ${name} is not set; in single quotes it is no variable")
     return os.environ[name]

@@ -400,8 +400,9 @@ def file_warnings(folder, images, paths):
             first_entry[file_id] = (name, path)
             continue
         first_name, first_path = first_entry[file_id]
-        is_link = os.path.normpath(path).lower() != os.path.normpath(first_path).lower()
-        if name != first_name and not is_link:
+        # two paths of one file are links, which are made on purpose
+        is_same_path = os.path.normpath(path).lower() == os.path.normpath(first_path).lower()
+        if name != first_name and is_same_path:
             raise DataError(
                 f"{path}: read for {first_name} and for {name}, so one has the boxes of another "
                 "picture; store each image under its own file_name"

@@ -1,4 +1,8 @@
-"""Download files of weights into torch's cache: whole or not at all, resumed and compared."""
+"""Download files of weights into torch's cache.
+
+An interrupted download is continued, and a file appears in the cache when it is whole and has the
+published hash.
+"""
 
 import contextlib
 import hashlib

@@ -55,9 +55,7 @@ CATEGORIES = [{"id": i, "name": name} for i, name in enumerate(CLASS_COLORS, sta
 FIRST_INSTANCE_ID = 1000  # lower numbers in the masks of instances are not objects
 MIN_PIXELS = 11  # the devkit ignores smaller objects
 ROWS_PER_CHUNK = 512  # to convert a whole mask at once would need gigabytes
-
-
-PATCH = 800  # pixels per side, and
+PATCH = 800  # pixels per side of a patch, by default
 OVERLAP = 200  # pixels that neighboring patches share, by default
 
 
@@ -277,14 +275,15 @@ def exit_with_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
-def finished_jobs(pool, calls, limit):
-    """Submit calls to a pool of processes and yield them as they finish, in any order.
+def finished_jobs(pool, sources, out, windowing, limit):
+    """Cut images in a pool of processes and yield their jobs as they finish, in any order.
 
-    calls: tuples (function, arguments ...); the next one is taken when fewer than `limit` are left
+    sources: an iterator; the next source is read when fewer than `limit` images are being cut
+    out, windowing: see tile_image
     """
     jobs = set()
-    for call in calls:
-        jobs.add(pool.submit(*call))
+    for source in sources:
+        jobs.add(pool.submit(tile_image, source, out, windowing))
         if len(jobs) == limit:
             is_first = concurrent.futures.FIRST_COMPLETED
             finished, jobs = concurrent.futures.wait(jobs, return_when=is_first)
@@ -300,11 +299,10 @@ def tile_images(raw_split, out, windowing, workers):
     num_images = len(raw_split.stems)
     todo = [stem for stem in raw_split.stems if not is_tiled(out, stem)]
     sources = raw_split.sources(todo, out / "parts")
-    calls = ((tile_image, source, out, windowing) for source in sources)
     errors = []
     with concurrent.futures.ProcessPoolExecutor(workers, initializer=exit_with_parent) as pool:
         progress = tqdm(
-            finished_jobs(pool, calls, workers + 2),
+            finished_jobs(pool, sources, out, windowing, workers + 2),
             desc=raw_split.split,
             total=num_images,
             initial=num_images - len(todo),

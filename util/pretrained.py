@@ -87,7 +87,8 @@ def is_model_name(run):
 
 def similar_names(run):
     """Return a remark that lists the names if `run` looks like a misspelled one, else ""."""
-    if not difflib.get_close_matches(Path(run).name.lower(), MODELS):  # without "facebook/"
+    last_part = Path(run).name.lower()  # as of facebook/detr-r50, a name in the Hub
+    if not difflib.get_close_matches(last_part, MODELS):
         return ""
     return f"; COCO models known by name: {', '.join(MODELS)}"
 
@@ -97,18 +98,16 @@ def model_file(name):
 
     A file that is there already is taken, else the preferred one that can be read here.
     """
-    readable = {}  # {path in the cache: (URL, SHA-256)}
+    readable = []  # (URL, path in the cache, SHA-256)
     for url, sha256 in MODELS[name].files.items():
         suffix = Path(url).suffix
         if suffix != ".safetensors" or safetensors_works():
-            readable[cache_folder() / f"{name}{suffix}"] = (url, sha256)
-    chosen = list(readable)[0]
-    for path in readable:
+            readable.append((url, cache_folder() / f"{name}{suffix}", sha256))
+    for url, path, sha256 in readable:
         if path.exists():
-            chosen = path
-            break
-    url, sha256 = readable[chosen]
-    return cached_file(url, chosen, sha256)
+            return cached_file(url, path, sha256)
+    url, path, sha256 = readable[0]
+    return cached_file(url, path, sha256)
 
 
 def safetensors_works():
@@ -164,11 +163,13 @@ def keep_coco_classes(state, config):
     reduced = dict(state)
     for name in heads:
         rows = list(ids)
+        num_rows = 91
         if config["name"] == "detr":
             rows.append(91)  # "no object"
+            num_rows = 92
         elif proposal_head is not None and int(name.split(".")[-2]) == proposal_head:
             rows[0] = 0  # its class 0 stands for "object"
-        if len(state[name]) != max(91, rows[-1] + 1):
-            raise ValueError(f"{name} has {len(state[name])} rows, expected those of COCO's 91 ids")
+        if len(state[name]) != num_rows:
+            raise ValueError(f"{name} has {len(state[name])} rows, expected {num_rows}")
         reduced[name] = state[name][rows]
     return reduced

@@ -118,7 +118,8 @@ def fill_shared_heads(state):
             continue
         only = f"{kind}.{indices.pop()}."
         for name, tensor in state.items():
+            if only not in name:
+                continue
             for i in range(num_heads):
-                if only in name:
-                    filled[name.replace(only, f"{kind}.{i}.")] = tensor
+                filled[name.replace(only, f"{kind}.{i}.")] = tensor
     return filled
