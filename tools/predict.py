@@ -294,14 +294,11 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-@cli.cli_main
-def main(argv=None):
-    args = parse(argv)
-    distributed.init(args.device)
-    if distributed.rank() > 0:  # one process does it all
-        return
-    run = load_run(args.run, args.device)
-    require_detector(run)
+def choose_windows(args, run):
+    """Return (window, overlap) in pixels, from the flags or the run; None for whole images.
+
+    Raises ValueError if they contradict each other.
+    """
     window = run.window if args.window is None else args.window
     overlap = args.overlap
     if window is None and overlap is not None:
@@ -310,6 +307,18 @@ def main(argv=None):
         overlap = window // 4
     if window is not None and overlap >= window:
         raise ValueError(f"--overlap {overlap} must be smaller than the window of {window} pixels")
+    return window, overlap
+
+
+@cli.cli_main
+def main(argv=None):
+    args = parse(argv)
+    distributed.init(args.device)
+    if distributed.rank() > 0:  # one process does it all
+        return
+    run = load_run(args.run, args.device)
+    require_detector(run)
+    window, overlap = choose_windows(args, run)
     image_size = 800 if run.args.image_size is None else run.args.image_size
     files, folder = find_input_images(args.images)
     out = run.folder / "predictions" if args.out is None else args.out
