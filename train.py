@@ -624,7 +624,7 @@ def check_flags(parser, args):
     if args.frozen_bn and "backbone" not in initialized:
         parser.error(
             "--frozen_bn would freeze randomly initialized layers; "
-            "add --backbone_weights imagenet or --init"
+            "add --backbone_weights imagenet, --init or --no-frozen_bn"
         )
     if args.resume and not args.out:
         parser.error("--resume requires --out RUN (the run folder to resume)")
@@ -664,7 +664,7 @@ def ignored_flags(args):
         ignored += ["lr_drop"]
     if "backbone" in args.freeze:
         ignored += ["lr_backbone"]
-    if any(parts is None for _, parts in args.init):  # all weights come from --init
+    if any(parts is None or "backbone" in parts for _, parts in args.init):
         ignored += ["backbone_weights"]
     return ignored
 

@@ -257,7 +257,7 @@ def test_the_folder_that_is_meant_is_named(folder, tmp_path):
     """Of a dataset: one above or below, or the part that is missing."""
     json_name = "data/val/instancesonly_filtered_val.json"
     for name in ("data/train", "data/train/images", json_name, ""):
-        with pytest.raises(DataError, match=rf"split found; did you mean {folder}\?"):
+        with pytest.raises(DataError, match=f"split found; there is one in {folder}"):
             load(tmp_path / name)
     (folder / "train/images").rename(tmp_path / "images")
     with pytest.raises(DataError, match=f"_train.json is there, but not .*{folder}/train/images"):

@@ -373,6 +373,7 @@ two_stage attn_backend ssl_patch ssl_on
 --overfit 4 --limit_val 3 --augment none | augment limit_val
 --init x --init_parts backbone --lr_backbone 1 --freeze backbone | lr_backbone
 --init x --backbone_weights imagenet --model detr | backbone_weights
+--init x --init_parts backbone --backbone_weights imagenet --model detr | backbone_weights
 """
 
 

@@ -151,6 +151,7 @@ def test_called_again():
     assert files_of("data") == files
     assert len(read_json(coco.split_files("data", "train")[1])["images"]) == 4
     assert "was prepared with different settings (limit 4, not None)" in run("prepare raw data")
+    assert "data: is prepared already; use it as train.py --data data" in run("prepare data again")
     (FOLDER / "train/images").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(FOLDER / "train/images/P0001.png")
     shutil.move(FOLDER / "train", "isaid/train")

@@ -362,7 +362,7 @@ def main(argv=None):
         text.append(f"{name}: {width} x {height}, {n} objects{window_advice(n, image, window)}")
     if images:
         write_predictions(out, images, run.categories, results)
-        text.append(f"written: predictions.json, predictions.csv, {len(images)} pictures in {out}")
+        text.append(f"written to {out}: predictions.json, predictions.csv, pictures")
     print("\n".join(text))  # last: what it is piped to may have closed
     if errors:
         message = f"failed to process {len(errors)} of {len(files)} images"

@@ -353,7 +353,7 @@ def advice(root, split):
     neighbors += sorted(path for path in root.glob("*") if os.access(path, os.X_OK))
     for folder in neighbors:
         if folder.is_dir() and existing_splits(folder, split):
-            return f"; did you mean {folder}?"
+            return f"; there is one in {folder}"
     if split == "test":
         return " (for images without such a file, use python -m tools.predict)"
     return ""
