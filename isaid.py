@@ -420,7 +420,7 @@ def prepare(args):
     if annotation_file.exists():
         raise DataError(f"{raw}: is prepared already; use it as train.py --data {raw}")
     has_isaid = len(isaid_raw.find_splits(raw)) > 0
-    has_vhr10 = vhr10.is_in(raw)
+    has_vhr10 = vhr10.has_images(raw) or (not has_isaid and vhr10.has_annotations(raw))
     if has_isaid and has_vhr10:
         problem = "contains both iSAID and NWPU VHR-10"
         raise DataError(f"{raw}: {problem}; move one of them into a folder of its own")

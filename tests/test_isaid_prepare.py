@@ -206,10 +206,10 @@ def test_interrupted_while_the_records_are_joined(module, name, monkeypatch):
     original = getattr(module, name)
     target = coco.split_files("out", "train")[1]
 
-    def stop(*paths):
+    def stop(*paths, **options):
         if name == "rmtree" or os.path.realpath(paths[-1]) == os.path.realpath(target):
             raise KeyboardInterrupt
-        original(*paths)
+        original(*paths, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, name, stop)
@@ -390,7 +390,7 @@ MISTAKES = [
     ("raw out --splits test", "raw/test/images: contains no images"),
     ("raw out --overlap 80", "--overlap 80 must be smaller than --patch 80"),
     ("raw raw", "raw/train/images is the input folder"),
-    ("raw raw/train/images/P0001.png", "P0001.png/train/images: Not a directory"),
+    ("raw raw/train/images/P0001.png", "P0001.png/train: Not a directory"),
 ]
 
 

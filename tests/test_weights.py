@@ -189,7 +189,8 @@ class Server:
     def __init__(self):
         self.content = b""
         self.sent = None  # bytes of each answer after which the connection breaks
-        self.knows_ranges = True
+        self.knows_ranges = True  # False: it sends the whole file, with this status
+        self.status_of_whole = 200
         self.kind = "application/octet-stream"
         self.ranges = []  # of the requests; None without one
         server = self
@@ -209,9 +210,14 @@ class Server:
         wanted = request.headers.get("Range")
         self.ranges.append(wanted)
         content = self.content
+        content_range = None
         status = 200
+        if wanted and not self.knows_ranges:
+            status = self.status_of_whole
+            content_range = f"bytes 0-{len(content) - 1}/{len(content)}"
         if wanted and self.knows_ranges:
             start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+            content_range = f"bytes {start}-{len(content) - 1}/{len(content)}"
             content = content[start:]
             status = 206
             if not content:
@@ -219,6 +225,8 @@ class Server:
         request.send_response(status)
         request.send_header("Content-Type", self.kind)
         request.send_header("Content-Length", str(len(content)))
+        if status == 206:
+            request.send_header("Content-Range", content_range)
         request.end_headers()
         request.wfile.write(content[: self.sent])
 
@@ -233,9 +241,10 @@ def server(tmp_path):
     server.http.server_close()
 
 
-@pytest.mark.parametrize("knows_ranges", [True, False])
-def test_an_interrupted_download_is_continued(knows_ranges, server, cache):
+@pytest.mark.parametrize("knows_ranges, status", [(True, 200), (False, 200), (False, 206)])
+def test_an_interrupted_download_is_continued(knows_ranges, status, server, cache):
     server.knows_ranges = knows_ranges
+    server.status_of_whole = status
     server.sent = 9000
     size = len(server.content)
     message = f"download failed .it ended after 9,000 of {size:,} bytes.; .* as {cache}/.*model.pth"

@@ -280,10 +280,11 @@ def run_folder(args):
         yield out
     finally:
         if lock:
-            if set(os.listdir(out)) <= {"config.json", LOCK_NAME}:
-                (out / "config.json").unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # the user has deleted the folder
+                if set(os.listdir(out)) <= {"config.json", LOCK_NAME}:
+                    (out / "config.json").unlink()
             lock.close()
-            if not os.listdir(out):
+            with contextlib.suppress(OSError):  # it is not empty
                 out.rmdir()
 
 

@@ -117,8 +117,9 @@ def receive(url, partial):
         if response.headers.get_content_type() == "text/html":
             raise OSError("the address answers with a web page, such as a network's sign-in page")
         mode = "ab"
-        if response.status != 206:  # the server sends the whole file
-            mode = "wb"
+        sent_range = response.headers.get("Content-Range", f"bytes {size}-")
+        if response.status != 206 or not sent_range.startswith(f"bytes {size}-"):
+            mode = "wb"  # the server sends the whole file
             size = 0
         total = None
         if "Content-Length" in response.headers:

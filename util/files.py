@@ -161,7 +161,8 @@ class FolderLock:
     """A lock that keeps other processes out of a folder, until it is closed.
 
     It ends with this process, even if that is killed. It holds on all computers that share the
-    folder, if their file system has locks; elsewhere, and on Windows, nothing is locked.
+    folder, if their file system has locks; elsewhere, and on Windows, nothing is locked. Threads of
+    this process are not kept out.
     """
 
     def __init__(self, folder):
@@ -170,25 +171,40 @@ class FolderLock:
         self.file = None
         if fcntl is None:
             return
+        self.file = self.open_and_lock(folder)
+        while self.is_removed():
+            self.file.close()
+            self.file = self.open_and_lock(folder)
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.file.flush()
+
+    def open_and_lock(self, folder):
+        """Return the open file of the lock. Raises DataError, see __init__."""
         try:
-            self.file = open(self.path, "a+", encoding="utf-8")
+            file = open(self.path, "a+", encoding="utf-8")
         except OSError as error:
             message = f"{folder}: cannot write into this folder ({error.strerror})"
             raise DataError(f"{message}; choose a different one") from None
         try:
             # not flock: loader processes would keep that for seconds after this one is killed
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            self.file.seek(0)
-            message = f"{folder}: is in use by {self.file.read()}"
-            self.file.close()
+            file.seek(0)
+            message = f"{folder}: is in use by {file.read()}"
+            file.close()
             message += "; wait until it ends, or choose a different folder"
             raise DataError(message) from None
         except OSError:  # the file system has no locks
             pass
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self.file.flush()
+        return file
+
+    def is_removed(self):
+        """Return True if the previous owner ended just now, and removed the file that is open."""
+        try:
+            return not os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            return True
 
     def close(self):
         """Let other processes into the folder, and remove the note."""

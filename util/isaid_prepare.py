@@ -383,27 +383,38 @@ def prepare_split(args, split):
     out = Path(args.out, split)
     if folder.resolve() == (out / "images").resolve():
         raise DataError(f"output folder {folder} is the input folder; choose a different one")
-    windowing = {"patch": args.patch, "overlap": args.overlap, "devkit": args.devkit}
-    settings = {**windowing, "limit": args.limit}
+    settings = {"patch": args.patch, "overlap": args.overlap, "devkit": args.devkit}
+    settings["limit"] = args.limit
     _, target = coco.split_files(args.out, split)
     check_split_folder(out, target, settings)
     if target.exists():
-        summary = "already exists, prepared with the same settings"
-    else:
-        raw_split = isaid_raw.RawSplit(Path(args.raw), split, args.devkit, args.limit)
+        shutil.rmtree(out / "parts", ignore_errors=True)  # an earlier call was killed before it
+        print(f"{target}: already exists, prepared with the same settings")
+        return 0
+    raw_split = isaid_raw.RawSplit(Path(args.raw), split, args.devkit, args.limit)
+    out.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(FolderLock(out)):
         make_split_folder(out, settings)
-        (out / "parts").mkdir(exist_ok=True)
-        with contextlib.closing(FolderLock(out)):
-            errors = tile_images(raw_split, out, windowing, args.workers)
-            if errors:
-                print("\n".join(errors), file=sys.stderr)
-                problem = f"{len(errors)} images in {split!r} could not be processed"
-                remedy = "fix or remove them and rerun (finished images are kept)"
-                print(f"error: {problem}; {remedy}", file=sys.stderr)
-                return 1
-            summary = merge_records(out, target, raw_split.stems, args.devkit)
-    if (out / "parts").exists():  # if the command is killed here, the next call removes it
-        shutil.rmtree(out / "parts")
+        return cut_split(raw_split, out, target, args)
+
+
+def cut_split(raw_split, out, target, args):
+    """Cut the images of a split, and write its annotation file; returns the exit status.
+
+    out:    the folder of the split
+    target: the annotation file
+    """
+    (out / "parts").mkdir(exist_ok=True)
+    windowing = {"patch": args.patch, "overlap": args.overlap, "devkit": args.devkit}
+    errors = tile_images(raw_split, out, windowing, args.workers)
+    if errors:
+        print("\n".join(errors), file=sys.stderr)
+        problem = f"{len(errors)} images in {raw_split.split!r} could not be processed"
+        remedy = "fix or remove them and rerun (finished images are kept)"
+        print(f"error: {problem}; {remedy}", file=sys.stderr)
+        return 1
+    summary = merge_records(out, target, raw_split.stems, args.devkit)
+    shutil.rmtree(out / "parts", ignore_errors=True)
     print(f"{target}: {summary}")
     return 0
 

@@ -112,6 +112,8 @@ def report_damage(path, download):
     """
     try:
         yield
+    except PermissionError:
+        raise
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         problem = f"incomplete or corrupted ({one_line(error)})"
         raise DataError(f"{path}: {problem}; download {download} again") from None

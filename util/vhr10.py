@@ -54,9 +54,14 @@ def find_positives(raw):
     return None
 
 
-def is_in(raw):
-    """Return True if RAW contains a part of NWPU VHR-10."""
-    return any((find_zip(raw), find_positives(raw), find_file(raw, ANNOTATIONS.name)))
+def has_images(raw):
+    """Return True if RAW contains the images of NWPU VHR-10."""
+    return find_zip(raw) is not None or find_positives(raw) is not None
+
+
+def has_annotations(raw):
+    """Return True if RAW contains a file with the name of NWPU VHR-10's annotations."""
+    return find_file(raw, ANNOTATIONS.name) is not None
 
 
 def find_images(raw):
