@@ -284,6 +284,7 @@ def collate(batch):
 
 def data_loader(data, workers, **options):
     """Return a DataLoader of a dataset with `workers` processes (0: none); options are its own."""
+    distributed.wait_for_threads()
     return torch.utils.data.DataLoader(
         data,
         num_workers=workers,

@@ -65,10 +65,20 @@ def shutdown():
     """Leave the other processes.
 
     Before version 2.8 torch holds Python's lock (GIL) while it waits for gloo's thread, and that
-    thread may need the lock to free its last tensors. The pause lets it finish before.
+    thread may need the lock to free its last tensors.
     """
-    time.sleep(0.1)
+    wait_for_threads()
     dist.destroy_process_group()
+
+
+def wait_for_threads():
+    """Let gloo's threads free their last tensors.
+
+    Called before loader processes are forked: in Python 3.10 a fork never returns if such a thread
+    has just begun to use Python.
+    """
+    if dist.is_initialized():
+        time.sleep(0.1)
 
 
 def rank():
