@@ -15,7 +15,7 @@ import os
 # Idle OpenMP threads spin before they sleep. The default is so long that two runs on the same cores
 # starve each other. OpenMP reads this variable when torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
 import contextlib

@@ -23,7 +23,7 @@ import torch
 
 import isaid
 import train
-from util import checkpoint
+from util import checkpoint, loader_processes
 from util.files import FolderLock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +71,7 @@ def _child(script, flags, output_path, environment, strike):
     os.environ.update(environment)
     torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)  # loader processes start as usual
+    atexit.register(loader_processes.kill_all)  # Python 3.13 forgets this in a fork
     if strike:
         strike_function(strike)
     sys.argv = [script] + flags

@@ -1,4 +1,4 @@
-"""Data loading processes: what they do with signals, and how they send their batches.
+"""Data loading processes: what they do with signals, and how tensors are sent to and from them.
 
 PyTorch sends every tensor of a batch through shared memory (/dev/shm), which takes an open file and
 a socket. Where one of them is missing, a batch would be lost, and training would wait for it
@@ -30,7 +30,6 @@ def start(worker_id):
     # signals are for the main process
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    ForkingPickler.register(torch.UntypedStorage, pack_storage)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_process)
 
 
@@ -40,8 +39,9 @@ def pack_storage(storage):
     Large tensors go through shared memory while there is room, all others through the pipe between
     the processes.
     """
+    num_bytes = storage.nbytes()
     try:
-        if storage.nbytes() > SMALL and has_room(storage.nbytes()):
+        if storage.is_shared() or (num_bytes > SMALL and has_room(num_bytes)):
             return reductions.reduce_storage(storage)
     except (RuntimeError, OSError) as error:  # no shared memory after all, no open file, no socket
         unfinished = re.search("torch_[0-9_]+", str(error))
@@ -68,6 +68,11 @@ def pack_for_pipe(storage):
 def unpack(values):
     """Return the memory of an array, in the process that receives it."""
     return torch.from_numpy(values).untyped_storage()
+
+
+# In a loading process for its batches, in the main process for the dataset: unless the loading
+# processes are forks (on Linux before Python 3.14), it is sent to them, with two tensors per image.
+ForkingPickler.register(torch.UntypedStorage, pack_storage)
 
 
 def end_process(error, batch):
