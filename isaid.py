@@ -417,8 +417,7 @@ def random_int(low, high):
 def prepare(args):
     """Prepare the dataset that args.raw contains; return the exit status. Raises DataError."""
     raw = Path(args.raw)
-    _, annotation_file = coco.split_files(raw, "train")
-    if annotation_file.exists():
+    if list(raw.glob(f"*/{isaid_prepare.NOTE_NAME}")):
         raise DataError(f"{raw}: is prepared already; use it as train.py --data {raw}")
     has_isaid = len(isaid_raw.find_splits(raw)) > 0
     has_vhr10 = vhr10.has_images(raw) or (not has_isaid and vhr10.has_annotations(raw))

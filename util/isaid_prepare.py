@@ -54,6 +54,7 @@ CLASS_COLORS = {
 CATEGORIES = [{"id": i, "name": name} for i, name in enumerate(CLASS_COLORS, start=1)]
 FIRST_INSTANCE_ID = 1000  # lower numbers in the masks of instances are not objects
 MIN_PIXELS = 11  # the devkit ignores smaller objects
+NOTE_NAME = "prepare.json"  # in the folder of a split: the settings it was prepared with
 ROWS_PER_CHUNK = 512  # to convert a whole mask at once would need gigabytes
 PATCH = 800  # pixels per side of a patch, by default
 OVERLAP = 200  # pixels that neighboring patches share, by default
@@ -331,7 +332,7 @@ def check_split_folder(out, target, settings):
     out:    the folder
     target: the annotation file that will be written
     """
-    note = out / "prepare.json"
+    note = out / NOTE_NAME
     if note.exists():
         previous = read_json(note)
         differences = []
@@ -350,7 +351,7 @@ def make_split_folder(out, settings):
     """Make the folder of a split, with a note of the settings."""
     (out / "images").mkdir(parents=True, exist_ok=True)
     remove_unfinished(out / "images")
-    write_text(out / "prepare.json", json.dumps(settings))
+    write_text(out / NOTE_NAME, json.dumps(settings))
 
 
 def merge_records(out, target, stems, devkit):
