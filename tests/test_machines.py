@@ -1,9 +1,12 @@
 """Machines that lack something: commands work without it, or end with a line that names it."""
 
 import errno
+import functools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 from multiprocessing import process
@@ -11,6 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from test_checkpoint import ROOT
 
 import isaid
 import train
@@ -18,7 +22,10 @@ from util import cli
 from util.files import DataError
 
 resource = pytest.importorskip("resource")  # Windows has no such limits
-
+needs_forks = pytest.mark.skipif(
+    multiprocessing.get_start_method() != "fork",
+    reason="loading processes see no patches, no capfd",
+)
 
 TINY = (
     "--image_size 64 --epochs 1 --batch_size 2 --num_queries 5 --hidden_dim 32 --nheads 2 "
@@ -35,8 +42,8 @@ def shared_memory():
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
 
-def short_name_for_a_socket():
-    tempfile.tempdir = tempfile.mkdtemp(prefix=100 * "x", dir=os.environ["TEST_FOLDER"])
+def short_name_for_a_socket(folder):
+    tempfile.tempdir = tempfile.mkdtemp(prefix=100 * "x", dir=folder)
     process.current_process()._config.pop("tempdir", None)
 
 
@@ -59,8 +66,9 @@ class Lacking(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("lack", [None, open_files, shared_memory, short_name_for_a_socket])
-def test_batches_arrive(lack, tmp_path, monkeypatch):
-    monkeypatch.setenv("TEST_FOLDER", str(tmp_path))
+def test_batches_arrive(lack, tmp_path):
+    if lack is short_name_for_a_socket:
+        lack = functools.partial(lack, tmp_path)
     options = {"batch_size": 2, "timeout": 60}
     num_targets = 0
     for images, padding, targets in isaid.data_loader(Lacking(lack), 2, **options):
@@ -80,11 +88,33 @@ class Unsendable:
         raise MemoryError
 
 
+@needs_forks
 def test_a_batch_that_cannot_be_sent_is_not_waited_for(capfd):
     loader = isaid.data_loader(Lacking(make_value=Unsendable), 1, batch_size=2, timeout=60)
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
         next(iter(loader))
     assert capfd.readouterr().err == "a batch could not be sent: MemoryError: MemoryError()\n"
+
+
+LOAD_AND_DIE = """
+import multiprocessing, os, signal
+import isaid
+
+multiprocessing.set_start_method("forkserver")
+data = isaid.synthetic_dataset("train", 200, 64, isaid.make_transforms(True, 64))
+batches = iter(isaid.data_loader(data, 1, batch_size=4))
+print(tuple(next(batches)[0].shape), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_loading_processes_that_are_no_forks():
+    """As on Linux from Python 3.14 on. They get the dataset, and end when the command is killed."""
+    command = [sys.executable, "-c", LOAD_AND_DIE]
+    # returns when all processes that could write to the pipe have ended
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.stdout == "(4, 3, 64, 64)\n"
 
 
 # ---------------------------------------------------------------- training
@@ -111,7 +141,7 @@ def test_memory_too_small_for_a_checkpoint(monkeypatch, tmp_path):
     assert_one_line(["--init", str(tmp_path / "weights.pt")], line)
 
 
-@pytest.mark.skipif(multiprocessing.get_all_start_methods()[0] != "fork", reason="needs forks")
+@needs_forks
 def test_a_loading_process_that_is_killed(monkeypatch, tmp_path):
     def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)

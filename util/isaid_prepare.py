@@ -17,11 +17,8 @@ import concurrent.futures
 import contextlib
 import functools
 import json
-import multiprocessing
-import os
 import shutil
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +29,7 @@ from tqdm import tqdm
 from util import coco, isaid_raw
 from util.files import DataError, FolderLock, read_json, remove_unfinished, replace_file, write_text
 from util.images import check_size, read_image, read_size
+from util.loader_processes import exit_with_parent
 
 # The color of each class in iSAID's masks; the classes are in the order of the category ids
 CLASS_COLORS = {
@@ -264,16 +262,6 @@ def is_tiled(out, stem):
     except DataError:
         return False
     return all((out / "images" / patch[0]).is_file() for patch in record)
-
-
-def exit_with_parent():
-    """End a worker process when the command is killed; it would wait for images forever."""
-
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def finished_jobs(pool, sources, out, windowing, limit):

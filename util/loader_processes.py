@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -31,6 +32,17 @@ def start(worker_id):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_process)
+    exit_with_parent()
+
+
+def exit_with_parent():
+    """End this process when the command is killed; it would wait for work forever."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def pack_storage(storage):
