@@ -74,8 +74,8 @@ def shutdown():
 def wait_for_threads():
     """Let gloo's threads free their last tensors.
 
-    Called before loader processes are forked: in Python 3.10 a fork never returns if such a thread
-    has just begun to use Python.
+    Called before loader processes are forked: in some versions of Python 3.10 and 3.11 a fork never
+    returns if such a thread has just begun to use Python (CPython issue 112275).
     """
     if dist.is_initialized():
         time.sleep(0.1)
