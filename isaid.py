@@ -5,7 +5,7 @@
     python isaid.py scenes OUT --train 20 --val 5  write synthetic scenes as a dataset
 
 DATA is a folder in the layout of iSAID's patches, of COCO, of Roboflow, or with train.json and
-val.json or valid.json beside folders of the same names (see coco.find_split_files).
+val.json or valid.json next to folders of the same names (see coco.find_split_files).
 iSAID: Waqas Zamir et al., "iSAID: A Large-scale Dataset for Instance Segmentation in Aerial
 Images" (arXiv 1905.12886).
 """
@@ -284,7 +284,8 @@ def collate(batch):
 
 def data_loader(data, workers, **options):
     """Return a DataLoader of a dataset with `workers` processes (0: none); options are its own."""
-    distributed.wait_for_threads()
+    if workers > 0:
+        distributed.wait_for_threads()
     return torch.utils.data.DataLoader(
         data,
         num_workers=workers,

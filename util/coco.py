@@ -311,7 +311,7 @@ def find_split_files(root, split):
     """Find a split of a dataset.
 
     root:  folder of a dataset in the layout of iSAID's patches, of COCO, of Roboflow, or with
-           train.json and val.json or valid.json beside folders of the same names
+           train.json and val.json or valid.json next to folders of the same names
     split: "train", "val" or "test"
     Returns its SplitFiles. Raises DataError that lists the layouts, or names several such splits.
     """

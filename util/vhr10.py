@@ -153,11 +153,17 @@ def prepare(args):
         make_split_folder(out, settings)
         images = splits[split][: args.limit]
         copy_images([positives[base_name(image)] for image in images], images_dir)
-        ids = {image["id"] for image in images}
-        annotations = [a for a in content["annotations"] if a["image_id"] in ids]
-        summary = f"{len(images):,} images, {len(annotations):,} objects"
+        remark = ""
         if split == "train":
             copy_images(negatives.values(), images_dir / UNLABELED)
-            summary += f"; {len(negatives):,} unlabeled images in {images_dir / UNLABELED}"
-        write_text(target, json.dumps({**content, "images": images, "annotations": annotations}))
-        print(f"{target}: {summary}")
+            remark = f"; {len(negatives):,} unlabeled images in {images_dir / UNLABELED}"
+        summary = write_annotations(target, content, images)
+        print(f"{target}: {summary}{remark}")
+
+
+def write_annotations(target, content, images):
+    """Write the part of a COCO file, content, that belongs to some images; returns a summary."""
+    ids = {image["id"] for image in images}
+    annotations = [a for a in content["annotations"] if a["image_id"] in ids]
+    write_text(target, json.dumps({**content, "images": images, "annotations": annotations}))
+    return f"{len(images):,} images, {len(annotations):,} objects"
