@@ -167,11 +167,17 @@ class SyntheticDataset(DetectionDataset):
 
 
 # ---------------------------------------------------------------- loading datasets
-def synthetic_dataset(split, n, size, transform, seed=0):
-    """Return a dataset of the first n scenes of a split, each of size x size pixels."""
+def synthetic_dataset(split, n, size, transform, seed=0, scene_seed=None):
+    """Return a dataset of the first n scenes of a split, each of size x size pixels.
+
+    seed:       of the augmentation
+    scene_seed: of the scenes; None: `seed`
+    """
+    if scene_seed is None:
+        scene_seed = seed
     first = synthetic.FIRST_SCENE[split]
-    content = synthetic.coco_content(seed, first, n, size)
-    renderer = synthetic.SceneRenderer(seed, first, n, size)
+    content = synthetic.coco_content(scene_seed, first, n, size)
+    renderer = synthetic.SceneRenderer(scene_seed, first, n, size)
     return SyntheticDataset(f"synthetic scenes ({split})", content, renderer, transform, seed)
 
 
@@ -215,7 +221,7 @@ def load_split(split, args, train):
     """Return the images of a split, "train", "val" or "test", that a run's flags select.
 
     args:  the flags data (None: synthetic scenes), image_size, augment, limit_SPLIT, overfit, seed,
-           and setting: for pretraining the images are read without annotations
+           scene_seed, and setting: for pretraining the images are read without annotations
     train: whether to augment
     Raises DataError.
     """
@@ -226,7 +232,8 @@ def load_split(split, args, train):
     if not args.data:
         if limit is None:
             limit = NUM_SCENES[split]
-        return synthetic_dataset(split, limit, args.image_size, transform, args.seed)
+        scene_seed = getattr(args, "scene_seed", None)  # older runs do not have this flag
+        return synthetic_dataset(split, limit, args.image_size, transform, args.seed, scene_seed)
     if args.setting == "pretrain":
         data = load_folder(args.data, split, transform, limit, args.seed)
     else:

@@ -175,7 +175,8 @@ def train(run, train_set, val_set, args):
             # before the evaluation: a run that is killed in it will resume there
             checkpoint.save_resume_state(run.out / "last.pt", run)
             line = run.log_line()
-            if epoch % args.eval_every == 0 or epoch == args.epochs:
+            evaluates = epoch % args.eval_every == 0 or epoch == args.epochs
+            if evaluates:
                 distributed.broadcast_buffers(model)
                 metrics, _ = evaluate(model, run.task, val_set, args, run.out)
                 line.update({name: metrics[name] for name in LOGGED if name in metrics})
@@ -186,7 +187,8 @@ def train(run, train_set, val_set, args):
             run.log.append(line)
             if distributed.rank() == 0:
                 checkpoint.write_log(run.out / "log.jsonl", run.log)
-                plots.draw_curves(run.out / "curves.png", run.log)
+                if evaluates:
+                    plots.draw_curves(run.out / "curves.png", run.log)
             bar.write(epoch_text(line, args.epochs))
             run.next_epoch()
         checkpoint.save_resume_state(run.out / "last.pt", run)  # with the last evaluation
@@ -350,7 +352,7 @@ def build_parser():
         "--seed",
         type=cli.NON_NEGATIVE_INT,
         default=0,
-        help="seed of weights, order, augmentation and synthetic scenes",
+        help="seed of weights, order, augmentation and, without --scene_seed, synthetic scenes",
     )
     add("--device", type=cli.parse_device, default="auto", help="device: cpu, cuda, cuda:1, mps")
     add("--out", metavar="RUN", help="run folder, must not exist yet; default: a new one in runs/")
@@ -391,6 +393,12 @@ def build_parser():
         type=cli.IMAGE_SIDE,
         metavar="N",
         help="resize to N x N pixels; default: 128 for scenes, else multi-scale",
+    )
+    add(
+        "--scene_seed",
+        type=cli.NON_NEGATIVE_INT,
+        metavar="N",
+        help="seed of the synthetic scenes, for two runs on different scenes; default: --seed",
     )
     add(
         "--limit_train",
@@ -642,6 +650,8 @@ def ignored_flags(args):
         task = ssl_tasks.TASKS[args.ssl_task]
     uses_tokens = task is ssl_tasks.MaskedTokens
     ignored = []
+    if args.data:
+        ignored.append("scene_seed")
     if args.model != "deformable_detr":
         ignored += ["num_feature_levels", "attn_backend", "lr_linear_proj_mult"]
     if args.model != "deformable_detr" or not detects:
