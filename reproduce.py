@@ -15,30 +15,26 @@ repeat it.
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import io
 import itertools
 import json
-import math
 import os
 import queue
 import shlex
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import scipy.stats
 import torch
 
 import train
-from util import checkpoint, plots
+from util import checkpoint
 from util.cli import NON_NEGATIVE_INT, Parser, cli_main, int_range, usable_cores
 from util.experiments import dependencies, load_experiment
 from util.files import DataError, check_writable, read_json, write_text
 from util.pretrained import MODELS
+from util.tables import AUTHORS, compare, compare_gains, draw_curves, draw_forest, make_tables
 
 ROOT = Path(__file__).resolve().parent
 RUNS = ROOT / "runs"
@@ -46,8 +42,6 @@ RESULTS = ROOT / "results"
 NOT_COMPARED = checkpoint.MAY_CHANGE_ON_RESUME | {"seed"}  # these flags make no different row
 FLAGS_WITH_FILES = ("--init", "--tokenizer_weights", "--data")
 RESULT_KEYS = {"command", "flags", "log", "revision", "versions"}
-AUTHORS = "authors "  # begins the names of the authors' curves in tables
-AP_TO_REACH = 10  # %; tables name the first epoch that reaches it
 
 
 # ---------------------------------------------------------------- rows
@@ -76,6 +70,9 @@ def check_experiment(experiment):
         defined.add(name)
     pairs = [(row, baseline) for _, row, baseline in experiment.comparisons]
     pairs += [(row, baseline) for row, baseline, _ in experiment.goals]
+    pairs += experiment.costs
+    for _, pair, other_pair in experiment.interactions:
+        pairs += [pair, other_pair]
     for pair in pairs:
         for name in pair:
             if name not in detecting:
@@ -427,330 +424,6 @@ def report_progress(num_done, num_jobs, seconds):
     print(text, file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------- statistics
-@dataclasses.dataclass
-class PairedDifference:
-    """The mean of paired differences, its 95 % interval, and the p-value of no difference."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
-
-
-def paired_difference(a, b):
-    """Return the PairedDifference a - b of two arrays (n,), such as the AP of two rows by seed.
-
-    The interval is that of Student's t. p is two-sided and that of a permutation test, which flips
-    the signs of the differences; it is exact up to 16 pairs.
-    """
-    differences = a - b
-    low, high = scipy.stats.ttest_1samp(differences, 0).confidence_interval()
-    test = scipy.stats.permutation_test(
-        (differences,), np.mean, permutation_type="samples", n_resamples=2**16, random_state=0
-    )
-    return PairedDifference(np.mean(differences), low, high, test.pvalue)
-
-
-def holm(p_values):
-    """Return the p-values of a family corrected for their number, in the same order (Holm 1979).
-
-    The smallest of n is multiplied by n, the next by n - 1 and so on. None becomes smaller than
-    the one before it, or larger than 1.
-    """
-    corrected = [0.0] * len(p_values)
-    previous = 0.0
-    for rank, i in enumerate(np.argsort(p_values)):
-        p = p_values[i] * (len(p_values) - rank)
-        previous = max(previous, min(1, p))
-        corrected[i] = previous
-    return corrected
-
-
-def mean_and_std(values, digits=3):
-    """Return the mean ± the standard deviation over seeds as text."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    if len(values) < 2:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
-def percent(ap):
-    """Return an AP of a log in %; None, where no class has an object, counts as 0."""
-    if ap is None:
-        return 0.0
-    return 100 * ap
-
-
-def ap_by_epoch(result):
-    """Return {epoch: AP in %} of a result."""
-    return {line["epoch"]: percent(line["ap"]) for line in result["log"] if "ap" in line}
-
-
-def ap_curves(results):
-    """Return the epochs at which all of these runs were evaluated, and AP in % (runs, epochs)."""
-    logs = [ap_by_epoch(result) for result in results]
-    epochs = set(logs[0])
-    for log in logs:
-        epochs &= set(log)
-    epochs = sorted(epochs)
-    curves = np.zeros((len(logs), len(epochs)))
-    for i, log in enumerate(logs):
-        curves[i] = [log[epoch] for epoch in epochs]
-    return epochs, curves
-
-
-# ---------------------------------------------------------------- tables in Markdown
-def make_tables(results, comparisons=(), goals=()):
-    """Return the tables of an experiment in Markdown: AP, comparisons, goals and the tasks.
-
-    results: {row: {seed: result}}
-    """
-    detection = detection_table(results)
-    tasks = task_table(results)
-    lines = []
-    if detection:
-        lines += [*detection, ""]
-        lines += comparison_table(results, comparisons)
-        lines += goal_table(results, goals)
-    lines += tasks
-    return "\n".join(lines)
-
-
-def table_row(cells):
-    """Return a line of a table."""
-    return f"| {' | '.join(cells)} |"
-
-
-def table_head(cells):
-    """Return the first two lines of a table."""
-    return [table_row(cells), "|---" * len(cells) + "|"]
-
-
-def last_lines(runs):
-    """Return the last line of the log of each of {seed: result}."""
-    return [result["log"][-1] for result in runs.values()]
-
-
-def detection_table(results):
-    """Return lines with each row's AP by epoch, last AP50 and first epoch with AP_TO_REACH."""
-    logs = {}  # of each row, {epoch: AP} of each of its runs
-    for name, runs in results.items():
-        if "ap" in last_lines(runs)[0]:
-            logs[name] = [ap_by_epoch(result) for result in runs.values()]
-    if not logs:
-        return []
-    epochs = shown_epochs(logs)
-    head = ["AP (%) after epoch", *map(str, epochs)]
-    head += ["AP50, last", f"AP {AP_TO_REACH} from epoch", "runs"]
-    lines = table_head(head)
-    for name, row_logs in logs.items():
-        cells = [name]
-        for epoch in epochs:
-            if epoch in row_logs[0]:
-                cells.append(mean_and_std([log[epoch] for log in row_logs], 1))
-            else:
-                cells.append("")
-        if name.startswith(AUTHORS):  # their logs have gaps, and no AP50
-            cells += ["", ""]
-        else:
-            ap50 = [percent(line["ap50"]) for line in last_lines(results[name])]
-            cells += [mean_and_std(ap50, 1), first_epoch(row_logs)]
-        cells.append(str(len(row_logs)))
-        lines.append(table_row(cells))
-    return lines
-
-
-def shown_epochs(logs):
-    """Return the epochs of a table: all; of more than twelve the first, every tenth, the last.
-
-    logs: {row: [{epoch: AP} of each run]}
-    """
-    epochs = set()
-    last_epochs = set()
-    for row_logs in logs.values():
-        epochs |= row_logs[0].keys()
-        last_epochs |= {max(log) for log in row_logs}
-    epochs = sorted(epochs)
-    if len(epochs) <= 12:
-        return epochs
-    return [x for x in epochs if x <= 5 or x % 10 == 0 or x in last_epochs]
-
-
-def first_epoch(logs):
-    """Return the mean first epoch with an AP of AP_TO_REACH as text, if all runs have one."""
-    first = []
-    for log in logs:
-        reached = [epoch for epoch, ap in log.items() if ap >= AP_TO_REACH]
-        if not reached:
-            return "not by all"
-        first.append(min(reached))
-    return mean_and_std(first, 1)
-
-
-def task_table(results):
-    """Return lines with the tasks' held-out metrics next to those of constant predictions."""
-    lines = []
-    for name, runs in results.items():
-        last = last_lines(runs)
-        if "ssl_loss" not in last[0]:
-            continue
-        loss = mean_and_std([line["ssl_loss"] for line in last])
-        baseline = mean_and_std([line["ssl_baseline"] for line in last])
-        if last[0]["ssl_acc"] is None:  # a task that predicts pixels
-            cells = [name, loss, baseline, "", "", ""]
-        else:
-            accuracy = mean_and_std([line["ssl_acc"] for line in last])
-            chance = mean_and_std([line["ssl_chance"] for line in last])
-            cells = [name, loss, "", accuracy, baseline, chance]
-        lines.append(table_row(cells))
-    if not lines:
-        return []
-    head = ["task", "held-out loss", "mean patch", "accuracy", "most frequent", "chance"]
-    return table_head(head) + lines
-
-
-def comparison_table(results, comparisons):
-    """Return lines with the differences of AP between rows, paired by seed.
-
-    They are made for two measures. Holm's correction is over the family as it is declared,
-    whether its comparisons have been run or not, and for each of the measures by itself.
-    """
-    differences = {}  # by (family, row, baseline, measure)
-    num_seeds = {}
-    for family, row, baseline in comparisons:
-        seeds = sorted(results.get(row, {}).keys() & results.get(baseline, {}).keys())
-        if len(seeds) < 2:
-            continue
-        row_runs = [results[row][seed] for seed in seeds]
-        baseline_runs = [results[baseline][seed] for seed in seeds]
-        _, ap = ap_curves(row_runs + baseline_runs)  # at the epochs that all of them have
-        row_ap = ap[: len(seeds)]  # (seeds, epochs)
-        baseline_ap = ap[len(seeds) :]
-        last = paired_difference(row_ap[:, -1], baseline_ap[:, -1])
-        mean = paired_difference(row_ap.mean(1), baseline_ap.mean(1))
-        differences[family, row, baseline, "last epoch"] = last
-        differences[family, row, baseline, "mean of the epochs"] = mean
-        num_seeds[row, baseline] = str(len(seeds))
-    if not differences:
-        return []
-    corrected = holm_by_family(differences, comparisons)
-    head = ["comparison", "AP (%)", "difference", "95 % interval", "p", "p, Holm", "seeds"]
-    lines = table_head(head)
-    for key, paired in differences.items():
-        _, row, baseline, measure = key
-        interval = f"{paired.low:+.1f} to {paired.high:+.1f}"
-        cells = [f"{row} - {baseline}", measure, f"{paired.mean:+.1f}", interval]
-        cells += [f"{paired.p:.3f}", f"{corrected[key]:.3f}", num_seeds[row, baseline]]
-        lines.append(table_row(cells))
-    return [*lines, ""]
-
-
-def holm_by_family(differences, comparisons):
-    """Return Holm's p of each difference; a declared comparison that was not run has p = 1."""
-    sizes = collections.Counter(family for family, _, _ in comparisons)
-    families = collections.defaultdict(list)  # keys of differences by family and measure
-    for key in differences:
-        family, _, _, measure = key
-        families[family, measure].append(key)
-    corrected = {}
-    for (family, _), keys in families.items():
-        p_values = [differences[key].p for key in keys]
-        p_values += [1.0] * (sizes[family] - len(keys))
-        corrected.update(zip(keys, holm(p_values)))
-    return corrected
-
-
-def goal_table(results, goals):
-    """Return lines that say whether rows reach their AP50, and in what share of a baseline's time.
-
-    p is one-sided, by Student's t. Time is compared over the seeds that both rows have run
-    without interruption.
-    """
-    lines = []
-    for row, baseline, goal in goals:
-        runs = results.get(row, {})
-        if len(runs) < 2:
-            continue
-        ap50 = [percent(line["ap50"]) for line in last_lines(runs)]
-        p = scipy.stats.ttest_1samp(ap50, goal, alternative="greater").pvalue
-        cells = [row, f"{mean_and_std(ap50, 1)} ({len(ap50)})", f"{goal:g}", f"{p:.4f}"]
-        minutes = minutes_of_both(runs, results.get(baseline, {}))
-        if len(minutes) > 1:
-            share = minutes[:, 0] / minutes[:, 1]
-            low, high = scipy.stats.ttest_1samp(share, 0).confidence_interval()
-            cells += [mean_and_std(minutes[:, 0], 2), mean_and_std(minutes[:, 1], 2)]
-            cells.append(f"{share.mean():.2f}, {low:.2f} to {high:.2f} ({len(share)})")
-        else:
-            cells += ["", "", ""]
-        lines.append(table_row(cells))
-    if not lines:
-        return []
-    head = ["row", "AP50 (%) (seeds)", "goal", "p", "minutes", "of the other"]
-    head.append("share, interval (seeds)")
-    return [*table_head(head), *lines, ""]
-
-
-def minutes_of_both(runs, baseline_runs):
-    """Return the minutes of two rows for the seeds that have both: (seeds, 2)."""
-    minutes = []
-    for seed, result in runs.items():
-        other = baseline_runs.get(seed, {})
-        if "seconds" in result and "seconds" in other:
-            minutes.append((result["seconds"] / 60, other["seconds"] / 60))
-    return np.array(minutes)
-
-
-# ---------------------------------------------------------------- curves
-def draw_comparisons(path, results, comparisons):
-    """Draw a panel for each comparison, the baseline in gray, and one for the authors' curves."""
-    pairs = []
-    for _, row, baseline in comparisons:
-        if row in results and baseline in results:
-            pairs.append((row, baseline))
-    authors = [name for name in results if name.startswith(AUTHORS)]
-    num_panels = len(pairs)
-    if authors:
-        num_panels += 1
-    if num_panels == 0:
-        return
-    num_columns = min(5, num_panels)
-    num_rows = math.ceil(num_panels / num_columns)
-    figure = plots.Figure(figsize=(3 * num_columns, 2.6 * num_rows), layout="constrained")
-    panels = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
-    for axes in panels[num_panels:]:
-        axes.remove()
-    for axes, (row, baseline) in zip(panels, pairs):
-        draw_row(axes, results[baseline], color="grey")
-        draw_row(axes, results[row], color="tab:blue")
-        finish_panel(axes, f"{row}\n(grey: {baseline})")
-    if authors:
-        axes = panels[num_panels - 1]
-        for i, name in enumerate(authors):  # points without a line, because some are missing
-            label = name.removeprefix(AUTHORS)
-            draw_row(axes, results[name], color=f"C{i}", linestyle="", label=label)
-        finish_panel(axes, "the authors'")
-        axes.legend(fontsize=5)
-    plots.save_figure(path, figure)
-
-
-def draw_row(axes, runs, color, linestyle="-", label=None):
-    """Draw the mean AP of the runs of a row, and its standard deviation."""
-    epochs, ap = ap_curves(list(runs.values()))
-    mean = ap.mean(0)
-    axes.plot(epochs, mean, linestyle=linestyle, marker=".", color=color, label=label)
-    if len(ap) > 1:
-        std = ap.std(0, ddof=1)
-        axes.fill_between(epochs, mean - std, mean + std, alpha=0.2, color=color)
-
-
-def finish_panel(axes, title):
-    """Add the labels and the title of a panel."""
-    axes.set(xlabel="epoch", ylabel="AP (%)")
-    axes.set_title(title, fontsize=7)
-    plots.finish_axes(axes)
-
-
 # ---------------------------------------------------------------- the command
 def reproduce(args):
     """Run the missing rows of an experiment, and print its tables. Return the exit status."""
@@ -778,7 +451,7 @@ def reproduce(args):
         if not args.no_run:
             raise
         is_saved = False
-        print(f"table.md and curves.png are not written ({error})", file=sys.stderr)
+        print(f"table.md and figures are not written ({error})", file=sys.stderr)
     if not args.no_run:
         runner.run_all(rows_to_run, seeds_to_run)
         results = read_results(runner.result_folders, experiment)
@@ -788,14 +461,16 @@ def reproduce(args):
         folders = " or ".join(map(str, runner.result_folders))
         raise ValueError(f"no results for the selected rows and seeds in {folders}")
     report_provenance(selected, experiment, args.data)
-    print(make_tables({**selected, **authors}, experiment.comparisons, experiment.goals))
+    print(make_tables({**selected, **authors}, experiment))
     if experiment.comparisons and max(map(len, selected.values()), default=0) == 1:
         print("Comparisons need results of at least two seeds: --seeds 0 1")
     results.update(authors)
-    tables = make_tables(results, experiment.comparisons, experiment.goals)
     if is_saved:
-        write_text(runner.out / "table.md", tables + "\n")
-        draw_comparisons(runner.out / "curves.png", results, experiment.comparisons)
+        write_text(runner.out / "table.md", make_tables(results, experiment) + "\n")
+        draw_curves(runner.out / "curves.png", results, experiment.comparisons)
+        made = compare(results, experiment.comparisons)
+        made += compare_gains(results, experiment.interactions)
+        draw_forest(runner.out / "forest.png", made)
     return 0
 
 

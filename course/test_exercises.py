@@ -12,6 +12,7 @@ import reproduce
 import ssl_tasks
 import train
 from deformable_attn.reference import ms_deform_attn_reference
+from util.tables import ap_curves, paired_difference
 
 
 def test_shapes():
@@ -70,11 +71,9 @@ def test_null():
     results = reproduce.read_results([reproduce.RESULTS / "scenes"], experiment)
     last_ap = {}  # {row: AP in % after the last epoch, for seeds 0, 1 and 2}
     for row in ("detr-after-mim-continuous", "detr-scratch"):
-        _, curves = reproduce.ap_curves([results[row][seed] for seed in (0, 1, 2)])
+        _, curves = ap_curves([results[row][seed] for seed in (0, 1, 2)])
         last_ap[row] = curves[:, -1]
-    expected = reproduce.paired_difference(
-        last_ap["detr-after-mim-continuous"], last_ap["detr-scratch"]
-    )
+    expected = paired_difference(last_ap["detr-after-mim-continuous"], last_ap["detr-scratch"])
     low, high = answers.INTERVAL
     assert low is not None and high is not None, "no answer yet"
     assert f"{low:+.1f} to {high:+.1f}" == f"{expected.low:+.1f} to {expected.high:+.1f}"

@@ -738,7 +738,7 @@ def test_results_are_printed_where_nothing_can_be_written(run, tmp_path, monkeyp
         reproduce.main(["tasks", "--no_run"])
     printed, notes = capsys.readouterr()
     assert "\n| AP (%) after epoch |" in printed
-    assert "table.md and curves.png are not written" in notes
+    assert "table.md and figures are not written" in notes
 
 
 def test_validation_images_without_boxes(data, tmp_path):

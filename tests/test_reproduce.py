@@ -1,6 +1,5 @@
 """Experiments: rows run once, after those they start from; results of other flags are refused."""
 
-import itertools
 import json
 import math
 import os
@@ -11,9 +10,7 @@ import traceback
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
-import scipy.stats
 import torch
 
 import isaid
@@ -21,6 +18,7 @@ import reproduce
 import train
 from util import checkpoint, cli
 from util.experiments import dependencies, load_experiment, start_from
+from util.tables import make_tables
 
 TINY = "--hidden_dim 32 --nheads 2 --enc_layers 1 --dec_layers 1 --dim_feedforward 32 --epochs 1"
 TINY += " --num_queries 5 --image_size 64 --limit_train 4 --limit_val 2 --batch_size 4"
@@ -206,122 +204,6 @@ def test_difference():
     assert reproduce.difference(after, after_other) == f"in its start, {changed}"
 
 
-# ---------------------------------------------------------------- statistics
-def test_holm():
-    """A worked example, and the definition: the step-down procedure at every level."""
-    assert reproduce.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert reproduce.holm([0.5, 0.9]) == [1.0, 1.0]
-    assert reproduce.holm([]) == []
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        p_values = rng.uniform(size=5) ** 3
-        corrected = reproduce.holm(p_values)
-        for level in (0.01, 0.05, 0.2):
-            assert [p <= level for p in corrected] == rejected_by_holm(p_values, level)
-
-
-def rejected_by_holm(p_values, level):
-    """Which hypotheses are rejected: the smallest p at level / n, the next at level / (n - 1) …"""
-    rejected = [False] * len(p_values)
-    for rank, i in enumerate(np.argsort(p_values)):
-        if p_values[i] > level / (len(p_values) - rank):
-            break
-        rejected[i] = True
-    return rejected
-
-
-def test_paired_difference():
-    """The interval of Student's t; p over all flips of the signs."""
-    rng = np.random.default_rng(0)
-    for gain in (0.0, 1.5):
-        a = rng.normal(size=6) + gain
-        b = rng.normal(size=6)
-        found = reproduce.paired_difference(a, b)
-        d = a - b
-        half = 2.570582 * d.std(ddof=1) / 6**0.5  # the quantile for five degrees of freedom
-        assert found.mean == pytest.approx(d.mean())
-        assert (found.low, found.high) == pytest.approx((d.mean() - half, d.mean() + half))
-        num_as_large = 0
-        for signs in itertools.product((1, -1), repeat=6):
-            num_as_large += abs((d * signs).mean()) >= abs(d.mean()) - 1e-12
-        assert found.p == pytest.approx(num_as_large / 2**6)
-
-
-def result_of(*aps):
-    """A result with these AP (0 to 1) after epochs 1, 2, …"""
-    return {"log": [{"epoch": i, "ap": ap} for i, ap in enumerate(aps, 1)]}
-
-
-def test_comparisons():
-    """Both measures of each comparison, with Holm's p over the family for each measure."""
-    rng = np.random.default_rng(0)
-    aps = {}  # (seeds, epochs)
-    results = {}
-    for row, gain in (("scratch", 0), ("better", 0.05), ("same", 0)):
-        aps[row] = 0.3 + rng.normal(scale=0.01, size=(6, 2)) + gain
-        results[row] = {seed: result_of(*aps[row][seed]) for seed in range(6)}
-    comparisons = [("few", "better", "scratch"), ("few", "same", "scratch")]
-    lines = reproduce.comparison_table(results, comparisons)[2:-1]
-    cells = [line.strip("| ").split(" | ") for line in lines]
-
-    measures = {"last epoch": lambda ap: 100 * ap[:, -1]}
-    measures["mean of the epochs"] = lambda ap: 100 * ap.mean(1)
-    expected = {}
-    for name, measure in measures.items():
-        scratch = measure(aps["scratch"])
-        better = reproduce.paired_difference(measure(aps["better"]), scratch)
-        same = reproduce.paired_difference(measure(aps["same"]), scratch)
-        holm = reproduce.holm([better.p, same.p])
-        expected["better - scratch", name] = (better, holm[0])
-        expected["same - scratch", name] = (same, holm[1])
-    assert [(row[0], row[1]) for row in cells] == [
-        ("better - scratch", "last epoch"),
-        ("better - scratch", "mean of the epochs"),
-        ("same - scratch", "last epoch"),
-        ("same - scratch", "mean of the epochs"),
-    ]
-    for pair, measure, difference, interval, p, holm, seeds in cells:
-        paired, corrected = expected[pair, measure]
-        assert difference == f"{paired.mean:+.1f}"
-        assert interval == f"{paired.low:+.1f} to {paired.high:+.1f}"
-        assert (p, holm) == (f"{paired.p:.3f}", f"{corrected:.3f}")
-        assert seeds == "6"
-
-
-def test_a_family_is_what_was_declared():
-    """What has not been run counts in Holm's p; a longer run is compared at the shared epochs."""
-    scratch = {seed: result_of(0.1, 0.2) for seed in range(6)}
-    better = {seed: result_of(*(np.array([0.2, 0.3, 0.9]) + seed / 500)) for seed in range(6)}
-    results = {"scratch": scratch, "better": better}
-    comparisons = [("few", row, "scratch") for row in ("better", "not run", "nor this")]
-    lines = reproduce.comparison_table(results, comparisons)[2:-1]
-    assert len(lines) == 2
-    for line in lines:
-        _, _, difference, _, p, holm, _ = line.split(" | ")
-        assert difference == "+10.5"
-        assert p == "0.031"
-        assert holm == f"{3 * 2 / 64:.3f}"
-
-
-def test_goals():
-    """AP50 over all seeds, time over those that both rows have run without interruption."""
-    now = {}
-    for seed, ap50 in enumerate((0.82, 0.83, 0.81)):
-        now[seed] = {"log": [{"ap50": ap50}]}
-    now[0]["seconds"] = 60
-    now[1]["seconds"] = 66
-    first = {seed: {"seconds": 120} for seed in (0, 1, 2)}
-    goals = [("now", "first", 80.0)]
-    (line,) = reproduce.goal_table({"now": now, "first": first}, goals)[2:-1]
-    p = scipy.stats.t.sf(2.0 / (1.0 / 3**0.5), 2)  # mean 82, standard deviation 1, three seeds
-    half = 12.7062 * (0.05 / 2**0.5) / 2**0.5  # shares 0.50 and 0.55; the quantile for 1 degree
-    share = f"0.53, {0.525 - half:.2f} to {0.525 + half:.2f} (2)"
-    cells = ["now", "82.0 ± 1.0 (3)", "80", f"{p:.4f}", "1.05 ± 0.07", "2.00 ± 0.00", share]
-    assert line == f"| {' | '.join(cells)} |"
-    (line,) = reproduce.goal_table({"now": now}, goals)[2:-1]  # without a pair only AP50
-    assert line == f"| {' | '.join([*cells[:4], '', '', ''])} |"
-
-
 # ---------------------------------------------------------------- running
 @pytest.fixture
 def other_code(tmp_path):
@@ -437,7 +319,7 @@ def test_published_results_are_of_their_rows(name):
     experiment = reproduce.find_experiment(name)
     results = reproduce.read_results([reproduce.RESULTS / name], experiment)
     published = (reproduce.RESULTS / name / "table.md").read_text(encoding="utf-8")
-    tables = reproduce.make_tables(results, experiment.comparisons, experiment.goals)
+    tables = make_tables(results, experiment)
     assert published == tables + "\n"
     assert experiment.rows.keys() == results.keys()
     for runs in results.values():

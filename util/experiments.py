@@ -4,6 +4,8 @@ The file defines these names; only `rows` is required:
 
     rows         {name: flags of train.py}; every row is run once per seed
     comparisons  [(family, row, baseline)]: differences of AP; Holm's correction is per family
+    interactions [(family, (row, baseline), (row, baseline))]: the first gain minus the second
+    costs        [(row, baseline)]: seconds of training, with those of the rows they start from
     goals        [(row, baseline, AP50 in %)]: what a row has to reach; its time is shown as a
                  share of the baseline's
     authors      {name: {epoch: AP in %}}: curves of the paper's authors, shown next to ours
@@ -29,6 +31,15 @@ class Experiment:
     goals: list
     authors: dict
     program: list
+    interactions: list
+    costs: list
+
+    def all_starts(self, row):
+        """Return the set of rows that a row starts from, directly or through others."""
+        starts = set()
+        for start in dependencies(self.rows[row]):
+            starts |= {start} | self.all_starts(start)
+        return starts
 
 
 def load_experiment(path):
@@ -44,6 +55,8 @@ def load_experiment(path):
         goals=names.get("goals", []),
         authors=names.get("authors", {}),
         program=names.get("program", ["train.py"]),
+        interactions=names.get("interactions", []),
+        costs=names.get("costs", []),
     )
 
 
