@@ -48,6 +48,23 @@ def test_scenes_depend_on_seed_and_number_alone():
     assert len(set(all_scenes)) == 15
 
 
+def test_scenes_may_have_another_seed_than_the_run():
+    """--scene_seed chooses the scenes, --seed still their augmentation."""
+
+    def training_set(flags):
+        args, _ = train.parse(f"--image_size {SIZE} --limit_train 8 {flags}".split())
+        return isaid.load_train_and_val(args)[0]
+
+    by_seed = training_set("--seed 5")
+    by_scene_seed = training_set("--seed 6 --scene_seed 5")
+    assert by_scene_seed.annotations == by_seed.annotations
+    for i in range(8):
+        assert by_scene_seed.load_image(i).tobytes() == by_seed.load_image(i).tobytes()
+    seeds = [target["seed"] for _, target in by_seed]
+    assert seeds != [target["seed"] for _, target in by_scene_seed]
+    assert training_set("--seed 5 --scene_seed 6").annotations != by_seed.annotations
+
+
 def test_scenes_have_isaids_classes():
     assert synthetic.CATEGORIES == isaid_prepare.CATEGORIES
 
