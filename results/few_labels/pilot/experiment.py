@@ -1,4 +1,4 @@
-"""The pilot of `few_labels`: which rates, how many images, which task for Deformable DETR?
+"""The pilot of `few_labels`: which learning rates, how many images, which task for the further rows?
 
     python reproduce.py few_labels/pilot --seeds 100 101 --jobs 2
 
@@ -13,7 +13,6 @@ FORM += " --lr_schedule cosine --amp no"
 
 cnn = start_from("backbone", "backbone")
 detr = f"--model detr --dilation --no-aux_loss {FORM} {cnn}"
-deformable_detr = f"--model deformable_detr {FORM} {cnn}"
 pretrain = "--setting pretrain --ssl_on image --ssl_patch 16"
 pretrain += " --limit_train 5000 --epochs 4 --eval_every 4"
 labels_300 = "--limit_train 300 --epochs 30 --eval_every 5"
@@ -21,6 +20,7 @@ labels_300 = "--limit_train 300 --epochs 30 --eval_every 5"
 rows = {
     "backbone": "--image_size 64 --num_queries 6 --limit_train 1000 --epochs 6 --eval_every 6"
     " --lr_schedule cosine --amp no --scene_seed 777",
+    "detr-scratch-100": f"{detr} --limit_train 100 --epochs 90 --eval_every 15 --lr 5e-4",
     "detr-scratch-300": f"{detr} {labels_300} --lr 5e-4",
     "detr-scratch-300-fast": f"{detr} {labels_300} --lr 1e-3",
     "detr-scratch-300-long": f"{detr} --limit_train 300 --epochs 97 --eval_every 16 --lr 5e-4",
@@ -34,13 +34,3 @@ for task, rate in rates:
     rows[f"detr-pretrain-{name}"] = f"{detr} {pretrain} --ssl_task {task} --lr {rate}"
     encoder = start_from(f"detr-pretrain-{name}", "encoder")
     rows[f"detr-after-{name}-300"] = f"{detr} {encoder} {labels_300} --lr 5e-4"
-
-# Deformable DETR from scratch, and after two of the tasks.
-rows["deformable_detr-scratch-300"] = f"{deformable_detr} {labels_300} --lr 5e-4"
-for task in ("jigsaw-discrete", "mim-discrete"):
-    name = f"deformable_detr-pretrain-{task}"
-    rows[name] = f"{deformable_detr} {pretrain} --ssl_task {task} --lr 5e-4"
-    encoder = start_from(name, "encoder")
-    rows[f"deformable_detr-after-{task}-300"] = (
-        f"{deformable_detr} {encoder} {labels_300} --lr 5e-4"
-    )
