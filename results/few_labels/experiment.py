@@ -24,7 +24,8 @@ within a family and a measure.
     unlabeled        pretraining on fewer or more different scenes, or for a quarter of the passes,
                      against 5,000 scenes; 1,000 labels
 
-The interactions ask whether a gain is larger with 100 labels than with 1,000.
+The interactions ask whether a gain is larger with 100 labels than with 1,000. Processors round sums
+differently, so all rows of a seed are from one kind of processor.
 """
 
 from util.experiments import start_from
@@ -55,7 +56,7 @@ def unlabeled(number, epochs):
 # ---------------------------------------------------------------- rows
 rows = {
     "backbone": "--image_size 64 --num_queries 6 --limit_train 1000 --epochs 6 --eval_every 6"
-    " --lr_schedule cosine --amp no --scene_seed 777",
+    " --lr_schedule cosine --amp no --scene_seed 777"
 }
 comparisons = []
 interactions = []

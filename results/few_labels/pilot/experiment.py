@@ -1,8 +1,9 @@
-"""The pilot of `few_labels`: which learning rates, how many images, which task for the further rows?
+"""The pilot of `few_labels`: which learning rates, how many images, which task?
 
     python reproduce.py few_labels/pilot --seeds 100 101 --jobs 2
 
-Its seeds are used nowhere else. Its results are not part of any comparison.
+Its seeds are used nowhere else. Its results are not part of any comparison. They chose 5e-4 for
+every rate, 9,000 images for detection, and `jigsaw-discrete` for the rows with one task only.
 """
 
 from util.experiments import start_from
