@@ -107,6 +107,34 @@ def test_a_family_is_what_was_declared():
     assert holm == f"{3 * 2 / 64:.3f}"
 
 
+def test_comparisons_of_ap50():
+    """It is compared like AP, and corrected for itself."""
+    rng = np.random.default_rng(2)
+    values = {row: rng.uniform(size=(6, 2, 2)) for row in ("after", "scratch")}
+    results = {}
+    for row, of_row in values.items():
+        results[row] = {}
+        for seed, of_run in enumerate(of_row):
+            log = []
+            for epoch, (ap, ap50) in enumerate(of_run, 1):
+                log.append({"epoch": epoch, "ap": ap, "ap50": ap50})
+            results[row][seed] = {"log": log}
+    comparisons = [("few", "after", "scratch"), ("few", "not run", "scratch")]
+    made = tables.compare(results, comparisons, ["ap", "ap50"])
+    measures = ["last epoch", "mean of the epochs", "AP50, last epoch", "AP50, mean of the epochs"]
+    assert [comparison.measure for comparison in made] == measures
+    difference = 100 * (values["after"] - values["scratch"])  # (seeds, epochs, metrics)
+    expected = [difference[:, 1, 0], difference[:, :, 0].mean(1)]
+    expected += [difference[:, 1, 1], difference[:, :, 1].mean(1)]
+    for comparison, by_seed in zip(made, expected):
+        assert comparison.difference.mean == pytest.approx(by_seed.mean())
+        assert comparison.corrected_p == min(1, 2 * comparison.difference.p)
+    gains = [("few", ("after", "scratch"), ("scratch", "scratch"))]
+    interaction = tables.compare_gains(results, gains, ["ap50"])[0]
+    assert interaction.measure == "AP50, last epoch"
+    assert interaction.difference.mean == pytest.approx(expected[2].mean())
+
+
 def test_goals():
     """AP50 over all seeds, time over those that both rows have run without interruption."""
     now = {}
@@ -155,6 +183,7 @@ def test_interactions():
 def experiment_of(rows, **names):
     """An Experiment of these rows, {name: flags}."""
     empty = {"comparisons": [], "goals": [], "authors": {}, "interactions": [], "costs": []}
+    empty["metrics"] = ["ap"]
     return Experiment(path=None, rows=rows, program=["train.py"], **{**empty, **names})
 
 

@@ -6,6 +6,7 @@ The file defines these names; only `rows` is required:
     comparisons  [(family, row, baseline)]: differences of AP; Holm's correction is per family
     interactions [(family, (row, baseline), (row, baseline))]: the first gain minus the second
     costs        [(row, baseline)]: seconds of training, with those of the rows they start from
+    metrics      what is compared: "ap" (the default), "ap50", … as in log.jsonl
     goals        [(row, baseline, AP50 in %)]: what a row has to reach; its time is shown as a
                  share of the baseline's
     authors      {name: {epoch: AP in %}}: curves of the paper's authors, shown next to ours
@@ -33,6 +34,7 @@ class Experiment:
     program: list
     interactions: list
     costs: list
+    metrics: list
 
     def all_starts(self, row):
         """Return the set of rows that a row starts from, directly or through others."""
@@ -57,6 +59,7 @@ def load_experiment(path):
         program=names.get("program", ["train.py"]),
         interactions=names.get("interactions", []),
         costs=names.get("costs", []),
+        metrics=names.get("metrics", ["ap"]),
     )
 
 

@@ -77,14 +77,14 @@ def percent(ap):
     return 100 * ap
 
 
-def ap_by_epoch(result):
+def ap_by_epoch(result, metric="ap"):
     """Return {epoch: AP in %} of a result."""
-    return {line["epoch"]: percent(line["ap"]) for line in result["log"] if "ap" in line}
+    return {line["epoch"]: percent(line[metric]) for line in result["log"] if metric in line}
 
 
-def ap_curves(results):
+def ap_curves(results, metric="ap"):
     """Return the epochs at which all of these runs were evaluated, and AP in % (runs, epochs)."""
-    logs = [ap_by_epoch(result) for result in results]
+    logs = [ap_by_epoch(result, metric) for result in results]
     epochs = set(logs[0])
     for log in logs:
         epochs &= set(log)
@@ -102,26 +102,27 @@ class Comparison:
 
     family: str
     label: str
-    measure: str  # LAST_EPOCH or MEAN_OF_EPOCHS
+    measure: str  # LAST_EPOCH, MEAN_OF_EPOCHS or, of AP50, "AP50, " and one of them
     difference: PairedDifference
     num_seeds: int
     corrected_p: float = None  # by Holm's method, within the family and the measure
 
 
-def compare(results, comparisons):
+def compare(results, comparisons, metrics=("ap",)):
     """Return a list of Comparison, those that at least two seeds of both rows were run for.
 
     Each is made for the AP after the last epoch and, if both rows were evaluated after the same
     epochs, for its mean over these.
 
     comparisons: [(family, row, baseline)]
+    metrics:     "ap", "ap50" or others of the log
     """
     made = []
     for family, row, baseline in comparisons:
         seeds = common_seeds(results, [row, baseline])
         if len(seeds) < 2:
             continue
-        gains = gains_by_measure(results, row, baseline, seeds)
+        gains = gains_by_measure(results, row, baseline, seeds, metrics)
         for measure, (row_ap, baseline_ap) in gains.items():
             difference = paired_difference(row_ap, baseline_ap)
             label = f"{row} - {baseline}"
@@ -131,18 +132,19 @@ def compare(results, comparisons):
     return made
 
 
-def compare_gains(results, interactions):
+def compare_gains(results, interactions, metrics=("ap",)):
     """Return a list of Comparison: one gain over a baseline minus another (an interaction).
 
     interactions: [(family, (row, baseline), (other row, its baseline))]
+    metrics:      "ap", "ap50" or others of the log
     """
     made = []
     for family, pair, other_pair in interactions:
         seeds = common_seeds(results, [*pair, *other_pair])
         if len(seeds) < 2:
             continue
-        gains = gains_by_measure(results, *pair, seeds)
-        other_gains = gains_by_measure(results, *other_pair, seeds)
+        gains = gains_by_measure(results, *pair, seeds, metrics)
+        other_gains = gains_by_measure(results, *other_pair, seeds, metrics)
         for measure in gains:
             if measure not in other_gains:
                 continue
@@ -164,15 +166,20 @@ def common_seeds(results, rows):
     return sorted(seeds)
 
 
-def gains_by_measure(results, row, baseline, seeds):
+def gains_by_measure(results, row, baseline, seeds, metrics):
     """Return {measure: (AP of the row, AP of its baseline)}, arrays (seeds,) in points."""
     row_runs = [results[row][seed] for seed in seeds]
     baseline_runs = [results[baseline][seed] for seed in seeds]
-    row_epochs, row_ap = ap_curves(row_runs)  # (seeds, epochs)
-    baseline_epochs, baseline_ap = ap_curves(baseline_runs)
-    gains = {LAST_EPOCH: (row_ap[:, -1], baseline_ap[:, -1])}
-    if row_epochs == baseline_epochs:
-        gains[MEAN_OF_EPOCHS] = (row_ap.mean(1), baseline_ap.mean(1))
+    gains = {}
+    for metric in metrics:
+        prefix = ""
+        if metric != "ap":
+            prefix = f"{metric.upper()}, "
+        row_epochs, row_ap = ap_curves(row_runs, metric)  # (seeds, epochs)
+        baseline_epochs, baseline_ap = ap_curves(baseline_runs, metric)
+        gains[prefix + LAST_EPOCH] = (row_ap[:, -1], baseline_ap[:, -1])
+        if row_epochs == baseline_epochs:
+            gains[prefix + MEAN_OF_EPOCHS] = (row_ap.mean(1), baseline_ap.mean(1))
     return gains
 
 
@@ -201,8 +208,10 @@ def make_tables(results, experiment):
     lines = []
     if detection:
         lines += [*detection, ""]
-        lines += comparison_table(compare(results, experiment.comparisons), "comparison")
-        lines += comparison_table(compare_gains(results, experiment.interactions), "interaction")
+        made = compare(results, experiment.comparisons, experiment.metrics)
+        lines += comparison_table(made, "comparison")
+        made = compare_gains(results, experiment.interactions, experiment.metrics)
+        lines += comparison_table(made, "interaction")
         lines += goal_table(results, experiment.goals)
         lines += cost_table(results, experiment)
     lines += task_table(results)
