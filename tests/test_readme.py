@@ -253,8 +253,8 @@ def test_the_speed_run_is_that_of_its_results():
     experiment = reproduce.find_experiment("speedrun")
     results = reproduce.read_results([ROOT / "results/speedrun"], experiment)
     unseen_seeds = {seed: results["now"][seed] for seed in range(5, 10)}
-    table = reproduce.goal_table(results, experiment.goals)
-    unseen_table = reproduce.goal_table({**results, "now": unseen_seeds}, experiment.goals)
+    table = goal_table(results, experiment.goals)
+    unseen_table = goal_table({**results, "now": unseen_seeds}, experiment.goals)
     assert len(table) == len(unseen_table) == 5
     for i, row in ((2, "cosine"), (3, "now")):
         _, ap50, _, _, minutes, _, share = table[i].strip("| ").split(" | ")
