@@ -14,6 +14,7 @@ import ssl_tasks
 import train
 from eval import parse as eval_parse
 from tools import attention, compare, predict
+from util.tables import goal_table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
