@@ -17,6 +17,16 @@ from torch import Tensor, nn
 from . import cpu, cuda
 from .reference import ms_deform_attn_reference
 
+__version__ = "1.0.0"
+__all__ = [
+    "BACKENDS",
+    "MSDeformAttn",
+    "choose_backend",
+    "ms_deform_attn",
+    "ms_deform_attn_reference",
+    "set_attention_backend",
+    "use_in_transformers",
+]
 KERNELS = {"cpu": cpu, "cuda": cuda}  # by the type of device that they run on
 BACKENDS = ("auto", "cpu", "cuda", "torch")
 
@@ -34,7 +44,7 @@ def _build_kernel(device_type):
         return False, str(error)
 
 
-def choose_backend(device, wanted="auto"):
+def choose_backend(device: torch.device | str, wanted: str = "auto") -> tuple[str, str]:
     """Choose what computes the operator on a device.
 
     device: torch device or its name
@@ -62,7 +72,9 @@ def choose_backend(device, wanted="auto"):
     return "torch", f"slower pure-PyTorch reference (no {device_type} kernel: {description})"
 
 
-def set_attention_backend(model, device, wanted="auto"):
+def set_attention_backend(
+    model: nn.Module, device: torch.device | str, wanted: str = "auto"
+) -> str:
     """Choose the backend of all deformable attention in a model; see `choose_backend`.
 
     Returns "name: reason", or "" for a model without deformable attention.
@@ -91,7 +103,13 @@ def _resolve_backend(device_type, wanted):
 
 
 # ---------------------------------------------------------------- the operator
-def ms_deform_attn(value, spatial_shapes, locations, weights, backend="auto"):
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: list[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    backend: str = "auto",
+) -> Tensor:
     """Sum bilinear samples of the value maps, each times its weight, over levels and points.
 
     value:          (B, S, M, D)        the maps of all levels, flattened: fp64, fp32, fp16, bf16
@@ -225,7 +243,7 @@ class MSDeformAttn(nn.Module):
 
     backend = "auto"  # of ms_deform_attn; set_attention_backend sets it for each module of a model
 
-    def __init__(self, hidden_dim, n_levels, n_heads, n_points):
+    def __init__(self, hidden_dim: int, n_levels: int, n_heads: int, n_points: int):
         super().__init__()
         self.n_levels = n_levels
         self.n_heads = n_heads
@@ -252,7 +270,14 @@ class MSDeformAttn(nn.Module):
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.flatten())
 
-    def forward(self, query, reference, source, spatial_shapes, padding):
+    def forward(
+        self,
+        query: Tensor,
+        reference: Tensor,
+        source: Tensor,
+        spatial_shapes: list[tuple[int, int]],
+        padding: Tensor,
+    ) -> Tensor:
         """Let queries attend to a few points of the maps.
 
         query:          (B, Q, C)
@@ -268,7 +293,9 @@ class MSDeformAttn(nn.Module):
         attended = ms_deform_attn(value, spatial_shapes, locations, weights, self.backend)
         return self.output_proj(attended)
 
-    def sample(self, query, reference, spatial_shapes):
+    def sample(
+        self, query: Tensor, reference: Tensor, spatial_shapes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
         """Compute where each query looks, and with which weights.
 
         query:     (B, Q, C)
@@ -292,3 +319,6 @@ class MSDeformAttn(nn.Module):
             box_size = reference[:, :, None, :, None, 2:]  # (B, Q, 1, L, 1, 2)
             offsets = offsets * (box_size * (0.5 / P))
         return center + offsets, weights
+
+
+from .in_transformers import use_in_transformers  # noqa: E402, it needs the above
