@@ -25,9 +25,7 @@ from pathlib import Path
 
 import torch
 
-from util import distributed
-
-from . import MSDeformAttn, choose_backend, cuda, ms_deform_attn
+from . import MSDeformAttn, choose_backend, cpu, cuda, ms_deform_attn
 from .reference import ms_deform_attn_reference
 
 SMALL = [(64, 64), (32, 32), (16, 16), (8, 8)]
@@ -284,7 +282,7 @@ def main():
     else:
         device_name = "CPU"
         dtype_names = ["fp32"]
-        distributed.keep_freed_memory()
+        cpu.keep_freed_memory()
     backend_name, reason = choose_backend(args.device)
     print(
         f"{device_name}, {torch.get_num_threads()} threads, torch {torch.__version__}; "

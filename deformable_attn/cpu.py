@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -225,3 +226,18 @@ def backward(grad_out, value, sizes, locations, weights):
     results = [grad_value, grad_locations, grad_weights]
     call("backward", sizes, real_value, locations, inputs + results)
     return grad_value.to(value.dtype), grad_locations, grad_weights
+
+
+# ---------------------------------------------------------------- memory
+def keep_freed_memory():
+    """Tell glibc to keep freed memory instead of returning it to the system.
+
+    By default every large activation is requested again, page by page, which took a fifth of a
+    training step of Deformable DETR on a CPU with images of 512 pixels.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # the numbers of the options are those of malloc.h
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing is allocated outside the heap …
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: … and nothing of the heap is returned

@@ -13,9 +13,12 @@ per level, H x W size of a level, S = sum of H * W over all levels.
 """
 
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def ms_deform_attn_reference(value, spatial_shapes, locations, weights):
+def ms_deform_attn_reference(
+    value: Tensor, spatial_shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
     """Sum bilinear samples of the value maps, each times its weight, over levels and points.
 
     value:          (B, S, M, D)        the maps of all levels, each flattened row by row

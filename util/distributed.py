@@ -1,13 +1,14 @@
 """Several processes, as torchrun starts them. With a single process every function is trivial."""
 
 import atexit
-import ctypes
 import os
 import sys
 import time
 
 import torch
 import torch.distributed as dist
+
+from deformable_attn.cpu import keep_freed_memory
 
 
 def init(device):
@@ -145,17 +146,3 @@ def broadcast_buffers(module):
     if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
-
-
-def keep_freed_memory():
-    """Tell glibc to keep freed memory instead of returning it to the system.
-
-    By default every large activation is requested again, page by page, which took a fifth of a
-    training step of Deformable DETR on a CPU with images of 512 pixels.
-    """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # the numbers of the options are those of malloc.h
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing is allocated outside the heap …
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: … and nothing of the heap is returned
