@@ -2,7 +2,9 @@
 // Compiled at first use by NVRTC, without any header. cuda.py defines these macros:
 //   DTYPE    of value and out: 0 float, 1 half, 2 bfloat16, 3 double; all else is float or double
 //   D        channels per head
-//   WIDTH    channels that a thread loads at once, up to 16 bytes
+//   BACKWARD which function is compiled: 0 forward, 1 backward; their layouts of threads may differ
+//   WIDTH    channels that a thread loads at once, up to 16 bytes of value or, in the backward
+//            pass, of the fp32 or fp64 gradient that is added to memory
 //   LANES    threads that share one head of one query, a power of two up to 32
 //   THREADS  per block
 //   TILE     neighboring queries that are handled together, head by head
@@ -148,6 +150,7 @@ __device__ void write_gradients(const Place& at, Real weight, Four d, long long 
 }
 
 // order (Q,): the indices of the queries, neighbors together, or null for the order they come in.
+#if !BACKWARD
 extern "C" __global__ void __launch_bounds__(THREADS)
     forward(const Sizes z, const int* __restrict__ order, const Stored* __restrict__ value,
             const Real* __restrict__ locations, const Real* __restrict__ weights,
@@ -183,6 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
 }
 
+#else
 // grad_value must be zero at the start.
 extern "C" __global__ void __launch_bounds__(THREADS, 8)
     backward(const Sizes z, const int* __restrict__ order, const Stored* __restrict__ grad_out,
@@ -234,3 +238,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8)
     }
   }
 }
+#endif

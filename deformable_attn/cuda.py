@@ -13,6 +13,7 @@ import torch
 
 SOURCE = Path(__file__).with_name("cuda.cu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]  # as DTYPE counts in cuda.cu
+FUNCTIONS = ("forward", "backward")
 THREADS = 128  # per block
 TILE = 64  # neighboring queries that are worked on together, head by head
 MAX_LEVELS = 16
@@ -81,13 +82,20 @@ def c_array(kind, values):
 
 
 # ---------------------------------------------------------------- compile
-def thread_layout(dtype, channels):
+def thread_layout(dtype, channels, function):
     """Choose how threads share the channels of a head.
 
+    function: "forward" or "backward"
     Returns (width, lanes): the channels that a thread loads at once, 16 bytes of them or one, and
     the number of threads per head of a query, a power of two up to 32.
+
+    The backward pass adds to a gradient in fp32 (fp64), also for a value in 16 bits. A thread with
+    eight channels would add them as two vectors of 16 bytes, and each addition of neighboring
+    threads would touch every other 16 bytes of memory. With four channels they touch all of them.
     """
     width = 16 // dtype.itemsize
+    if function == "backward":
+        width = min(width, 4)
     if channels % width != 0:
         width = 1
     lanes = 1
@@ -96,10 +104,12 @@ def thread_layout(dtype, channels):
     return width, lanes
 
 
-def compile_defines(dtype, channels):
+def compile_defines(dtype, channels, function):
     """Return the macros of cuda.cu as the compiler's options."""
-    width, lanes = thread_layout(dtype, channels)
+    width, lanes = thread_layout(dtype, channels, function)
+    is_backward = int(function == "backward")
     return [
+        f"-DBACKWARD={is_backward}",
         f"-DDTYPE={DTYPES.index(dtype)}",
         f"-DD={channels}",
         f"-DWIDTH={width}",
@@ -110,15 +120,16 @@ def compile_defines(dtype, channels):
     ]
 
 
-def compile_kernel(arch, dtype, channels):
-    """Compile cuda.cu; this needs no GPU.
+def compile_kernel(arch, dtype, channels, function):
+    """Compile a function of cuda.cu; this needs no GPU.
 
     arch:     of the GPU, "sm_90" for example
     channels: per head
+    function: "forward" or "backward"
     Returns (the binary, the assembler's report). Raises RuntimeError with the compiler's messages.
     """
     options = [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v"]
-    options += compile_defines(dtype, channels)
+    options += compile_defines(dtype, channels, function)
     c_options = c_array(ctypes.c_char_p, [option.encode() for option in options])
     source = SOURCE.read_bytes()
     program = Pointer()
@@ -138,16 +149,16 @@ def compile_kernel(arch, dtype, channels):
 def functions(device_index, dtype, channels):
     """Compile and load the kernel for a GPU. Returns its functions by name."""
     major, minor = torch.cuda.get_device_capability(device_index)
-    binary, _ = compile_kernel(f"sm_{major}{minor}", dtype, channels)
-    module = Pointer()
-    forward_function = Pointer()
-    backward_function = Pointer()
-    with torch.cuda.device(device_index):
-        torch.cuda.current_stream()  # makes the device's context, should nothing have run on it
-        call(driver(), "cuModuleLoadData", ctypes.byref(module), binary)
-    call(driver(), "cuModuleGetFunction", ctypes.byref(forward_function), module, b"forward")
-    call(driver(), "cuModuleGetFunction", ctypes.byref(backward_function), module, b"backward")
-    return {"forward": forward_function, "backward": backward_function}
+    loaded = {}
+    for name in FUNCTIONS:
+        binary, _ = compile_kernel(f"sm_{major}{minor}", dtype, channels, name)
+        module = Pointer()
+        loaded[name] = Pointer()
+        with torch.cuda.device(device_index):
+            torch.cuda.current_stream()  # makes the device's context, should nothing have run on it
+            call(driver(), "cuModuleLoadData", ctypes.byref(module), binary)
+        call(driver(), "cuModuleGetFunction", ctypes.byref(loaded[name]), module, name.encode())
+    return loaded
 
 
 def description():
@@ -225,7 +236,7 @@ def launch(name, sizes, value, locations, inputs, results):
     addresses = c_array(Pointer, [ctypes.addressof(argument) for argument in arguments])
 
     # `lanes` threads for every query of every tile and every head; the last tile may not be full
-    _, lanes = thread_layout(value.dtype, D)
+    _, lanes = thread_layout(value.dtype, D, name)
     tiles = (Q + TILE - 1) // TILE
     threads = B * tiles * TILE * M * lanes
     blocks = (threads + THREADS - 1) // THREADS

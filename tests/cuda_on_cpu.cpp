@@ -82,13 +82,16 @@ template <typename F> void run_blocks(unsigned blocks, unsigned count, F kernel)
 #include KERNEL
 
 // arguments: as cuLaunchKernel takes them.
-extern "C" void launch(int which, unsigned blocks, unsigned count, void** arguments) {
+extern "C" void launch(unsigned blocks, unsigned count, void** arguments) {
   const Sizes& z = *static_cast<Sizes*>(arguments[0]);
   const auto order = *static_cast<const int**>(arguments[1]);
   const auto stored = [&](int i) { return *static_cast<Stored**>(arguments[i]); };
   const auto real = [&](int i) { return *static_cast<Real**>(arguments[i]); };
   run_blocks(blocks, count, [&] {
-    if (which == 0) forward(z, order, stored(2), real(3), real(4), stored(5));
-    else backward(z, order, stored(2), stored(3), real(4), real(5), real(6), real(7), real(8));
+#if BACKWARD
+    backward(z, order, stored(2), stored(3), real(4), real(5), real(6), real(7), real(8));
+#else
+    forward(z, order, stored(2), real(3), real(4), stored(5));
+#endif
   });
 }

@@ -425,13 +425,31 @@ def test_cuda_kernel_compiles(arch, dtype):
     cuda.call(cuda.nvrtc(), "nvrtcGetSupportedArchs", known)
     if int(arch.removeprefix("sm_")) not in known:
         pytest.skip(f"this NVRTC does not know {arch}")
-    binary, log = cuda.compile_kernel(arch, dtype, 32)
-    assert binary[:4] == b"\x7fELF"
-    pattern = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-    assert re.findall(pattern, log) == [("0", "0", "0"), ("0", "0", "0")]  # forward, backward
-    if dtype == torch.float32:
-        for D in CHANNELS:
-            cuda.compile_kernel(arch, dtype, D)
+    for function in cuda.FUNCTIONS:
+        binary, log = cuda.compile_kernel(arch, dtype, 32, function)
+        assert binary[:4] == b"\x7fELF"
+        pattern = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        assert re.findall(pattern, log) == [("0", "0", "0")]
+        if dtype == torch.float32:
+            for D in CHANNELS:
+                cuda.compile_kernel(arch, dtype, D, function)
+
+
+def test_layout_of_threads():
+    """A thread loads 16 bytes of value, and adds at most 16 bytes of an fp32 gradient."""
+    for dtype in cuda.DTYPES:
+        for D in (1, 8, 32, 71, 1025):
+            forward_width, lanes = cuda.thread_layout(dtype, D, "forward")
+            backward_width, backward_lanes = cuda.thread_layout(dtype, D, "backward")
+            assert forward_width * dtype.itemsize <= 16
+            assert backward_width * max(4, dtype.itemsize) <= 16
+            assert D % forward_width == D % backward_width == 0
+            assert lanes * forward_width <= backward_lanes * backward_width * 2
+    assert cuda.thread_layout(torch.bfloat16, 32, "forward") == (8, 4)
+    assert cuda.thread_layout(torch.bfloat16, 32, "backward") == (4, 8)
+    assert cuda.thread_layout(torch.float32, 32, "backward") == (4, 8)
+    assert cuda.thread_layout(torch.float64, 32, "backward") == (2, 16)
+    assert cuda.thread_layout(torch.float32, 71, "backward") == (1, 32)
 
 
 NVRTC_PLACES = [  # CUDA version of torch, system, file in the folder of packages
@@ -470,7 +488,7 @@ torch.version.cuda = sys.argv[2]
 torch.float32.itemsize = 4
 sys.modules["torch"] = torch
 names = runpy.run_path(sys.argv[3])
-binary, _ = names["compile_kernel"]("sm_80", torch.float32, 32)
+binary, _ = names["compile_kernel"]("sm_80", torch.float32, 32, "forward")
 print(binary[:4])
 """
 
@@ -486,7 +504,7 @@ def test_cuda_kernel_compiles_where_nothing_has_loaded_nvrtc():
 @needs_nvrtc
 def test_cuda_kernel_that_does_not_compile():
     with pytest.raises(RuntimeError, match="compiling cuda.cu for sm_1 failed:"):
-        cuda.compile_kernel("sm_1", torch.float32, 32)
+        cuda.compile_kernel("sm_1", torch.float32, 32, "forward")
 
 
 def bench(*flags):
@@ -528,16 +546,15 @@ def cuda_on_cpu(tmp_path, monkeypatch):
 
     @functools.cache
     def functions(device_index, dtype, channels):
-        built = tmp_path / f"{dtype}-{channels}.so"
-        flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC"]
-        flags += cuda.compile_defines(dtype, channels)
-        flags += [f'-DKERNEL="{cuda.SOURCE}"', str(HARNESS), "-o", str(built)]
-        subprocess.run(cpu.compilers()[0] + flags, check=True)
-        harness = ctypes.CDLL(str(built))
-        return {
-            "forward": functools.partial(harness.launch, 0),
-            "backward": functools.partial(harness.launch, 1),
-        }
+        launchers = {}
+        for name in cuda.FUNCTIONS:
+            built = tmp_path / f"{name}-{dtype}-{channels}.so"
+            flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC"]
+            flags += cuda.compile_defines(dtype, channels, name)
+            flags += [f'-DKERNEL="{cuda.SOURCE}"', str(HARNESS), "-o", str(built)]
+            subprocess.run(cpu.compilers()[0] + flags, check=True)
+            launchers[name] = ctypes.CDLL(str(built)).launch
+        return launchers
 
     def launch(function, blocks, _1, _2, threads, _3, _4, _5, stream, arguments, _6):
         function(blocks, threads, arguments)
@@ -547,6 +564,7 @@ def cuda_on_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     monkeypatch.setitem(deformable_attn.KERNELS, "cpu", cuda)
+    monkeypatch.setattr(deformable_attn, "_build_kernel", lambda device_type: (True, "emulated"))
 
 
 @needs_compiler
