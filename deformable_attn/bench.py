@@ -280,7 +280,7 @@ def main():
         # stream of its forward pass
         torch.cuda.set_stream(torch.cuda.Stream())
     else:
-        device_name = "CPU"
+        device_name = cpu.processor()
         dtype_names = ["fp32"]
         cpu.keep_freed_memory()
     backend_name, reason = choose_backend(args.device)

@@ -5,6 +5,8 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -228,7 +230,31 @@ def backward(grad_out, value, sizes, locations, weights):
     return grad_value.to(value.dtype), grad_locations, grad_weights
 
 
-# ---------------------------------------------------------------- memory
+# ---------------------------------------------------------------- the machine
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")  # widest vectors last
+
+
+def processor():
+    """Return this processor's name, vector instructions and caches, as far as Linux knows them."""
+    info = Path("/proc/cpuinfo")
+    text = ""
+    if info.exists():
+        text = info.read_text()
+    name = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
+    parts = [platform.machine()]
+    if name:
+        parts = [name[1]]
+    flags = re.search(r"^(?:flags|Features)\s*: (.*)", text, re.MULTILINE)
+    if flags:
+        parts += [x for x in INSTRUCTIONS if x in flags[1].split()]
+    for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level = (cache / "level").read_text().strip()
+        size = (cache / "size").read_text().strip()
+        if (cache / "type").read_text().strip() != "Instruction":
+            parts.append(f"L{level} {size}")
+    return ", ".join(parts)
+
+
 def keep_freed_memory():
     """Tell glibc to keep freed memory instead of returning it to the system.
 

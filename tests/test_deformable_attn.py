@@ -507,6 +507,16 @@ def test_cuda_kernel_that_does_not_compile():
         cuda.compile_kernel("sm_1", torch.float32, 32, "forward")
 
 
+def test_the_processor_is_named():
+    """By its model name, if the system knows it, and with the instructions that torch reports."""
+    described = cpu.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists() and "model name" in info.read_text():
+        assert described.split(",")[0] in info.read_text()
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert ("avx512f" in described) == (capability == "AVX512")
+
+
 def bench(*flags):
     """Return the lines that `python -m deformable_attn.bench` prints."""
     command = [sys.executable, "-m", "deformable_attn.bench", *flags]
