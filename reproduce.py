@@ -6,7 +6,8 @@
 
 An experiment is a folder in results/ with a file experiment.py, which names the rows (each is a
 set of flags of train.py) and the comparisons; util/experiments.py describes its format. Published
-results are next to it. Your own runs and results are written to runs/EXPERIMENT or --out.
+results are next to it. Your own runs and results are written to runs/EXPERIMENT or --out, with
+table.md, forest.png (the differences and their intervals) and curves.png.
 
 A row is run only if it has no result yet, and an interrupted run is resumed. Delete a result to
 repeat it.
