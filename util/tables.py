@@ -409,34 +409,57 @@ def training_seconds(results, rows, seeds):
 def draw_forest(path, made):
     """Draw the differences of AP after the last epoch with their intervals, one line each.
 
-    A marker is filled where the difference is significant.
+    A marker is filled where the difference is significant. Each family has a heading.
 
     made: list of Comparison
     """
-    shown = [comparison for comparison in made if comparison.measure == LAST_EPOCH]
-    if not shown:
+    families = {}
+    for comparison in made:
+        if comparison.measure == LAST_EPOCH:
+            families.setdefault(comparison.family, []).append(comparison)
+    if not families:
         return
-    families = list(dict.fromkeys(comparison.family for comparison in shown))
-    shown.sort(key=lambda comparison: families.index(comparison.family))  # keeps ties in order
-    figure = plots.Figure(figsize=(8, 0.8 + 0.22 * len(shown)), layout="constrained")
+    labels = []  # of the lines, from the top
+    drawn = {}  # {line: (color, Comparison)}
+    for number, (family, members) in enumerate(families.items()):
+        heading, member_labels = forest_labels(family, members)
+        labels.append(heading)
+        for label, comparison in zip(member_labels, members):
+            drawn[len(labels)] = (f"C{number % 10}", comparison)
+            labels.append(label)
+    figure = plots.Figure(figsize=(7.5, 0.8 + 0.2 * len(labels)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color="grey", linewidth=0.8)
-    for y, comparison in enumerate(shown):
+    for y, (color, comparison) in drawn.items():
         paired = comparison.difference
-        color = f"C{families.index(comparison.family) % 10}"
         fill = "white"
         if comparison.corrected_p < SIGNIFICANT:
             fill = color
         axes.plot([paired.low, paired.high], [y, y], color=color)
         axes.plot(paired.mean, y, marker="o", color=color, markerfacecolor=fill)
-    labels = [f"{comparison.family}: {comparison.label}" for comparison in shown]
-    axes.set_yticks(range(len(shown)), labels, fontsize=7)
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    for y, text in enumerate(axes.get_yticklabels()):
+        if y not in drawn:
+            text.set_fontweight("bold")
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlabel("difference of AP (points)", fontsize=8)
     text = f"last epoch, 95 % intervals; filled: p < {SIGNIFICANT} after Holm's correction"
     figure.suptitle(text, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     plots.save_figure(path, figure)
+
+
+def forest_labels(family, members):
+    """Return the heading of a family, and the label of each of its comparisons.
+
+    A baseline that they all have in common stands in the heading alone.
+    """
+    baselines = {comparison.label.split(" - ")[1] for comparison in members}
+    if len(baselines) > 1:
+        return family, [comparison.label for comparison in members]
+    rows = [comparison.label.split(" - ")[0] for comparison in members]
+    return f"{family}: minus {baselines.pop()}", rows
 
 
 def draw_curves(path, results, comparisons):

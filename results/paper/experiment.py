@@ -3,7 +3,7 @@
     python reproduce.py paper --data DIR
 
 DIR holds the patches that python isaid.py prepare makes. The settings are those of the authors'
-code, with its bugs fixed (see RESULTS.md). The authors corrupt the image, not the feature maps.
+code, with its bugs fixed (docs/differences.md). The authors corrupt the image, not feature maps.
 
 Both detectors start from the official COCO models, which are downloaded. Of Deformable DETR, v0 is
 detection, v1 is multi-task learning with reconstruction.

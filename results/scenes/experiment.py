@@ -11,11 +11,11 @@ feature map; the encoder is random at the start of pretraining; the CNN comes fr
 DETR's losses, which are those of the last decoder layer only, and weight 0.1 next to those of
 Deformable DETR.
 
-Different from the authors' code: the bugs in their losses and masks are fixed (see RESULTS.md);
-the CNN is frozen (training it took four times as long); the learning rate rises and falls (one
-cycle); images are flipped; visual tokens come from k-means; pretraining uses no larger batches
-and no crops; Deformable DETR starts from the CNN alone and has the form of the demonstration
-(three feature levels, box refinement).
+Different from the authors' code: the bugs in their losses and masks are fixed
+(docs/differences.md); the CNN is frozen (training it took four times as long); the learning rate
+rises and falls (one cycle); images are flipped; visual tokens come from k-means; pretraining uses
+no larger batches and no crops; Deformable DETR starts from the CNN alone and has the form of the
+demonstration (three feature levels, box refinement).
 
 The comparisons were declared before anything was run. They are made for two measures, the AP
 after the last epoch and its mean over the evaluated epochs, paired by seed; each measure is

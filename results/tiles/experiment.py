@@ -4,7 +4,7 @@
 
 The images are patches of iSAID with 256 x 256 pixels, few of which hold more objects than the
 model has queries. The published results are from quarters of 512-pixel tiles, without those that
-hold no object (results/tiles/quarters.py; see RESULTS.md). From the raw images of iSAID, python
+hold no object (results/tiles/quarters.py and README.md). From the raw images of iSAID, python
 isaid.py prepare RAW DATA --patch 256 --overlap 0 makes such patches. DATA may also be any other
 dataset in a layout that isaid.py reads.
 
