@@ -96,6 +96,18 @@ def test_the_package_needs_nothing_of_the_project():
         assert others <= {"deformable_attn"}, path
 
 
+def test_the_snippets_of_its_readme_run(capsys):
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    use, replaced, transformers = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    names = {}
+    exec(use, names)
+    assert capsys.readouterr().out == "torch.Size([2, 5, 256])\n"
+    assert names["value"].grad is not None
+    exec(replaced, names)
+    assert names["MSDeformAttn"] is compat.MSDeformAttn
+    assert "deformable_attn.use_in_transformers()" in transformers
+
+
 def test_public_names_have_hints_and_docstrings():
     functions = [getattr(deformable_attn, name) for name in deformable_attn.__all__]
     functions += [deformable_attn.MSDeformAttn.forward, deformable_attn.MSDeformAttn.sample]

@@ -93,6 +93,39 @@ def test_the_summary_has_the_papers_claims_and_what_was_found():
             assert verdict in ("inconclusive", "see the next row", "**no**")
 
 
+README_CLAIMS = {  # beginning of a line of README.md's table: rows of `scenes`, baseline
+    "pretraining speeds up DETR": ("detr-after-.*", "detr-scratch"),
+    "multi-task learning speeds up DETR": ("detr-multitask-.*", "detr-scratch"),
+    "on feature maps": ("features-multitask-.*", "detr-scratch"),
+    "multi-task learning does not speed up Deformable DETR": (".*-v1", "deformable_detr-v0"),
+}
+
+
+@pytest.mark.parametrize("claim", README_CLAIMS)
+def test_readme_has_the_worst_and_the_best_task_of_each_claim(claim):
+    pattern, expected_baseline = README_CLAIMS[claim]
+    gains = []
+    for (row, baseline), measures in published_comparisons("scenes").items():
+        if re.fullmatch(pattern, row) and baseline == expected_baseline:
+            gain, _, holm_p = measures["last epoch"]
+            text = f"`{kind_and_task(row)[1]}`: {gain}"
+            gains.append((float(gain.split()[0]), text, row, holm_p))
+    gains.sort()
+    (line,) = [line for line in README.splitlines() if line.startswith(f"| {claim}")]
+    _, worst, best, verdict = line.strip("| ").split(" | ")
+    assert worst == gains[0][1]
+    if len(gains) > 1:
+        assert best == gains[-1][1]
+    again = published_comparisons("again").get((gains[-1][2], "detr-scratch"))
+    if again:  # repeated with other seeds
+        gain, _, holm_p = again["last epoch"]
+        assert float(holm_p) < 0.05
+        assert gain in verdict
+    elif len(gains) > 1:
+        assert verdict == "inconclusive"
+        assert float(gains[-1][3]) >= 0.05
+
+
 def test_gains_in_sentences_are_published():
     """Every "+1.3, +0.4 to +2.2, p 0.047" and "+3.1 points (+1.8 to +4.5, p 0.027)"."""
     published = set()
