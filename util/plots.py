@@ -1,5 +1,6 @@
 """Figures: detections, attention, self-supervised tasks and learning curves."""
 
+import collections
 import functools
 import math
 import sys
@@ -52,7 +53,7 @@ def class_color(label, num_classes):
 def class_text(category):
     """Return the name of a COCO category, or its id if the font may lack letters of the name."""
     if category["name"].isascii():
-        return category["name"]
+        return category["name"].replace("_", " ")
     return f"class {category['id']}"
 
 
@@ -69,6 +70,7 @@ def draw_boxes(image, entries, categories, side, colors=None):
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(11)
     label_of_id = {category["id"]: label for label, category in enumerate(categories)}
+    labels = []  # (text, color, box) of each entry
     for i, entry in enumerate(entries):
         label = label_of_id[entry["category_id"]]
         if colors is None:
@@ -77,15 +79,50 @@ def draw_boxes(image, entries, categories, side, colors=None):
             color = colors[i]
         x, y, width, height = np.multiply(entry["bbox"], scale).tolist()
         draw.rectangle((x, y, x + width, y + height), outline=color, width=2)
-
         text = class_text(categories[label])
         if "score" in entry:
             text += f" {entry['score']:.2f}"
-        rightmost = image.width - draw.textlength(text, font=font) - 2
-        text_x = max(0, min(x + 1, rightmost))  # inside the image
-        text_y = max(y - 13, 0)
-        draw_label(draw, draw.textbbox((text_x, text_y), text, font=font), text, font, color)
+        labels.append((text, color, (x, y, x + width, y + height)))
+    occupied = []  # by labels; the first ones choose first
+    for text, color, box in labels:
+        text_box = place_label(draw, text, font, box, image.size, occupied)
+        occupied.append(text_box)
+        draw_label(draw, text_box, text, font, color)
     return image
+
+
+def place_label(draw, text, font, box, image_size, occupied):
+    """Choose where the label of a box covers no other label, if there is such a place at the box.
+
+    box:        (left, top, right, bottom)
+    image_size: (width, height); labels stay inside
+    occupied:   [(left, top, right, bottom)] of other labels
+    Returns (left, top, right, bottom) of the text.
+    """
+    text_left, text_top, text_right, text_bottom = draw.textbbox((0, 0), text, font=font)
+    width = text_right - text_left + 2  # with the colored ground around it
+    height = text_bottom - text_top + 2
+    left, top, right, bottom = box
+    candidates = []
+    for y in (top - height, bottom, top + 1, bottom - height - 1):  # above, below, inside
+        for x in (left, right - width, (left + right - width) / 2):
+            candidates.append((x, y))
+    places = []
+    for x, y in candidates:
+        x = max(0, min(x, image_size[0] - width))
+        y = max(0, min(y, image_size[1] - height))
+        places.append((x + 1, y + 1, x + width - 1, y + height - 1))
+    for place in places:
+        if not any(boxes_overlap(place, other) for other in occupied):
+            return place
+    return places[0]
+
+
+def boxes_overlap(box, other):
+    """Return True if two boxes (left, top, right, bottom) overlap, or are closer than 2 pixels."""
+    lower_corner = np.minimum(box[2:], other[2:])
+    upper_corner = np.maximum(box[:2], other[:2])
+    return bool((lower_corner > upper_corner - 2).all())
 
 
 def draw_label(draw, text_box, text, font, color):
@@ -160,15 +197,54 @@ def greedy_match(detections, objects):
     return correct, found
 
 
+def best_f1_score(data, results, lowest=0.05):
+    """Return the score at which the detections of a dataset have the best F1 at an IoU of 0.5.
+
+    data:    a DetectionDataset
+    results: its COCO results
+    lowest:  detections with a lower score are not considered
+    F1 is the harmonic mean of precision and recall, over all classes together. Returns `lowest` if
+    no detection is correct.
+    """
+    objects_of = collections.defaultdict(list)
+    for annotation in data.annotations:
+        if not annotation["iscrowd"]:
+            objects_of[annotation["image_id"]].append(annotation)
+    detections_of = collections.defaultdict(list)
+    for result in sorted(results, key=lambda result: -result["score"]):
+        if result["score"] >= lowest:
+            detections_of[result["image_id"]].append(result)
+    scores = []
+    correct = []
+    for image_id, detections in detections_of.items():
+        scores += [detection["score"] for detection in detections]
+        correct += greedy_match(detections, objects_of[image_id])[0]
+    num_objects = sum(len(objects) for objects in objects_of.values())
+    if not any(correct):
+        return lowest
+    order = np.argsort(scores)[::-1]
+    scores = np.array(scores)[order]
+    num_correct = np.cumsum(np.array(correct)[order])
+    num_detections = np.arange(1, len(scores) + 1)
+    f1 = 2 * num_correct / (num_detections + num_objects)
+    return float(scores[f1.argmax()])
+
+
 @best_effort
-def draw_detections(path, data, results, n=6, score=0.3, side=320):
+def draw_detections(path, data, results, n=6, score=None, side=320):
     """Draw the ground truth of the first n images with objects and, below it, the detections.
 
     data:    a DetectionDataset
     results: its COCO results; of an image those of at least `score` are drawn, or the three best
              if there are none
+    score:   None: that with the best F1 on the dataset
     Found objects and correct detections are green; the others red.
     """
+    choice = ""
+    if score is None:
+        score = best_f1_score(data, results)
+        choice = ", the best F1"
+    score = math.floor(100 * score) / 100  # as it is printed
     shown_images = [i for i, labels in enumerate(data.labels) if len(labels) > 0]
     if not shown_images:
         shown_images = list(range(len(data)))
@@ -193,8 +269,8 @@ def draw_detections(path, data, results, n=6, score=0.3, side=320):
         truth_row.append(draw_boxes(image, objects, data.categories, side, green_or_red(found)))
         detection_row.append(draw_boxes(image, shown, data.categories, side, green_or_red(correct)))
     rows = {
-        f"ground truth; red: missed (score >= {score}, IoU >= 0.5)": truth_row,
-        f"detections (score >= {score}, else the three best); "
+        f"ground truth; red: missed (score >= {score:.2f}{choice}; IoU >= 0.5)": truth_row,
+        f"detections (score >= {score:.2f}, else the three best); "
         "red: false positive or duplicate": detection_row,
     }
     save_rows(path, rows, side, side)
