@@ -172,7 +172,7 @@ def draw_best_queries(path, run, image, n=4):
             box = outputs["boxes"][-1, 0, query].tolist()
             cell, center = center_cell(box, encoder_attention.shapes[0])
             overlays.append(overlay_of(model, encoder_attention, cell, center))
-        name = run.categories[detection["labels"][k]]["name"]
+        name = plots.class_text(run.categories[detection["labels"][k]])
         title = f"{k + 1}. {name} {result['score']:.2f}"
         if k == 0:
             title += f": {' | '.join(columns)}"

@@ -99,9 +99,8 @@ def place_label(draw, text, font, box, image_size, occupied):
     occupied:   [(left, top, right, bottom)] of other labels
     Returns (left, top, right, bottom) of the text.
     """
-    text_left, text_top, text_right, text_bottom = draw.textbbox((0, 0), text, font=font)
-    width = text_right - text_left + 2  # with the colored ground around it
-    height = text_bottom - text_top + 2
+    width = draw.textlength(text, font=font) + 2  # with the colored ground around it
+    height = line_height_of(font) + 2
     left, top, right, bottom = box
     candidates = []
     for y in (top - height, bottom, top + 1, bottom - height - 1):  # above, below, inside
@@ -118,6 +117,12 @@ def place_label(draw, text, font, box, image_size, occupied):
     return places[0]
 
 
+def line_height_of(font):
+    """Return the height in pixels of a line of text, the same for all letters."""
+    ascent, descent = font.getmetrics()
+    return ascent + descent
+
+
 def boxes_overlap(box, other):
     """Return True if two boxes (left, top, right, bottom) overlap, or are closer than 2 pixels."""
     lower_corner = np.minimum(box[2:], other[2:])
@@ -126,7 +131,7 @@ def boxes_overlap(box, other):
 
 
 def draw_label(draw, text_box, text, font, color):
-    """Write text on a colored ground; text_box: (left, top, right, bottom) of the text."""
+    """Write a line of text on a colored ground; text_box: its (left, top, right, bottom)."""
     left, top, right, bottom = text_box
     draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=color)
     red, green, blue = color
@@ -317,7 +322,8 @@ def draw_scored_boxes(draw, image_width, boxes, found, categories, line_height):
     for box, label, score in zip(boxes, found["labels"], found["scores"]):
         text = f"{class_text(categories[label])} {score:.2f}"
         left, top, _, _ = box
-        text_box = draw.textbbox((left, top - 2), text, font=font, anchor="ld")
+        right = left + draw.textlength(text, font=font)
+        text_box = (left, top - 2 - line_height_of(font), right, top - 2)
         lower_corner = np.minimum(text_box[2:], occupied[:, 2:])
         upper_corner = np.maximum(text_box[:2], occupied[:, :2])
         overlaps = (lower_corner > upper_corner).all(1)
