@@ -65,6 +65,24 @@ def test_a_label_is_at_its_box():
     assert plots.place_label(draw, "ship", font, box, (200, 200), [everything]) == above
 
 
+@pytest.mark.parametrize("text", ["basketball court", "large type", "ship"])
+def test_text_is_on_its_ground(text):
+    """No letter of a label is cut off at the image's border, or leaves the colored ground."""
+    image = Image.new("RGB", (200, 60), "blue")
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(13)
+    text_box = plots.place_label(draw, text, font, (20, 0, 150, 50), image.size, [])
+    plots.draw_label(draw, text_box, text, font, plots.GREEN)
+    pixels = np.asarray(image)
+    rows, columns = (pixels != (0, 0, 255)).any(2).nonzero()
+    ground = pixels[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    edges = [ground[0], ground[-1], ground[:, 0], ground[:, -1]]
+    for edge in edges:
+        assert (edge == plots.GREEN).all()
+    letters = (ground != plots.GREEN).any(2)
+    assert letters.any()
+
+
 def dataset(annotations):
     return SimpleNamespace(annotations=annotations)
 

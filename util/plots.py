@@ -68,7 +68,7 @@ def draw_boxes(image, entries, categories, side, colors=None):
     scale = side / max(image.size)
     image = ImageOps.contain(image, (side, side))
     draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(11)
+    font = ImageFont.load_default(13)
     label_of_id = {category["id"]: label for label, category in enumerate(categories)}
     labels = []  # (text, color, box) of each entry
     for i, entry in enumerate(entries):
@@ -236,7 +236,7 @@ def best_f1_score(data, results, lowest=0.05):
 
 
 @best_effort
-def draw_detections(path, data, results, n=6, score=None, side=320):
+def draw_detections(path, data, results, n=4, score=None, side=320):
     """Draw the ground truth of the first n images with objects and, below it, the detections.
 
     data:    a DetectionDataset
@@ -248,7 +248,7 @@ def draw_detections(path, data, results, n=6, score=None, side=320):
     choice = ""
     if score is None:
         score = best_f1_score(data, results)
-        choice = ", the best F1"
+        choice = ", which has the best F1"
     score = math.floor(100 * score) / 100  # as it is printed
     shown_images = [i for i, labels in enumerate(data.labels) if len(labels) > 0]
     if not shown_images:
@@ -274,8 +274,8 @@ def draw_detections(path, data, results, n=6, score=None, side=320):
         truth_row.append(draw_boxes(image, objects, data.categories, side, green_or_red(found)))
         detection_row.append(draw_boxes(image, shown, data.categories, side, green_or_red(correct)))
     rows = {
-        f"ground truth; red: missed (score >= {score:.2f}{choice}; IoU >= 0.5)": truth_row,
-        f"detections (score >= {score:.2f}, else the three best); "
+        "ground truth; red: missed at an IoU of 0.5": truth_row,
+        f"detections (score >= {score:.2f}{choice}; else the three best); "
         "red: false positive or duplicate": detection_row,
     }
     save_rows(path, rows, side, side)
