@@ -150,3 +150,12 @@ def test_names_exist():
     for path, text in {ROOT / "README.md": README, **DOCS}.items():
         for target in re.findall(r"\]\(([^):]+)\)", text):
             assert (path.parent / target).exists(), target
+
+
+def test_the_table_has_every_experiment_and_its_number_of_rows():
+    names = {path.parent.name for path in (ROOT / "results").glob("*/experiment.py")}
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| (\d+)[^|]* \| [^|]+ \|$", README, re.M)
+    numbers = {name: int(number) for name, number in rows}
+    assert numbers.keys() == names
+    for name, number in numbers.items():
+        assert number == len(reproduce.find_experiment(name).rows)
