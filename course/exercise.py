@@ -28,28 +28,35 @@ REPLACED = {
 }
 
 
-def prepare(name):
-    """Change the source for an exercise and return the name of the file. Exits with a message."""
-    if name in REMOVED:
-        file, function = REMOVED[name]
-    elif name in REPLACED:
-        file, before, after = REPLACED[name]
-    else:
-        sys.exit(f"error: unknown exercise {name!r}; choose from {', '.join(REMOVED | REPLACED)}")
-    if has_uncommitted_changes(file):
-        advice = "commit them first, git checkout would discard them"
-        sys.exit(f"error: {file} has uncommitted changes; {advice}")
+def file_of(name):
+    """Return the file that an exercise changes. Exits with a message if there is no such one."""
+    exercises = REMOVED | REPLACED
+    if name not in exercises:
+        sys.exit(f"error: unknown exercise {name!r}; choose from {', '.join(exercises)}")
+    return exercises[name][0]
 
-    code = (ROOT / file).read_text(encoding="utf-8")
+
+def prepare(name, root=ROOT):
+    """Change the source in a folder for an exercise. Exits with a message if it cannot."""
+    file = file_of(name)
+    code = (root / file).read_text(encoding="utf-8")
     if name in REMOVED:
+        _, function = REMOVED[name]
         changed = remove_body(code, function)
     else:
+        _, before, after = REPLACED[name]
         changed = code.replace(before, after)
     if changed == code:
         message = f"does not contain the code that {name!r} modifies; start from a fresh clone"
         sys.exit(f"error: {file} {message}")
-    (ROOT / file).write_text(changed, encoding="utf-8")
-    return file
+    (root / file).write_text(changed, encoding="utf-8")
+
+
+def require_committed(file):
+    """Exit with a message if the file has changes that `git checkout` would discard."""
+    if has_uncommitted_changes(file):
+        advice = "commit them first, git checkout would discard them"
+        sys.exit(f"error: {file} has uncommitted changes; {advice}")
 
 
 def has_uncommitted_changes(file):
@@ -76,4 +83,6 @@ if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     exercise = sys.argv[1]
-    print(f"{prepare(exercise)} is prepared; check: python -m pytest course -k {exercise}")
+    require_committed(file_of(exercise))
+    prepare(exercise)
+    print(f"{file_of(exercise)} is prepared; check: python -m pytest course -k {exercise}")

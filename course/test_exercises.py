@@ -189,21 +189,36 @@ def test_inverted(loss_patches):
 
 def test_rotation(tmp_path):
     """Half of the patches are turned by 1 to 3 quarters; each number of turns is a class."""
-    task = ssl_tasks.build_task("rotation", dim=8, strides=[32], patch=32, on="image")
-    padding = torch.zeros(4, 128, 128, dtype=torch.bool)
-    corruption = task.sample_corruption(padding, seeds=range(4))
-    counted = task.counted_patches(corruption)  # (4, 16)
-    assert counted.sum(1).tolist() == [8, 8, 8, 8]
+    check_rotation(side=32, columns=4, ratio=0.5, seeds=range(4))
+    flags = "--setting pretrain --ssl_task rotation --ssl_on image --limit_train 32 --limit_val 8"
+    train.main([*flags.split(), "--epochs", "1", "--out", str(tmp_path / "run")])
 
-    images = torch.randn(4, 3, 128, 128)
+
+def check_rotation(side, columns, ratio, seeds):
+    """Check the patches and the classes of the task `rotation`.
+
+    side:    pixels per side of a patch
+    columns: patches per side of the image
+    """
+    B = len(seeds)
+    size = side * columns
+    task = ssl_tasks.build_task(
+        "rotation", dim=8, strides=[side], patch=side, ratio=ratio, on="image"
+    )
+    padding = torch.zeros(B, size, size, dtype=torch.bool)
+    corruption = task.sample_corruption(padding, seeds=seeds)
+    counted = task.counted_patches(corruption)  # (B, patches)
+    assert counted.sum(1).tolist() == [round(ratio * columns**2)] * B
+
+    images = torch.randn(B, 3, size, size)
     corrupted = task.corrupt_images(images, corruption)
-    target = task.target(images, corruption).flatten(1)  # (4, 16)
+    target = task.target(images, corruption).flatten(1)  # (B, patches)
     class_of = {}  # {quarter turns: class}
     for b, i in counted.nonzero().tolist():
-        y = 32 * (i // 4)
-        x = 32 * (i % 4)
-        patch = images[b, :, y : y + 32, x : x + 32]
-        turned_patch = corrupted[b, :, y : y + 32, x : x + 32]
+        y = side * (i // columns)
+        x = side * (i % columns)
+        patch = images[b, :, y : y + side, x : x + side]
+        turned_patch = corrupted[b, :, y : y + side, x : x + side]
         matching = [k for k in (1, 2, 3) if torch.equal(patch.rot90(k, (1, 2)), turned_patch)]
         assert len(matching) == 1, "a counted patch is not turned by 1, 2 or 3 quarters"
         turns = matching[0]
@@ -212,9 +227,6 @@ def test_rotation(tmp_path):
     assert class_of.keys() == {1, 2, 3}, "not all numbers of turns occur"
     assert len(set(class_of.values())) == 3, "two numbers of turns have the same class"
     assert all(0 <= label < task.num_outputs for label in class_of.values())
-
-    flags = "--setting pretrain --ssl_task rotation --ssl_on image --limit_train 32 --limit_val 8"
-    train.main([*flags.split(), "--epochs", "1", "--out", str(tmp_path / "run")])
 
 
 @pytest.mark.parametrize("name, strides", [("detr", [32]), ("deformable_detr", [8, 16, 32, 64])])
