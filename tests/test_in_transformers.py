@@ -121,6 +121,9 @@ def test_a_whole_model():
     )
     torch.manual_seed(0)
     model = DeformableDetrForObjectDetection(config).eval()
+    for name, parameter in model.named_parameters():
+        if "sampling_offsets.bias" in name:  # it starts at whole pixels, where gradients jump
+            parameter.data += torch.rand_like(parameter)
     images = torch.randn(2, 3, 64, 96)
     computed = {}
     calls = []
