@@ -1,9 +1,8 @@
 """The operator under the names and arguments of the official CUDA extension.
 
 Deformable DETR, DINO, Grounding DINO, Mask2Former and their forks import `MSDeformAttnFunction` or
-`MSDeformAttn` from a compiled extension. They run with this one if that import is replaced:
-
-    from deformable_attn.compat import MSDeformAttn, MSDeformAttnFunction
+`MSDeformAttn` from a compiled extension. They run with this one if they import these names from
+`deformable_attn.compat` instead.
 """
 
 import torch

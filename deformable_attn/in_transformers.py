@@ -1,7 +1,5 @@
 """Deformable attention of the package transformers, computed by this operator.
 
-    import deformable_attn
-
     deformable_attn.use_in_transformers()       # in every model that is built afterwards
     deformable_attn.use_in_transformers(False)  # as before
 
